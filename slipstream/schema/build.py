@@ -1,0 +1,44 @@
+"""BuildConfig: the limits and choices fixed when an engine is built. RuntimeConfig: those fixed when it is started."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    dtype: str = "auto"  # auto: the fastest safe one for the device
+    max_batch_size: int = 64  # sequences in one step
+    max_num_tokens: int = 2048  # tokens in one step, over all sequences
+    max_seq_len: int | None = None  # prompt + output of one sequence; default: the model's own limit
+    tokens_per_block: int = 16  # KV block size
+    disabled_passes: tuple[str, ...] = ()
+
+
+class CapacityPolicy(StrEnum):
+    """When a waiting request may start (TensorRT-LLM's CapacitySchedulerPolicy)."""
+
+    GUARANTEED_NO_EVICT = "guaranteed_no_evict"  # only if all its blocks, to max_tokens, are certain
+    MAX_UTILIZATION = "max_utilization"  # as soon as its prompt fits; the newest request is paused when blocks run out
+    STATIC_BATCH = "static_batch"  # only when nothing runs; the batch is closed until all of it has ended
+
+
+class QueuePolicy(StrEnum):
+    FIFO = "fifo"
+    PRIORITY = "priority"  # lower GenerateRequest.priority first, then arrival
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How the scheduler runs an engine. Torch-free; the KV pool's size is decided by whoever opens the engine."""
+
+    num_blocks: int
+    tokens_per_block: int = 16
+    max_batch_size: int = 64
+    max_num_tokens: int = 2048
+    max_seq_len: int = 2048
+    capacity_policy: CapacityPolicy = CapacityPolicy.GUARANTEED_NO_EVICT
+    queue_policy: QueuePolicy = QueuePolicy.FIFO
+    enable_chunked_prefill: bool = True
+    enable_block_reuse: bool = True

@@ -1,0 +1,69 @@
+"""What goes into the engine and what comes out of it."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from slipstream.schema.sampling import SamplingParams
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # end-of-sequence token, stop token id or stop string
+    LENGTH = "length"  # max_tokens or the engine's sequence limit
+    ABORT = "abort"  # the caller gave up
+    ERROR = "error"  # this request failed; TokenEvent.error says why
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One sequence to generate: valid by construction, no text in it. n > 1 becomes n of these, one seed each."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int  # always set; drawn at random where the user gave none
+    max_tokens: int  # resolved: never past the engine's sequence limit
+    eos_token_ids: frozenset[int] = frozenset()  # empty where ignore_eos
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    priority: int = 0  # lower runs first
+    cache_salt: str = ""  # requests share cached KV blocks only within one salt
+    after: str | None = None  # wait until this request's prompt is computed, then share its blocks
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, of the model itself (before temperature, penalties and filters)."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the most likely token
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """What one step did for one request."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where asked for
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # once, when the prompt is done; None for token 0
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the token that ended it, where one did
+    error: str | None = None
+    num_cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot for progress lines and metrics."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks_used: int = 0  # held by requests (cached but idle blocks not counted)
+    num_blocks_total: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    prompt_tokens_computed: int = 0
+    prompt_tokens_cached: int = 0
+    generated_tokens: int = 0
+    extra: dict[str, float] = field(default_factory=dict)

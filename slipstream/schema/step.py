@@ -1,0 +1,60 @@
+"""One iteration, from the scheduler to the workers and back."""
+
+from dataclasses import dataclass, field
+
+from slipstream.schema.request import GenerateRequest, TokenLogprobs
+
+
+@dataclass(frozen=True)
+class SequenceStep:
+    """What one sequence does in a step: compute the tokens at positions [start, start + len(token_ids)).
+
+        tokens known   |----------------------------|
+        KV computed    |-----------|                       before the step
+        this step                  |==========|            token_ids; their K and V are written, then attended to
+        sample                                ^            only where the chunk reaches the last known token
+    """
+
+    slot: int  # the worker's row for this sequence's sampling state
+    start: int
+    token_ids: tuple[int, ...]
+    block_ids: tuple[int, ...]  # the whole block table, covering start + len(token_ids) tokens
+    sample: bool
+    new: GenerateRequest | None = None  # set in the first step after admission (again after preemption)
+    output_token_ids: tuple[int, ...] = ()  # with `new`: tokens generated before a preemption
+
+
+@dataclass(frozen=True)
+class BlockCopy:
+    """Copy the first num_tokens of a KV block, in all layers, before the step runs."""
+
+    source: int
+    target: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    step: int
+    sequences: tuple[SequenceStep, ...]
+    copies: tuple[BlockCopy, ...] = ()
+    freed_slots: tuple[int, ...] = ()  # slots released since the last plan
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+
+@dataclass(frozen=True)
+class SequenceResult:
+    """The outcome for one SequenceStep, in the same order."""
+
+    token_id: int | None = None  # None where nothing was sampled
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # for the prompt tokens that FOLLOW each computed row
+    error: str | None = None  # this sequence alone failed (a user's logits processor raised, say)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    sequences: tuple[SequenceResult, ...] = field(default=())
