@@ -1,0 +1,24 @@
+"""The residual sum joins the norm that reads it: the sum is written once and not read again for the norm."""
+
+from slipstream.build.example import trace
+from slipstream.build.rewrite import Rewrite, Rule, Symbol, ops
+from slipstream.engine.graph import Graph
+
+
+def pattern(x: Symbol, residual: Symbol, weight: Symbol, eps: Symbol) -> tuple[Symbol, ...]:
+    total = ops.add(x, residual)
+    return ops.rms_norm(total, weight, eps=eps), total
+
+
+def replacement(x: Symbol, residual: Symbol, weight: Symbol, eps: Symbol) -> tuple[Symbol, ...]:
+    return ops.add_rms_norm(x, residual, weight, eps=eps)
+
+
+PASS = Rewrite("fuse_add_norm", "one op instead of two, twice a layer", (Rule(pattern, replacement),))
+
+
+def example() -> Graph:
+    def block(x: Symbol, residual: Symbol, weight: Symbol) -> tuple[Symbol, ...]:
+        return pattern(x, residual, weight, 1e-5)  # type: ignore[arg-type]
+
+    return trace(block, inputs={"x": ("T", 8), "residual": ("T", 8)}, weights={"weight": (8,)})

@@ -1,0 +1,36 @@
+"""One matrix product for gate and up: x is read once, and one large product is faster than two."""
+
+from slipstream.build.example import trace
+from slipstream.build.rewrite import Match, Rewrite, Rule, Symbol, ops
+from slipstream.engine.graph import Graph
+
+
+def pattern(x: Symbol, gate: Symbol, up: Symbol) -> Symbol:
+    return ops.mul(ops.silu(ops.linear(x, gate)), ops.linear(x, up))
+
+
+def replacement(x: Symbol, gate: Symbol, up: Symbol) -> Symbol:
+    return ops.silu_and_mul(ops.linear(x, ops.concat(gate, up)))
+
+
+def pattern_bias(x: Symbol, gate: Symbol, gate_bias: Symbol, up: Symbol, up_bias: Symbol) -> Symbol:
+    return ops.mul(ops.silu(ops.linear(x, gate, gate_bias)), ops.linear(x, up, up_bias))
+
+
+def replacement_bias(x: Symbol, gate: Symbol, gate_bias: Symbol, up: Symbol, up_bias: Symbol) -> Symbol:
+    return ops.silu_and_mul(ops.linear(x, ops.concat(gate, up), ops.concat(gate_bias, up_bias)))
+
+
+def _are_weights(match: Match) -> bool:
+    return match.are_weights("gate", "up")
+
+
+PASS = Rewrite(
+    "fuse_gate_up",
+    "one product and one activation op instead of four ops a layer",
+    (Rule(pattern, replacement, where=_are_weights), Rule(pattern_bias, replacement_bias, where=_are_weights)),
+)
+
+
+def example() -> Graph:
+    return trace(pattern, inputs={"x": ("T", 8)}, weights={"gate": (6, 8), "up": (6, 8)})

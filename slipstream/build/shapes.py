@@ -1,0 +1,42 @@
+"""What each value of a graph looks like: the ops' own shape functions, run on meta tensors.
+
+A dimension that varies is stood for by a large prime, so that it can be told from every fixed size afterwards.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from slipstream.engine.graph import Graph, Node, TensorType
+from slipstream.kernels.registry import known_ops
+
+_STAND_INS = {"T": 1_000_003, "S": 1_000_033, "S1": 1_000_037, "B": 1_000_039, "R": 1_000_081, "N": 1_000_099}
+_LETTERS = {size: letter for letter, size in _STAND_INS.items()}
+
+
+def infer_types(graph: Graph) -> dict[str, TensorType]:
+    """The type of every value, inputs and weights included."""
+    types = graph.inputs | graph.weights
+    for node in graph.nodes:
+        types |= infer_node(node, types)
+    return types
+
+
+def infer_node(node: Node, types: dict[str, TensorType]) -> dict[str, TensorType]:
+    op = known_ops()[node.op]
+    inputs = [None if name is None else _meta(types[name]) for name in node.inputs]
+    takes_list = any(argument.kind == "Tensor[]" for argument in op.arguments)
+    result = op.shapes(*([inputs] if takes_list else inputs), **node.attributes)
+    results: Iterable[Tensor] = () if result is None else [result] if isinstance(result, Tensor) else result
+    return {name: _type(tensor) for name, tensor in zip(node.outputs, results, strict=True)}
+
+
+def _meta(kind: TensorType) -> Tensor:
+    shape = [_STAND_INS[size] if isinstance(size, str) else size for size in kind.shape]
+    return torch.empty(shape, dtype=getattr(torch, kind.dtype), device="meta")
+
+
+def _type(tensor: Tensor) -> TensorType:
+    shape = tuple(_LETTERS.get(size, size) for size in tensor.shape)
+    return TensorType(shape, str(tensor.dtype).removeprefix("torch."))

@@ -1,0 +1,14 @@
+"""What the device does: one op a file, each with its schema, a plain torch reference and the candidates that may replace it.
+
+The reference defines the op: it is right on any device, takes empty tensors, and is the fallback. A candidate declares
+where it may run; `build/tune.py` measures those that may and the engine folder keeps the choice. Models call ops, the
+build rewrites graphs of ops, the runtime runs them; nobody else computes on tensors.
+
+Importing this package registers every op below `slipstream::`.
+"""
+
+from slipstream.kernels import activation, arithmetic, embedding, norm, rope
+from slipstream.kernels.attention import paged
+from slipstream.kernels.linear import dense
+
+__all__ = ["activation", "arithmetic", "dense", "embedding", "norm", "paged", "rope"]

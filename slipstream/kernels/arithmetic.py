@@ -1,0 +1,39 @@
+"""Elementwise sums and products, and moving rows and columns about."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slipstream.kernels.registry import op
+
+
+@op("add(Tensor x, Tensor y) -> Tensor")
+def add(x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+@op("mul(Tensor x, Tensor y) -> Tensor")
+def mul(x: Tensor, y: Tensor) -> Tensor:
+    return x * y
+
+
+@op("concat(Tensor[] parts) -> Tensor")
+def concat(parts: Sequence[Tensor]) -> Tensor:
+    """Stack along the first dimension: the rows of weights that share their input."""
+    return torch.cat(list(parts))
+
+
+def _split_shapes(x_TN: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    return [x_TN.new_empty(x_TN.shape[0], size) for size in sizes]
+
+
+@op("split(Tensor x, int[] sizes) -> Tensor[]", shapes=_split_shapes)
+def split(x_TN: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Column ranges of x as views: whoever reads them must honour the row stride."""
+    return list(torch.split(x_TN, sizes, dim=1))
+
+
+@op("select_rows(Tensor x, Tensor rows) -> Tensor")
+def select_rows(x_TH: Tensor, rows_R: Tensor) -> Tensor:
+    return x_TH.index_select(0, rows_R)

@@ -1,0 +1,125 @@
+"""Writing K and V into pages, and attending to them.
+
+A layer's cache is one tensor kv_2NBKD: keys and values, N blocks of B tokens, K heads, D numbers a head. Ragged batches
+are the only kind: context and generation rows of many sequences in one call, each seeing its own past (causal).
+MHA, GQA and MQA differ only in K (arXiv:1911.02150, 2305.13245); pages as in PagedAttention (arXiv:2309.06180).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slipstream.kernels.registry import kernel, op
+
+
+def _nothing(k_TY: Tensor, v_TY: Tensor, kv_2NBKD: Tensor, slots_T: Tensor) -> None:
+    return None
+
+
+@op("kv_write(Tensor k, Tensor v, Tensor(a!) kv, Tensor slots) -> ()", shapes=_nothing)
+def kv_write(k_TY: Tensor, v_TY: Tensor, kv_2NBKD: Tensor, slots_T: Tensor) -> None:
+    """Store each token's key and value at its slot (block id * block size + offset)."""
+    pages_2PKD = kv_2NBKD.flatten(1, 2)
+    heads = pages_2PKD.shape[2:]
+    pages_2PKD[0].index_copy_(0, slots_T, k_TY.unflatten(1, heads).to(kv_2NBKD.dtype))
+    pages_2PKD[1].index_copy_(0, slots_T, v_TY.unflatten(1, heads).to(kv_2NBKD.dtype))
+
+
+def _like_q(q_TX: Tensor, *_: object, **__: object) -> Tensor:
+    return q_TX.new_empty(q_TX.shape)
+
+
+@op(
+    "attention(Tensor q, Tensor kv, Tensor query_starts, Tensor kv_lens, Tensor block_tables, float scale) -> Tensor",
+    shapes=_like_q,
+)
+def attention(
+    q_TX: Tensor, kv_2NBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor, scale: float
+) -> Tensor:
+    """softmax(q kᵀ · scale) v for each query row over its sequence's pages up to its own position. One sequence at a time."""
+    out_TX = torch.empty(q_TX.shape, dtype=q_TX.dtype, device=q_TX.device)
+    starts, lens = query_starts.tolist(), kv_lens.tolist()
+    for sequence, kv_len in enumerate(lens):
+        rows = slice(starts[sequence], starts[sequence + 1])
+        out_TX[rows] = _attend_one(q_TX[rows], kv_2NBKD, block_tables_SB[sequence], kv_len, scale)
+    return out_TX
+
+
+def _attend_one(q_QX: Tensor, kv_2NBKD: Tensor, block_ids_B: Tensor, kv_len: int, scale: float) -> Tensor:
+    _, _, block_size, num_kv_heads, head_dim = kv_2NBKD.shape
+    num_queries = q_QX.shape[0]
+    num_blocks = -(-kv_len // block_size)
+    k_KLD, v_KLD = (
+        pages.index_select(0, block_ids_B[:num_blocks]).flatten(0, 1)[:kv_len].transpose(0, 1) for pages in kv_2NBKD
+    )
+    q_KGQD = q_QX.view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    scores_KGQL = torch.matmul(q_KGQD.flatten(1, 2), k_KLD.transpose(1, 2)).unflatten(1, q_KGQD.shape[1:3])
+    scores_KGQL = scores_KGQL.float() * scale
+    if num_queries > 1:
+        positions = torch.arange(kv_len, device=q_QX.device)
+        scores_KGQL.masked_fill_(positions > positions[kv_len - num_queries :, None], float("-inf"))
+    probs_KGQL = scores_KGQL.softmax(-1).to(q_QX.dtype)
+    out_KGQD = torch.matmul(probs_KGQL.flatten(1, 2), v_KLD).unflatten(1, q_KGQD.shape[1:3])
+    return out_KGQD.permute(2, 0, 1, 3).reshape(num_queries, -1)
+
+
+@kernel(attention, "batched_decode", lambda device, _dtype: device.type == "cpu")
+def attention_batched_decode(
+    q_TX: Tensor, kv_2NBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor, scale: float
+) -> Tensor:
+    """Sequences with one query row in one batched product over padded pages; the others by flash attention, one each."""
+    out_TX = torch.empty(q_TX.shape, dtype=q_TX.dtype, device=q_TX.device)
+    starts, lens = query_starts.tolist(), kv_lens.tolist()
+    decoding = [s for s in range(len(lens)) if starts[s + 1] - starts[s] == 1]
+    if len(decoding) == len(lens) > 0:
+        return _attend_single_rows(q_TX, kv_2NBKD, lens, kv_lens, block_tables_SB, scale)
+    for sequence, kv_len in enumerate(lens):
+        if starts[sequence + 1] - starts[sequence] != 1:
+            rows = slice(starts[sequence], starts[sequence + 1])
+            out_TX[rows] = _attend_flash(q_TX[rows], kv_2NBKD, block_tables_SB[sequence], kv_len, scale)
+    if decoding:
+        which = torch.tensor(decoding)
+        rows_D = query_starts[which]
+        some_lens = [lens[s] for s in decoding]
+        out_TX[rows_D] = _attend_single_rows(
+            q_TX[rows_D], kv_2NBKD, some_lens, kv_lens[which], block_tables_SB[which], scale
+        )
+    return out_TX
+
+
+def _attend_single_rows(
+    q_SX: Tensor, kv_2NBKD: Tensor, lens: list[int], kv_lens: Tensor, block_tables_SB: Tensor, scale: float
+) -> Tensor:
+    _, _, block_size, num_kv_heads, head_dim = kv_2NBKD.shape
+    longest, shortest, num_sequences = max(lens), min(lens), len(lens)
+    table = block_tables_SB[:, : -(-longest // block_size)].flatten()
+    k_SLKD, v_SLKD = (
+        pages.index_select(0, table).view(num_sequences, -1, num_kv_heads, head_dim)[:, :longest] for pages in kv_2NBKD
+    )
+    q_SKGD = q_SX.view(num_sequences, num_kv_heads, -1, head_dim)
+    scores_SKGL = torch.matmul(q_SKGD, k_SLKD.permute(0, 2, 3, 1)).float() * scale
+    if shortest != longest:
+        is_padding_SL = torch.arange(longest) >= kv_lens[:, None]
+        scores_SKGL.masked_fill_(is_padding_SL[:, None, None], float("-inf"))
+        # Pages are recycled unwiped: a probability of zero would not silence another request's infinity.
+        v_SLKD.masked_fill_(is_padding_SL[:, :, None, None], 0)
+    probs_SKGL = scores_SKGL.softmax(-1).to(q_SX.dtype)
+    return torch.matmul(probs_SKGL, v_SLKD.transpose(1, 2)).reshape(num_sequences, -1)
+
+
+def _attend_flash(q_QX: Tensor, kv_2NBKD: Tensor, block_ids_B: Tensor, kv_len: int, scale: float) -> Tensor:
+    _, _, block_size, _, head_dim = kv_2NBKD.shape
+    num_queries = q_QX.shape[0]
+    num_blocks = -(-kv_len // block_size)
+    k_1KLD, v_1KLD = (
+        pages.index_select(0, block_ids_B[:num_blocks]).flatten(0, 1)[:kv_len].transpose(0, 1)[None]
+        for pages in kv_2NBKD
+    )
+    q_1HQD = q_QX.view(num_queries, -1, head_dim).transpose(0, 1)[None]
+    mask_QL = None
+    if num_queries != kv_len:
+        mask_QL = torch.ones(num_queries, kv_len, dtype=torch.bool).tril(kv_len - num_queries)
+    out = functional.scaled_dot_product_attention(
+        q_1HQD, k_1KLD, v_1KLD, mask_QL, is_causal=mask_QL is None, scale=scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1).reshape(num_queries, -1)

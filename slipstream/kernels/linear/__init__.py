@@ -1,0 +1,1 @@
+"""Matrix products, one number format a file: packing, reference and candidates together."""

@@ -1,0 +1,29 @@
+"""y = x Wᵀ + b with weights stored as they are used (float32, bfloat16, float16)."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slipstream.kernels.registry import kernel, op
+
+
+def _linear_shapes(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    return x_MK.new_empty(x_MK.shape[0], weight_NK.shape[0])
+
+
+@op("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", shapes=_linear_shapes)
+def linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    return functional.linear(x_MK, weight_NK, bias_N)
+
+
+@kernel(linear, "weight_first", lambda device, _dtype: device.type == "cpu")
+def linear_weight_first(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """(W xᵀ)ᵀ: with few rows the library then spreads W, not x, over the threads.
+
+    One row is doubled, since for a vector the library takes its single-threaded path (11 instead of 30 GB/s of W
+    where this was first measured).
+    """
+    num_rows = x_MK.shape[0]
+    columns_KM = (x_MK.expand(2, -1) if num_rows == 1 else x_MK).t()
+    y_MN = torch.mm(weight_NK, columns_KM).t()[:num_rows]
+    return y_MN if bias_N is None else y_MN + bias_N

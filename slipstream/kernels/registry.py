@@ -1,0 +1,115 @@
+"""op() declares an op by its schema and reference; kernel() adds a candidate to it. The only registry of the project."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("slipstream", "DEF")
+_OPS: dict[str, "Op"] = {}
+
+_SCHEMA = re.compile(r"(?P<name>\w+)\((?P<arguments>.*)\) -> (?P<returns>.+)")
+_ARGUMENT = re.compile(r"(?P<kind>Tensor\??|Tensor\(a!\)|Tensor\[\]|float|int|int\[\]|bool) (?P<name>\w+)(= *\w+)?")
+
+
+@dataclass(frozen=True)
+class Argument:
+    name: str
+    kind: str  # Tensor, Tensor?, Tensor[], float, int, int[], bool
+    is_mutated: bool = False
+
+    @property
+    def is_tensor(self) -> bool:
+        return self.kind.startswith("Tensor")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute an op on some devices."""
+
+    name: str
+    function: Callable[..., Any]
+    runs_on: Callable[[torch.device, torch.dtype], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """A named computation. Calling it goes through torch's dispatcher, so that torch.export records it."""
+
+    name: str
+    arguments: tuple[Argument, ...]
+    num_outputs: int | None  # None: as many as the reference returns
+    reference: Callable[..., Any]
+    shapes: Callable[..., Any]  # same signature, on meta tensors: only shapes and dtypes matter
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(torch.ops.slipstream, self.name)(*args, **kwargs)
+
+    @property
+    def is_mutating(self) -> bool:
+        return any(argument.is_mutated for argument in self.arguments)
+
+    @property
+    def tensor_arguments(self) -> tuple[Argument, ...]:
+        return tuple(argument for argument in self.arguments if argument.is_tensor)
+
+    @property
+    def attributes(self) -> tuple[Argument, ...]:
+        return tuple(argument for argument in self.arguments if not argument.is_tensor)
+
+    def candidates(self, device: torch.device, dtype: torch.dtype) -> dict[str, Kernel]:
+        """Every way to compute this op there; "reference" is always one."""
+        usable = {name: kernel for name, kernel in self.kernels.items() if kernel.runs_on(device, dtype)}
+        return {"reference": Kernel("reference", self.reference, lambda _device, _dtype: True), **usable}
+
+
+def op(schema: str, shapes: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], Op]:
+    """Declare an op by a torch schema; the decorated function is its reference.
+
+    Tensor arguments come first, then attributes (numbers known at build time). `shapes` replaces the reference on
+    meta tensors where the reference reads values.
+    """
+
+    def register(reference: Callable[..., Any]) -> Op:
+        parsed = _parse(schema, reference, shapes or reference)
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(parsed.name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"slipstream::{parsed.name}", parsed.shapes, lib=_LIBRARY)
+        _OPS[parsed.name] = parsed
+        return parsed
+
+    return register
+
+
+def kernel(
+    of: Op, name: str, runs_on: Callable[[torch.device, torch.dtype], bool]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add a candidate to an op: same arguments, same result within the op's tolerance."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        of.kernels[name] = Kernel(name, function, runs_on)
+        return function
+
+    return register
+
+
+def known_ops() -> dict[str, Op]:
+    return dict(_OPS)
+
+
+def _parse(schema: str, reference: Callable[..., Any], shapes: Callable[..., Any]) -> Op:
+    match = _SCHEMA.fullmatch(schema)
+    if match is None:
+        raise ValueError(f"not an op schema: {schema}")
+    arguments = tuple(
+        Argument(found["name"], found["kind"].replace("(a!)", ""), "!" in found["kind"])
+        for found in _ARGUMENT.finditer(match["arguments"])
+    )
+    order = [argument.is_tensor for argument in arguments]
+    assert order == sorted(order, reverse=True), f"{schema}: tensors come before attributes"
+    returns = match["returns"]
+    num_outputs = None if returns == "Tensor[]" else returns.count("Tensor")
+    return Op(match["name"], arguments, num_outputs, reference, shapes)

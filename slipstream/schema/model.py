@@ -1,0 +1,128 @@
+"""The shape of a decoder, read once from a Hugging Face config.json; an option nobody understands is refused."""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from slipstream.errors import CorruptFile, UnsupportedModel
+
+Number = TypeVar("Number", int, float)
+
+# Options that say nothing about the numbers a decoder computes.
+_SILENT_OPTIONS = frozenset(
+    "architectures attention_dropout auto_map bos_token_id dtype eos_token_id initializer_range is_llama_config "
+    "max_length model_type pad_token_id pretraining_tp torch_dtype transformers.js_config transformers_version "
+    "unk_token_id use_cache _name_or_path _attn_implementation".split()
+)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: the base and how it is stretched to longer contexts."""
+
+    theta: float = 10000.0
+    kind: str = "default"  # default, linear, llama3, factors
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_max_position_embeddings: int = 8192  # llama3
+    factors: tuple[float, ...] = ()  # factors: each frequency's own divisor (GGUF's rope_freqs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """What the build and the runtime must know of any decoder; each model file may add to it."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+
+
+class Options:
+    """A config.json being read: every option is taken once, and what nobody took is an error."""
+
+    def __init__(self, values: dict[str, Any], source: str) -> None:
+        self._values = {name: value for name, value in values.items() if name not in _SILENT_OPTIONS}
+        self._source = source
+
+    def integer(self, name: str, default: int | None = None, *, low: int = 1) -> int:
+        value = self._values.pop(name, None)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
+            raise CorruptFile(f"{self._source}: {name} is {value!r}; it must be a whole number of at least {low}.")
+        return value
+
+    def real(self, name: str, default: float | None = None) -> float:
+        value = self._values.pop(name, None)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e30:
+            raise CorruptFile(f"{self._source}: {name} is {value!r}; it must be a number that is not negative.")
+        return float(value)
+
+    def boolean(self, name: str, default: bool = False) -> bool:
+        value = self._values.pop(name, default)
+        if not isinstance(value, bool):
+            raise CorruptFile(f"{self._source}: {name} is {value!r}; it must be true or false.")
+        return value
+
+    def section(self, name: str) -> "Options | None":
+        value = self._values.pop(name, None)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise CorruptFile(f"{self._source}: {name} is {value!r}; it must be an object.")
+        return Options(value, f"{self._source}: {name}")
+
+    def choice(self, name: str, known: tuple[str, ...], default: str | None = None) -> str:
+        value = self._values.pop(name, default)
+        if value not in known:
+            raise UnsupportedModel(f"{self._source}: {name} is {value!r}; the known values are {', '.join(known)}.")
+        return value
+
+    def reals(self, name: str) -> tuple[float, ...] | None:
+        value = self._values.pop(name, None)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(x, int | float) and 0 < x < 1e30 for x in value):
+            raise CorruptFile(f"{self._source}: {name} must be a list of positive numbers.")
+        return tuple(float(x) for x in value)
+
+    def finish(self, known: str) -> None:
+        """Refuse what is left. `known` describes the reader, for the message."""
+        left = [name for name, value in self._values.items() if value not in (None, False)]
+        if left:
+            raise UnsupportedModel(f"{self._source}: {known} does not know the option {left[0]!r} ({self._values[left[0]]!r}).")
+
+
+def read_rope(options: Options) -> RopeConfig:
+    """RoPE from either spelling: rope_theta + rope_scaling, or transformers 5's rope_parameters."""
+    parameters = options.section("rope_parameters")
+    scaling = options.section("rope_scaling")
+    theta = options.real("rope_theta", 10000.0)
+    factors = options.reals("rope_freq_factors")
+    if parameters is not None:
+        theta = parameters.real("rope_theta", theta)
+    if factors is not None:
+        return RopeConfig(theta=theta, kind="factors", factors=factors)
+    chosen = scaling or parameters
+    if chosen is None:
+        return RopeConfig(theta=theta)
+    legacy_kind = chosen.choice("type", ("default", "linear", "llama3"), "default")
+    kind = chosen.choice("rope_type", ("default", "linear", "llama3"), legacy_kind)
+    rope = RopeConfig(theta=theta)
+    if kind == "linear":
+        rope = RopeConfig(theta=theta, kind=kind, factor=chosen.real("factor"))
+    elif kind == "llama3":
+        rope = RopeConfig(
+            theta=theta,
+            kind=kind,
+            factor=chosen.real("factor"),
+            low_freq_factor=chosen.real("low_freq_factor"),
+            high_freq_factor=chosen.real("high_freq_factor"),
+            original_max_position_embeddings=chosen.integer("original_max_position_embeddings"),
+        )
+    chosen.finish(f"{kind} RoPE scaling")
+    return rope
