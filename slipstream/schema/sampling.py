@@ -12,6 +12,26 @@ LogitsProcessor = Callable[[list[int], Any], Any]
 
 MAX_LOGPROBS = 100
 MAX_SEQUENCES = 256
+MIN_TEMPERATURE = 1e-5  # below this, logits divided by it would overflow, and only the largest could win: greedy
+
+# A beam search compares whole sequences by the model's own logprobs: nothing edits, cuts or draws from them. Stop
+# strings would need text; stop_token_ids work.
+_NEUTRAL_FOR_BEAMS: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+    "logit_bias": None,
+    "bad_words": (),
+    "stop": (),
+    "min_tokens": 0,
+    "logits_processors": (),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +90,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0 or self.top_k == 1
+        return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
     def _check_numbers(self) -> None:
         _integer("n", self.n, 1, MAX_SEQUENCES)
@@ -111,11 +131,17 @@ class SamplingParams:
     def _check_combinations(self) -> None:
         if self.use_beam_search:
             if self.num_sequences == 1:
-                raise RequestError("use_beam_search with one beam is greedy search; set best_of (the beams) to 2 or more.")
-            filters = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "logits_processors": (), "min_tokens": 0}
-            for name, neutral in filters.items():
-                if getattr(self, name) != neutral:
-                    raise RequestError(f"{name} has no meaning with use_beam_search; leave it at {neutral!r}.")
+                raise RequestError(
+                    "use_beam_search with one beam is greedy search; set best_of (the beams) to 2 or more."
+                )
+            for name, neutral in _NEUTRAL_FOR_BEAMS.items():
+                value = getattr(self, name)
+                if (
+                    value and value != neutral
+                ):  # what is falsy is neutral (an empty dict, temperature 0) or refused above
+                    raise RequestError(
+                        f"{name} is {value!r}, which has no meaning with use_beam_search; leave it at {neutral!r}."
+                    )
         elif self.is_greedy and self.num_sequences > 1:
             raise RequestError(
                 f"n={self.n}, best_of={self.num_sequences} with greedy sampling would return equal texts; "

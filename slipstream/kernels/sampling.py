@@ -1,0 +1,197 @@
+"""From logits to token ids: filters, a counter-based generator, inverse-CDF sampling, logprobs.
+
+    logits_RV  apply_temperature → filter_top_k → filter_typical_p → filter_top_p → filter_min_p → softmax  probs_RV
+    seeds_R, positions_R  → uniform →  u_R          probs_RV, u_R → sample → token_ids_R
+
+Shape suffixes: R rows (one sequence each), V vocabulary, K alternatives reported, N a subset of the rows.
+
+Logits are float32 on any device. The parameters (temperature_R, top_k_R, ...) stay on the host, where the requests are:
+so whether any row needs a filter is known without waiting for the device, and a filter no row needs costs nothing. A
+filter sets what it removes to -inf, and agrees with the logits warper of transformers (generation/logits_process.py),
+the rule of at least one token included.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NOTHING_TO_SAMPLE = -1  # the token id of a row that is no distribution: NaN, +inf, or every token banned
+
+
+@dataclass(frozen=True)
+class Filters:
+    """How each row cuts its distribution. Host tensors [R]; the meanings are those of SamplingParams."""
+
+    temperature: Tensor  # float64, above 0; 1 leaves the row alone
+    top_k: Tensor  # int64; 0 keeps all
+    typical_p: Tensor  # float64; 1 keeps all
+    top_p: Tensor  # float64; 1 keeps all
+    min_p: Tensor  # float64; 0 keeps all
+
+
+def apply_filters(logits_RV: Tensor, filters: Filters) -> Tensor:
+    """All filters, in the order that SamplingParams promises. The input is not changed."""
+    logits_RV = apply_temperature(logits_RV, filters.temperature)
+    logits_RV = filter_top_k(logits_RV, filters.top_k)
+    logits_RV = filter_typical_p(logits_RV, filters.typical_p)
+    logits_RV = filter_top_p(logits_RV, filters.top_p)
+    return filter_min_p(logits_RV, filters.min_p)
+
+
+def apply_temperature(logits_RV: Tensor, temperature_R: Tensor) -> Tensor:
+    if bool((temperature_R == 1).all()):
+        return logits_RV
+    return logits_RV / _column(temperature_R, logits_RV)
+
+
+def filter_top_k(logits_RV: Tensor, top_k_R: Tensor) -> Tensor:
+    """Keep the k largest; every token that ties with the k-th stays."""
+    vocab_size = logits_RV.shape[1]
+
+    def remove(logits_NV: Tensor, rows_N: Tensor) -> Tensor:
+        k_N = top_k_R[rows_N]
+        largest_NK = logits_NV.topk(int(k_N.max()), dim=1).values
+        smallest_kept_N1 = largest_NK.gather(1, (k_N - 1)[:, None].to(logits_NV.device))
+        return logits_NV < smallest_kept_N1
+
+    return _filter_rows(logits_RV, (top_k_R > 0) & (top_k_R < vocab_size), remove)
+
+
+def filter_typical_p(logits_RV: Tensor, typical_p_R: Tensor) -> Tensor:
+    """Locally typical sampling (arXiv:2202.00666): keep the tokens with surprise nearest to the entropy, to mass p."""
+
+    def remove(logits_NV: Tensor, rows_N: Tensor) -> Tensor:
+        logprobs_NV = logits_NV.log_softmax(dim=1)
+        entropy_N1 = -(logprobs_NV * logprobs_NV.exp()).nansum(dim=1, keepdim=True)
+        distance_NV = (-logprobs_NV - entropy_N1).abs()
+        sorted_NV, order_NV = distance_NV.sort(dim=1, stable=True)
+        mass_NV = logits_NV.gather(1, order_NV).softmax(dim=1).cumsum(dim=1)
+        last_N1 = (mass_NV < _column(typical_p_R[rows_N], logits_NV)).sum(dim=1, keepdim=True)
+        return distance_NV > sorted_NV.gather(1, last_N1.clamp(max=logits_NV.shape[1] - 1))
+
+    return _filter_rows(logits_RV, typical_p_R < 1, remove)
+
+
+def filter_top_p(logits_RV: Tensor, top_p_R: Tensor) -> Tensor:
+    """Nucleus sampling (arXiv:1904.09751): keep the smallest set of most likely tokens with mass of at least p.
+
+    Where equal logits straddle the border, the lower token ids stay (transformers leaves that to an unstable sort), so
+    that a top_p near 0 is greedy.
+    """
+
+    def remove(logits_NV: Tensor, rows_N: Tensor) -> Tensor:
+        descending_NV, order_NV = logits_NV.sort(dim=1, descending=True, stable=True)
+        # The mass of a token and all below it, summed from the smallest up as transformers does: equal to the last bit.
+        mass_NV = descending_NV.flip(1).softmax(dim=1).cumsum(dim=1).flip(1)
+        remove_sorted_NV = mass_NV <= _column(1 - top_p_R[rows_N], logits_NV)
+        remove_sorted_NV[:, 0] = False
+        return remove_sorted_NV.scatter(1, order_NV, remove_sorted_NV)
+
+    return _filter_rows(logits_RV, top_p_R < 1, remove)
+
+
+def filter_min_p(logits_RV: Tensor, min_p_R: Tensor) -> Tensor:
+    """Keep the tokens with at least min_p times the probability of the most likely one (arXiv:2407.01082)."""
+
+    def remove(logits_NV: Tensor, rows_N: Tensor) -> Tensor:
+        probs_NV = logits_NV.softmax(dim=1)
+        return probs_NV < _column(min_p_R[rows_N], logits_NV) * probs_NV.amax(dim=1, keepdim=True)
+
+    return _filter_rows(logits_RV, min_p_R > 0, remove)
+
+
+def greedy(logits_RV: Tensor) -> Tensor:
+    """The most likely token of each row, the lowest id where several tie. -> token_ids_R."""
+    largest_R, token_ids_R = logits_RV.max(dim=1)
+    return token_ids_R.where(largest_R.isfinite(), NOTHING_TO_SAMPLE)
+
+
+def sample(probs_RV: Tensor, u_R: Tensor) -> Tensor:
+    """Inverse CDF: the first token at which the running sum of probs_RV passes u_R of the total. -> token_ids_R.
+
+    The sum is float64, so that in a vocabulary of 128k small probabilities are not lost. A token of probability 0 is
+    never returned, not even where u is 0, or rounding brings u * total to total, or a parallel scan lets the sum waver
+    between neighbours: only tokens with probability are candidates, and the target is below the largest sum.
+    """
+    possible_RV = probs_RV > 0
+    cdf_RV = probs_RV.cumsum(dim=1, dtype=torch.float64)
+    total_R1 = cdf_RV.where(possible_RV, 0).amax(dim=1, keepdim=True)
+    target_R1 = (u_R[:, None] * total_R1).minimum(total_R1.nextafter(torch.zeros_like(total_R1)))
+    reached_RV = possible_RV & (cdf_RV > target_R1)
+    first_R = reached_RV.to(torch.uint8).argmax(dim=1)
+    return first_R.where(reached_RV.any(dim=1), NOTHING_TO_SAMPLE)
+
+
+def gather_logprobs(logits_RV: Tensor, token_ids_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> (logprob_R and rank_R of the given tokens, ids top_RK and logprobs top_logprobs_RK of the most likely).
+
+    Rank 1 is the most likely token: 1 + the number of tokens with a strictly greater logprob. K is num_top, or V where
+    that is less. Among equal logprobs the lower id comes first, as in greedy.
+    """
+    logprobs_RV = logits_RV.log_softmax(dim=1)
+    chosen_R1 = logprobs_RV.gather(1, token_ids_R[:, None])
+    rank_R = 1 + (logprobs_RV > chosen_R1).sum(dim=1)
+    # topk orders ties as it likes; sort its few columns by id, then, keeping that order among equals, by logprob.
+    top_RK = logprobs_RV.topk(min(num_top, logits_RV.shape[1]), dim=1).indices.sort(dim=1).values
+    top_logprobs_RK, order_RK = logprobs_RV.gather(1, top_RK).sort(dim=1, descending=True, stable=True)
+    return chosen_R1[:, 0], rank_R, top_RK.gather(1, order_RK), top_logprobs_RK
+
+
+# Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11), the generator of cuRAND, torch
+# on CUDA and Triton's tl.rand. A keyed hash of a counter: no state to save, so a token's randomness depends on nothing
+# but its seed and position. Constants from the paper.
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def philox(counter_4R: Tensor, key_2R: Tensor) -> Tensor:
+    """Ten rounds over four 32-bit words a column, held in int64. -> words_4R."""
+    multipliers_21 = counter_4R.new_tensor(_MULTIPLIERS)[:, None]
+    key_steps_21 = counter_4R.new_tensor(_KEY_STEPS)[:, None]
+    rounds_T11 = torch.arange(_ROUNDS, device=counter_4R.device)[:, None, None]
+    keys_T2R = (key_2R + rounds_T11 * key_steps_21) & _MASK
+    even_2R, odd_2R = counter_4R[0::2], counter_4R[1::2]
+    for round_key_2R in keys_T2R:
+        # Below 2**64, so int64 wraps to the right 64 bits; the shift's sign extension is masked away.
+        product_2R = even_2R * multipliers_21
+        high_2R, low_2R = (product_2R >> 32) & _MASK, product_2R & _MASK
+        even_2R, odd_2R = high_2R.flip(0) ^ odd_2R ^ round_key_2R, low_2R.flip(0)
+    return torch.stack((even_2R[0], odd_2R[0], even_2R[1], odd_2R[1]))
+
+
+def uniform(seeds_R: Tensor, positions_R: Tensor) -> Tensor:
+    """A float64 in [0, 1) for each (seed, position), the same on every device. -> u_R.
+
+    positions_R is the index of the token in its sequence (prompt and output), so that neither the batch nor a
+    preemption changes what a seed draws. 53 bits: a float32's step (2**-24) is wider than many a token's probability.
+    """
+    zeros_R = torch.zeros_like(positions_R)
+    counter_4R = torch.stack((positions_R & _MASK, (positions_R >> 32) & _MASK, zeros_R, zeros_R))
+    key_2R = torch.stack((seeds_R & _MASK, (seeds_R >> 32) & _MASK))
+    words_4R = philox(counter_4R, key_2R)
+    bits_R = ((words_4R[0] >> 5) << 26) | (words_4R[1] >> 6)
+    return bits_R.to(torch.float64) * 2.0**-53
+
+
+def _filter_rows(logits_RV: Tensor, needed_R: Tensor, remove: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Set to -inf what remove(logits_NV, rows_N) says, in the rows that need it; the others are not touched.
+
+    A filter says what to remove, not what to keep: where comparisons fail, the NaN stays, and the row reports it.
+    """
+    rows_N = needed_R.nonzero()[:, 0]
+    if len(rows_N) == 0:
+        return logits_RV
+    if len(rows_N) == len(logits_RV):
+        return logits_RV.masked_fill(remove(logits_RV, rows_N), -torch.inf)
+    device_rows_N = rows_N.to(logits_RV.device)
+    logits_NV = logits_RV[device_rows_N]
+    return logits_RV.index_copy(0, device_rows_N, logits_NV.masked_fill(remove(logits_NV, rows_N), -torch.inf))
+
+
+def _column(parameter_R: Tensor, logits_RV: Tensor) -> Tensor:
+    """A host parameter as a column beside the logits."""
+    return parameter_R.to(logits_RV)[:, None]

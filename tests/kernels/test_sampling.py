@@ -1,0 +1,226 @@
+"""kernels/sampling.py: the filters against transformers' warpers, Philox against its published vectors, the draws."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from slipstream.kernels.sampling import (
+    NOTHING_TO_SAMPLE,
+    Filters,
+    apply_filters,
+    apply_temperature,
+    filter_min_p,
+    filter_top_k,
+    filter_top_p,
+    filter_typical_p,
+    gather_logprobs,
+    greedy,
+    philox,
+    sample,
+    uniform,
+)
+
+P_VALUE = 1e-6
+
+# By filter: our function, transformers' warper, the value that switches it off, values to try.
+FILTERS = {
+    "temperature": (apply_temperature, TemperatureLogitsWarper, 1.0, (0.1, 0.7, 1.5, 100.0)),
+    "top_k": (filter_top_k, TopKLogitsWarper, 0, (1, 2, 7, 50, 99, 100, 5000)),
+    "typical_p": (filter_typical_p, TypicalLogitsWarper, 1.0, (1e-6, 0.1, 0.5, 0.9, 0.999999)),
+    "top_p": (filter_top_p, TopPLogitsWarper, 1.0, (1e-6, 0.1, 0.5, 0.9, 0.999999)),
+    "min_p": (filter_min_p, MinPLogitsWarper, 0.0, (1e-6, 0.05, 0.5, 1.0)),
+}
+
+
+def logits_of(kind: str, rows: int, vocab: int = 100) -> Tensor:
+    logits_RV = 4 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(7))
+    if kind == "ties":
+        return (logits_RV / 2).round()
+    if kind == "banned":
+        return logits_RV.masked_fill(logits_RV < 1, -torch.inf)
+    if kind == "flat":
+        return torch.zeros_like(logits_RV)
+    return logits_RV
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "banned", "flat"])
+@pytest.mark.parametrize("name", FILTERS)
+def test_filter_equals_the_transformers_warper_in_a_mixed_batch(name: str, kind: str) -> None:
+    ours, warper, off, values = FILTERS[name]
+    parameters = [off, *values, off, *reversed(values)]
+    logits_RV = logits_of(kind, len(parameters))
+    before_RV = logits_RV.clone()
+    dtype = torch.int64 if isinstance(off, int) else torch.float64
+    filtered_RV = ours(logits_RV, torch.tensor(parameters, dtype=dtype))
+    for row, parameter in enumerate(parameters):
+        expected_1V = logits_RV[[row]]
+        if parameter != off:
+            expected_1V = warper(parameter)(None, expected_1V.clone())
+        kept_1V = filtered_RV[[row]]
+        if name == "top_p":  # which of the tokens that tie at the border stay, transformers leaves to an unstable sort
+            kept_1V, expected_1V = kept_1V.sort().values, expected_1V.sort().values
+        assert torch.equal(kept_1V, expected_1V), f"{name}={parameter}"
+    assert torch.equal(logits_RV, before_RV)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filter_that_every_row_needs(name: str) -> None:
+    ours, warper, off, values = FILTERS[name]
+    logits_RV = logits_of("random", len(values))
+    filtered_RV = ours(logits_RV, torch.tensor(values, dtype=torch.int64 if isinstance(off, int) else torch.float64))
+    expected_RV = torch.cat([warper(value)(None, logits_RV[[row]]) for row, value in enumerate(values)])
+    assert torch.equal(filtered_RV, expected_RV)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filter_that_no_row_needs_returns_its_input(name: str) -> None:
+    ours, _, off, _ = FILTERS[name]
+    logits_RV = logits_of("random", 3)
+    assert ours(logits_RV, torch.tensor([off] * 3)) is logits_RV
+
+
+def test_top_p_keeps_the_lower_ids_of_a_tie() -> None:
+    kept = filter_top_p(torch.zeros(2, 1000), torch.tensor([1e-9, 0.2501], dtype=torch.float64)).isfinite()
+    assert kept[0].nonzero().tolist() == [[0]]
+    assert kept[1].nonzero()[:, 0].tolist() == list(range(251))
+
+
+def test_top_k_alone_never_sorts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "sort", lambda *_, **__: pytest.fail("sorted the vocabulary"))
+    filters = Filters(
+        temperature=torch.tensor([0.5, 2.0], dtype=torch.float64),
+        top_k=torch.tensor([5, 0]),
+        typical_p=torch.ones(2, dtype=torch.float64),
+        top_p=torch.ones(2, dtype=torch.float64),
+        min_p=torch.tensor([0.1, 0.0], dtype=torch.float64),
+    )
+    apply_filters(logits_of("random", 2), filters)
+
+
+def test_filters_run_in_the_promised_order() -> None:
+    logits_RV = logits_of("random", 1)
+    one = torch.ones(1, dtype=torch.float64)
+    filters = Filters(
+        temperature=2 * one, top_k=torch.tensor([40]), typical_p=0.9 * one, top_p=0.8 * one, min_p=0.05 * one
+    )
+    expected_RV = logits_RV
+    for warper in (
+        TemperatureLogitsWarper(2.0),
+        TopKLogitsWarper(40),
+        TypicalLogitsWarper(0.9),
+        TopPLogitsWarper(0.8),
+        MinPLogitsWarper(0.05),
+    ):
+        expected_RV = warper(None, expected_RV)
+    assert torch.equal(apply_filters(logits_RV, filters), expected_RV)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # kat_vectors of Random123, philox4x32 10
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_known_answers(counter: str, key: str, expected: str) -> None:
+    def words(text: str) -> Tensor:
+        return torch.tensor([[int(word, 16)] for word in text.split()])
+
+    assert philox(words(counter), words(key)).tolist() == words(expected).tolist()
+
+
+def test_uniform_is_53_bits_of_the_first_two_words() -> None:
+    seed, position = 2**63 - 1, 2**40 + 3
+    counter = torch.tensor([[position & 0xFFFFFFFF], [position >> 32], [0], [0]])
+    key = torch.tensor([[seed & 0xFFFFFFFF], [seed >> 32]])
+    first, second, *_ = philox(counter, key)[:, 0].tolist()
+    expected = ((first >> 5) * 2**26 + (second >> 6)) / 2**53
+    assert uniform(torch.tensor([seed]), torch.tensor([position])).item() == expected
+
+
+def test_uniform_is_uniform_and_independent_between_positions_and_between_seeds() -> None:
+    seeds_R, positions_R = torch.arange(50_000), torch.full((50_000,), 9)
+    here, next_position = uniform(seeds_R, positions_R).numpy(), uniform(seeds_R, positions_R + 1).numpy()
+    along = uniform(torch.full((50_000,), 1234), torch.arange(50_000)).numpy()
+    assert here.min() >= 0 and here.max() < 1
+    for values in (here, along):
+        assert scipy.stats.kstest(values, "uniform").pvalue > P_VALUE
+    for first, second in ((here, next_position), (here[:-1], here[1:]), (along[:-1], along[1:])):
+        cells = np.histogram2d(first, second, bins=16, range=((0, 1), (0, 1)))[0]
+        assert scipy.stats.chisquare(cells.ravel()).pvalue > P_VALUE
+
+
+def test_sample_inverts_the_cdf_and_never_returns_an_impossible_token() -> None:
+    probs_V = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    below_one = math.nextafter(1, 0)
+    u_R = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, below_one], dtype=torch.float64)
+    assert sample(probs_V.expand(6, -1), u_R).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("u", [0.0, 5e-324, 2**-53, 0.5, math.nextafter(1, 0)])
+def test_sample_at_the_ends_of_a_large_vocabulary(u: float) -> None:
+    logits_RV = 3 * torch.randn(4, 50_000, generator=torch.Generator().manual_seed(0))
+    logits_RV[:, :100] = logits_RV[:, -100:] = -torch.inf
+    logits_RV[3] = -torch.inf
+    logits_RV[3, 31_415] = 0
+    probs_RV = logits_RV.softmax(dim=1)
+    token_ids_R = sample(probs_RV, torch.full((4,), u, dtype=torch.float64))
+    assert (probs_RV.gather(1, token_ids_R[:, None]) > 0).all()
+    assert token_ids_R[3] == 31_415
+
+
+def test_rows_without_a_distribution_are_named_and_harm_no_other() -> None:
+    logits_RV = torch.zeros(4, 5)
+    logits_RV[0] = -torch.inf
+    logits_RV[1, 2] = torch.nan
+    logits_RV[2, 2] = torch.inf
+    logits_RV[3, 3] = 1
+    assert greedy(logits_RV).tolist() == [NOTHING_TO_SAMPLE] * 3 + [3]
+    drawn = sample(logits_RV.softmax(dim=1), torch.full((4,), 0.5, dtype=torch.float64)).tolist()
+    assert drawn[:3] == [NOTHING_TO_SAMPLE] * 3
+    assert drawn[3] in range(5)
+
+
+def test_greedy_takes_the_lowest_id_of_a_tie() -> None:
+    logits_RV = torch.zeros(2, 40_000)
+    logits_RV[1, [5, 77, 39_999]] = 3
+    assert greedy(logits_RV).tolist() == [0, 5]
+
+
+@pytest.mark.parametrize("num_top", [0, 1, 5, 40, 100])
+def test_gather_logprobs(num_top: int) -> None:
+    logits_RV = logits_of("ties", 6, vocab=40)
+    token_ids_R = torch.tensor([0, 39, 3, 3, 17, 8])
+    chosen_R, rank_R, top_RK, top_logprobs_RK = gather_logprobs(logits_RV, token_ids_R, num_top)
+    for row, token_id in enumerate(token_ids_R.tolist()):
+        logprobs = logits_RV[row].log_softmax(dim=0).tolist()
+        expected = sorted(enumerate(logprobs), key=lambda pair: (-pair[1], pair[0]))[:num_top]
+        assert chosen_R[row].item() == pytest.approx(logprobs[token_id], rel=1e-6)
+        assert rank_R[row] == 1 + sum(other > logprobs[token_id] for other in logprobs)
+        assert top_logprobs_RK[row].tolist() == pytest.approx([logprob for _, logprob in expected], rel=1e-6)
+        # Which of the tokens that tie for the last place are in is free; before that, ids ascend within a tie.
+        certain = [token_id for token_id, logprob in expected if logprob > expected[-1][1]]
+        assert top_RK[row].tolist()[: len(certain)] == certain
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", FILTERS)
+def test_no_filter_hides_a_broken_row(name: str, broken: float) -> None:
+    ours, _, off, values = FILTERS[name]
+    logits_RV = logits_of("random", len(values))
+    logits_RV[:, 5] = broken
+    filtered_RV = ours(logits_RV, torch.tensor(values, dtype=torch.int64 if isinstance(off, int) else torch.float64))
+    drawn = sample(filtered_RV.softmax(dim=1), torch.full((len(values),), 0.3, dtype=torch.float64))
+    assert (drawn == NOTHING_TO_SAMPLE).all()
