@@ -1,0 +1,165 @@
+"""Station 3: a checkpoint becomes an engine.
+
+capture (the model's step as a graph) → rewrite (the ordered passes, verified after each stage) → tune (the fastest
+kernel for each op here) → plan memory → write the engine folder, streaming the weights through.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipstream import __version__
+from slipstream.build.capture import capture
+from slipstream.build.memory import plan_memory
+from slipstream.build.pipeline import PassReport, run_pipeline
+from slipstream.build.tune import tune
+from slipstream.checkpoint.folder import Checkpoint, new_folder
+from slipstream.engine.folder import CACHE_FILE, RANK_FILE, TOKENIZER_FOLDER, write_rank_file
+from slipstream.engine.graph import Graph, Node
+from slipstream.engine.manifest import FORMAT, Manifest
+from slipstream.errors import BuildError
+from slipstream.kernels.registry import known_ops
+from slipstream.schema.build import BuildConfig
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did: matches and benefits of the passes, ops before and after, bytes, seconds of each stage."""
+
+    passes: list[PassReport]
+    ops_captured: dict[str, int]
+    ops_final: dict[str, int]
+    memory: dict[str, int]
+    seconds: dict[str, float]
+
+
+def build(
+    checkpoint: Checkpoint,
+    output_dir: str | Path,
+    config: BuildConfig = BuildConfig(),  # noqa: B008 - frozen
+    *,
+    device: str = "cpu",
+    progress: Progress = lambda stage, done, total: None,
+) -> BuildReport:
+    """Build an engine folder. Raises BuildError; leaves no config.json unless the folder is whole."""
+    watch = _Stopwatch()
+    limits = resolve_limits(config, checkpoint)
+    progress("capture", 0, 1)
+    captured = capture(checkpoint.model.Model, checkpoint.config, checkpoint.dtype, limits.tokens_per_block)
+    graph = captured.graph
+    ops_captured = graph.count_ops()
+    watch.lap("capture")
+    passes = run_pipeline(graph, promised=checkpoint.model.PROMISED_PASSES, disabled=config.disabled_passes)
+    memory = plan_memory(graph, max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size)
+    watch.lap("rewrite")
+    choices = tune(
+        graph, torch.device(device), max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size,
+        progress=lambda done, total: progress("tune", done, total),
+    )  # fmt: skip
+    watch.lap("tune")
+    folder, written = Path(output_dir), 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal written
+        written += num_bytes
+        progress("write", written, memory["weights"])
+
+    with new_folder(folder, FORMAT) as description:
+        write_rank_file(folder / RANK_FILE, graph, _weight_reader(graph, checkpoint, captured.constants), count)
+        choices.save(folder / CACHE_FILE)
+        checkpoint.write_tokenizer(folder / TOKENIZER_FOLDER)
+        description |= _manifest(checkpoint, limits, graph, passes, memory).to_dict()
+    watch.lap("write")
+    return BuildReport(passes, ops_captured, graph.count_ops(), memory, watch.seconds)
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+    tokens_per_block: int
+
+
+def resolve_limits(config: BuildConfig, checkpoint: Checkpoint) -> Limits:
+    longest = checkpoint.config.max_position_embeddings
+    max_seq_len = config.max_seq_len or longest
+    for name in ("max_batch_size", "max_num_tokens", "tokens_per_block"):
+        if getattr(config, name) < 1:
+            raise BuildError(f"{name} is {getattr(config, name)}; it must be at least 1.")
+    if not 1 <= max_seq_len <= longest:
+        raise BuildError(f"max_seq_len is {max_seq_len}; {checkpoint.name} takes 1 to {longest}.")
+    if config.max_num_tokens < config.max_batch_size:
+        raise BuildError(
+            f"max_num_tokens is {config.max_num_tokens}, less than one token for each of max_batch_size "
+            f"{config.max_batch_size} sequences; raise it to {config.max_batch_size} or lower max_batch_size."
+        )
+    return Limits(config.max_batch_size, config.max_num_tokens, max_seq_len, config.tokens_per_block)
+
+
+def _manifest(
+    checkpoint: Checkpoint, limits: Limits, graph: Graph, passes: list[PassReport], memory: dict[str, int]
+) -> Manifest:
+    config = checkpoint.config
+    selected = graph.types[graph.outputs[0]].shape[0] == "R"
+    return Manifest(
+        name=checkpoint.name,
+        model_type=str(checkpoint.options["model_type"]),
+        dtype=checkpoint.dtype,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_batch_size=limits.max_batch_size,
+        max_num_tokens=limits.max_num_tokens,
+        max_seq_len=limits.max_seq_len,
+        tokens_per_block=limits.tokens_per_block,
+        logits="selected" if selected else "all",
+        graph_sha256=graph.digest(),
+        slipstream_version=__version__,
+        torch_version=torch.__version__,
+        passes=[asdict(report) for report in passes],
+        memory=memory,
+        generation=checkpoint.generation,
+    )
+
+
+def _weight_reader(graph: Graph, checkpoint: Checkpoint, constants: dict[str, Tensor]) -> Callable[[str], Tensor]:
+    """Weights by the engine's names: a constant, a prologue node's output, or the checkpoint's own."""
+    made_by: dict[str, Node] = {name: node for node in graph.prologue for name in node.outputs}
+
+    def read(name: str) -> Tensor:
+        if name in constants:
+            return constants[name]
+        node = made_by.get(name)
+        if node is None:
+            return checkpoint.read(name)
+        op = known_ops()[node.op]
+        inputs: list[Any] = [None if each is None else read(each) for each in node.inputs]
+        if any(argument.kind == "Tensor[]" for argument in op.arguments):
+            inputs = [inputs]
+        return op.reference(*inputs, **node.attributes)
+
+    return read
+
+
+class _Stopwatch:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage], self._last = now - self._last, now
+
+
+__all__ = ["BuildReport", "build"]

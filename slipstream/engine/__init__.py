@@ -1,0 +1,1 @@
+"""The border between build and runtime: a folder on disk. The build writes it, the runtime reads it, neither imports the other."""

@@ -17,6 +17,7 @@ from slipstream.schema.model import DecoderConfig, Options
 class ModelFile(Protocol):
     WEIGHTS: dict[str, str]
     IGNORED_WEIGHTS: tuple[str, ...]
+    PROMISED_PASSES: tuple[str, ...]
     TINY: dict[str, Any]
 
     class Config(DecoderConfig):

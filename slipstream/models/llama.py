@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from slipstream.kernels.attention.metadata import StepTensors
 from slipstream.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm, RotaryTable
-from slipstream.schema.model import DecoderConfig, Options, RopeConfig, read_rope
+from slipstream.schema.model import MAX_LAYERS, DecoderConfig, Options, RopeConfig, read_rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Config(DecoderConfig):
         return cls(
             vocab_size=options.integer("vocab_size"),
             hidden_size=hidden_size,
-            num_layers=options.integer("num_hidden_layers"),
+            num_layers=options.integer("num_hidden_layers", high=MAX_LAYERS),
             num_heads=num_heads,
             num_kv_heads=options.integer("num_key_value_heads", num_heads),
             head_dim=options.integer("head_dim", hidden_size // num_heads),
@@ -89,6 +89,9 @@ WEIGHTS = {
 }
 
 IGNORED_WEIGHTS = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)  # old exports carry the table we compute
+
+# Rewrites that must find something in this model; a build where one does not is refused.
+PROMISED_PASSES = ("fuse_qkv", "fuse_gate_up", "fuse_rope_kv_write", "fuse_add_norm", "last_token")
 
 TINY = {
     "model_type": "llama",

@@ -15,6 +15,9 @@ _SILENT_OPTIONS = frozenset(
 )
 
 
+MAX_LAYERS = 1024  # a config.json that asks for more is not a model; each layer costs time before any weight is read
+
+
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary embedding: the base and how it is stretched to longer contexts."""
@@ -40,6 +43,12 @@ class DecoderConfig:
     head_dim: int
     max_position_embeddings: int
 
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise CorruptFile(f"num_key_value_heads is {self.num_kv_heads}; it must divide {self.num_heads} attention heads.")
+        if self.head_dim % 2:
+            raise CorruptFile(f"head_dim is {self.head_dim}; rotary embedding needs an even number.")
+
 
 class Options:
     """A config.json being read: every option is taken once, and what nobody took is an error."""
@@ -48,11 +57,11 @@ class Options:
         self._values = {name: value for name, value in values.items() if name not in _SILENT_OPTIONS}
         self._source = source
 
-    def integer(self, name: str, default: int | None = None, *, low: int = 1) -> int:
+    def integer(self, name: str, default: int | None = None, *, high: int = 2**31) -> int:
         value = self._values.pop(name, None)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
-            raise CorruptFile(f"{self._source}: {name} is {value!r}; it must be a whole number of at least {low}.")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise CorruptFile(f"{self._source}: {name} is {value!r}; it must be a whole number from 1 to {high}.")
         return value
 
     def real(self, name: str, default: float | None = None) -> float:

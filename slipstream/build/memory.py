@@ -1,0 +1,37 @@
+"""What an engine will need before any of it is allocated: weights, KV cache, activations."""
+
+import math
+
+from slipstream.engine.graph import Graph, TensorType
+
+_BYTES = {"float32": 4, "int64": 8, "int32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int8": 1, "bool": 1}
+
+
+def plan_memory(graph: Graph, *, max_num_tokens: int, max_batch_size: int) -> dict[str, int]:
+    """Bytes: weights (all), kv_per_token (all layers), activations (the most alive at once in the largest step)."""
+    sizes = {"T": max_num_tokens, "S": max_batch_size, "S1": max_batch_size + 1, "R": max_batch_size, "B": 1, "N": 1}
+    kv = [kind for name, kind in graph.inputs.items() if name.startswith("kv.")]
+    block_size = int(kv[0].shape[2]) if kv else 1
+    return {
+        "weights": sum(_num_bytes(kind, sizes) for kind in graph.weights.values()),
+        "kv_per_token": sum(_num_bytes(kind, sizes) for kind in kv) // block_size,
+        "activations": _peak(graph, sizes),
+    }
+
+
+def _peak(graph: Graph, sizes: dict[str, int]) -> int:
+    """Walk the nodes; a value lives from its node to its last reader. Views (split) count as copies: an upper bound."""
+    last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs if name is not None}
+    last_use |= dict.fromkeys(graph.outputs, len(graph.nodes))
+    made = {name for node in graph.nodes for name in node.outputs}
+    alive = peak = 0
+    for index, node in enumerate(graph.nodes):
+        alive += sum(_num_bytes(graph.types[name], sizes) for name in node.outputs)
+        peak = max(peak, alive)
+        done = {name for name in (*node.inputs, *node.outputs) if name in made and last_use.get(name, index) == index}
+        alive -= sum(_num_bytes(graph.types[name], sizes) for name in done)
+    return peak
+
+
+def _num_bytes(kind: TensorType, sizes: dict[str, int]) -> int:
+    return math.prod(sizes[size] if isinstance(size, str) else size for size in kind.shape) * _BYTES[kind.dtype]

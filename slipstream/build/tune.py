@@ -1,0 +1,146 @@
+"""Measure the candidates of each op on this device, at each number of rows; the table of winners is model.cache."""
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipstream.engine.choices import ROW_BUCKETS, Choices, key_of
+from slipstream.engine.graph import Graph, Node, TensorType
+from slipstream.kernels.registry import Kernel, Op, known_ops
+
+_COLD_BYTES = 96 << 20  # weights cycled through while timing, so that no cache level holds them as none will in a step
+_ROUNDS = 3
+_SECONDS = 0.01  # of calls, at least, for one timing
+
+
+def describe_device(device: torch.device) -> str:
+    """Everything a measurement depends on besides the graph."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return f"{name}; torch {torch.__version__}; CUDA {torch.version.cuda}"
+    return f"{_processor()}; {torch.get_num_threads()} threads; torch {torch.__version__}"
+
+
+@cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def tune(
+    graph: Graph,
+    device: torch.device,
+    *,
+    max_num_tokens: int,
+    max_batch_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Choices:
+    """Time every op that has a choice here. Ops that need a live step (attention) take their first candidate."""
+    todo: dict[str, Node] = {}
+    for node in graph.nodes:
+        if _is_measurable(node, graph) and len(_candidates(node, graph, device)) > 1:
+            todo.setdefault(key_of(node, graph.types), node)
+    kernels: dict[str, list[str]] = {}
+    with torch.inference_mode():
+        for done, (key, node) in enumerate(todo.items()):
+            progress(done, len(todo))
+            limit = max_batch_size if _rows(node, graph) == "R" else max_num_tokens
+            kernels[key] = _fastest_by_rows(node, graph, device, limit)
+    progress(len(todo), len(todo))
+    return Choices(describe_device(device), kernels)
+
+
+def _candidates(node: Node, graph: Graph, device: torch.device) -> dict[str, Kernel]:
+    dtype = getattr(torch, graph.types[node.outputs[0]].dtype) if node.outputs else torch.float32
+    return known_ops()[node.op].candidates(device, dtype)
+
+
+def _rows(node: Node, graph: Graph) -> int | str:
+    return graph.types[node.inputs[0]].shape[0]  # type: ignore[index]
+
+
+def _is_measurable(node: Node, graph: Graph) -> bool:
+    """Every input is a weight or a float tensor with one row a token: random numbers are as good as real ones."""
+    rows_first = (("T",), ("R",))
+    return bool(node.outputs) and all(
+        name is None
+        or name in graph.weights
+        or (graph.types[name].dtype.startswith(("float", "bfloat")) and graph.types[name].shape[:1] in rows_first)
+        for name in node.inputs
+    )
+
+
+def _fastest_by_rows(node: Node, graph: Graph, device: torch.device, limit: int) -> list[str]:
+    op, candidates = known_ops()[node.op], _candidates(node, graph, device)
+    weights = _cold_copies([graph.types[name] for name in node.inputs if name in graph.weights], device)
+    winners: list[str] = []
+    for num_rows in ROW_BUCKETS:
+        if winners and num_rows >= 2 * limit:
+            winners.append(winners[-1])
+            continue
+        calls = cycle([_arguments(node, graph, op, num_rows, copy, device) for copy in weights])
+        best = dict.fromkeys(candidates, float("inf"))
+        for _ in range(_ROUNDS):  # interleaved, so that a disturbance hits all alike
+            for name, kernel in candidates.items():
+                best[name] = min(best[name], _seconds(kernel.function, calls, node.attributes, device))
+        winners.append(min(best, key=best.__getitem__))
+    return winners
+
+
+def _cold_copies(kinds: Sequence[TensorType], device: torch.device) -> list[list[Tensor]]:
+    def make(kind: TensorType) -> Tensor:
+        shape = [int(size) for size in kind.shape]
+        return torch.full(shape, 0.01, dtype=getattr(torch, kind.dtype), device=device)
+
+    first = [make(kind) for kind in kinds]
+    size = sum(weight.nbytes for weight in first)
+    count = max(1, min(16, _COLD_BYTES // max(size, 1)))
+    return [first, *([make(kind) for kind in kinds] for _ in range(count - 1))]
+
+
+def _arguments(
+    node: Node, graph: Graph, op: Op, num_rows: int, weights: list[Tensor], device: torch.device
+) -> list[Any]:
+    rest = iter(weights)
+    values: list[Any] = []
+    for name in node.inputs:
+        if name is None:
+            values.append(None)
+        elif name in graph.weights:
+            values.append(next(rest))
+        else:
+            kind = graph.types[name]
+            shape = [num_rows, *(int(size) for size in kind.shape[1:])]
+            values.append(torch.full(shape, 0.5, dtype=getattr(torch, kind.dtype), device=device))
+    return [values] if any(argument.kind == "Tensor[]" for argument in op.arguments) else values
+
+
+def _seconds(
+    function: Callable[..., Any], calls: Iterator[list[Any]], attributes: dict[str, Any], device: torch.device
+) -> float:
+    """Seconds a call; each call takes the next of the cold weights."""
+    function(*next(calls), **attributes)
+    _synchronize(device)
+    start, count = time.perf_counter(), 0
+    while True:
+        function(*next(calls), **attributes)
+        count += 1
+        _synchronize(device)
+        elapsed = time.perf_counter() - start
+        if elapsed >= _SECONDS:
+            return elapsed / count
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,147 @@
+"""Opening any model as a Checkpoint: rename by the model's table, and prove that nothing is missing or left over."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slipstream.checkpoint.folder import FORMAT, TOKENIZER_FOLDER, VERSION, WEIGHTS_FILE, Checkpoint
+from slipstream.checkpoint.gguf import GGUFModel
+from slipstream.checkpoint.source import Source, resolve
+from slipstream.checkpoint.tensors import ShardedTensors, TensorSource
+from slipstream.checkpoint.tokenizer_files import copy_tokenizer, write_gguf_tokenizer
+from slipstream.engine.bounded_json import read_json
+from slipstream.engine.tensor_file import TensorFile
+from slipstream.errors import CorruptFile, ModelError
+from slipstream.models import ModelFile, read_config
+from slipstream.schema.build import DTYPES
+from slipstream.schema.model import DecoderConfig
+
+
+def convert(
+    model: str | Path, output_dir: str | Path, *, dtype: str = "auto", progress: Callable[[int], None] = lambda _: None
+) -> None:
+    """Write a model as a checkpoint folder. dtype "auto" keeps the dtype the model was published in."""
+    checkpoint = open_checkpoint(resolve(model), dtype)
+    try:
+        checkpoint.save(Path(output_dir), progress)
+    finally:
+        checkpoint.close()
+
+
+def open_checkpoint(source: Source, dtype: str = "auto") -> Checkpoint:
+    """Open a Hugging Face folder, a GGUF file or a checkpoint folder; no weight is read yet."""
+    if dtype not in ("auto", *DTYPES):
+        raise ModelError(f"dtype is {dtype!r}; it must be auto, {', '.join(DTYPES)}.")
+    if source.kind == "checkpoint":
+        return _open_ours(source, dtype)
+    if source.kind == "gguf":
+        gguf = GGUFModel.open(source.path)
+        return _open(
+            source, gguf, gguf.hf_config(), gguf.generation_config(), dtype,
+            lambda folder: write_gguf_tokenizer(gguf.tokenizer_facts(), folder),
+        )  # fmt: skip
+    if source.kind == "folder":
+        generation_path = source.path / "generation_config.json"
+        generation = read_json(generation_path) if generation_path.is_file() else {}
+        options = read_json(source.path / "config.json")
+        tensors = ShardedTensors.open(source.path)
+        return _open(
+            source, tensors, options, generation, dtype, lambda folder: copy_tokenizer(source.path, folder)
+        )  # fmt: skip
+    raise ModelError(f"{source.path} is an engine already; give a model folder or a .gguf file to convert.")
+
+
+def _open(
+    source: Source,
+    tensors: TensorSource,
+    options: dict[str, Any],
+    generation: dict[str, Any],
+    dtype: str,
+    write_tokenizer: Callable[[Path], None],
+) -> Checkpoint:
+    try:
+        model, config = read_config(options, str(source.path))
+        names = rename(model, config, tensors.names(), source.path)
+        check_shapes(model, config, names, tensors, source.path)
+    except BaseException:
+        tensors.close()
+        raise
+    if dtype == "auto":
+        dtype = published_dtype(options)
+    generation = {"eos_token_id": options.get("eos_token_id"), "bos_token_id": options.get("bos_token_id")} | generation
+    return Checkpoint(source.name, options, config, model, dtype, generation, tensors, names, write_tokenizer)
+
+
+def _open_ours(source: Source, dtype: str) -> Checkpoint:
+    description = read_json(source.path / "config.json")
+    if description.get("version") != VERSION or description.get("format") != FORMAT:
+        raise ModelError(
+            f"{source.path} is version {description.get('version')!r} of {FORMAT}; this is version {VERSION}: convert the model again."
+        )
+    options, generation = description.get("model"), description.get("generation")
+    if not isinstance(options, dict) or not isinstance(generation, dict):
+        raise CorruptFile(f"{source.path}/config.json: model and generation must be objects.")
+    model, config = read_config(options, f"{source.path}/config.json")
+    tensors = TensorFile.open(source.path / WEIGHTS_FILE)
+    names = {name: name for name in tensors.names()}
+    check_shapes(model, config, names, tensors, source.path)
+    stored = description.get("dtype")
+    if stored not in DTYPES:
+        raise CorruptFile(f"{source.path}/config.json: dtype is {stored!r}; it must be one of {', '.join(DTYPES)}.")
+    chosen = stored if dtype == "auto" else dtype
+    tokenizer = source.path / TOKENIZER_FOLDER
+    return Checkpoint(
+        source.name, options, config, model, chosen, generation, tensors, names,
+        lambda folder: copy_tokenizer(tokenizer, folder),
+    )  # fmt: skip
+
+
+def published_dtype(options: dict[str, Any]) -> str:
+    named = options.get("dtype", options.get("torch_dtype"))
+    return named if named in DTYPES else "float32"
+
+
+def rename(model: ModelFile, config: DecoderConfig, found: Iterable[str], where: Path) -> dict[str, str]:
+    """Our name → the source's, for every tensor the model's table knows; the others are an error."""
+    table = [(_pattern(theirs), ours) for theirs, ours in model.WEIGHTS.items()]
+    ignored = [_pattern(name) for name in model.IGNORED_WEIGHTS]
+    is_tied = getattr(config, "tie_word_embeddings", False)
+    names: dict[str, str] = {}
+    left_over: list[str] = []
+    for name in found:
+        ours = next((ours.format(**m.groupdict()) for pattern, ours in table if (m := pattern.fullmatch(name))), None)
+        if ours is None:
+            if not any(pattern.fullmatch(name) for pattern in ignored):
+                left_over.append(name)
+        elif not (is_tied and ours == "lm_head.weight"):
+            names[ours] = name
+    if left_over:
+        more = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
+        raise CorruptFile(f"{where} holds the tensor {left_over[0]}{more}, which this model does not have.")
+    return names
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """model.layers.{i}.mlp.{p}_proj.weight → a regular expression with the groups i (a number) and p (a word)."""
+    text = re.escape(name).replace(r"\{i\}", r"(?P<i>\d{1,5})").replace(r"\{p\}", r"(?P<p>[a-z]{1,32})")
+    return re.compile(text, re.ASCII)
+
+
+def check_shapes(
+    model: ModelFile, config: DecoderConfig, names: dict[str, str], tensors: TensorSource, where: Path
+) -> None:
+    """Raise CorruptFile unless the tensors are exactly the model's parameters."""
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in model.Model(config).named_parameters()}
+    for name, shape in expected.items():
+        if name not in names:
+            raise CorruptFile(f"{where} lacks the tensor for {name} {list(shape)}.")
+        actual = tensors.shape(names[name])
+        if actual != shape:
+            raise CorruptFile(f"{where}: the tensor {names[name]} is {list(actual)}; the config asks for {list(shape)}.")
+    for name in names:
+        if name not in expected:
+            raise CorruptFile(f"{where} holds the tensor {names[name]}, which its config has no place for.")

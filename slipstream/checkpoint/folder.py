@@ -1,0 +1,82 @@
+"""Checkpoint: a model ready to build. And the folder it can be saved in."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipstream.checkpoint.tensors import TensorSource
+from slipstream.engine.tensor_file import write_tensor_file
+from slipstream.errors import ModelError
+from slipstream.models import ModelFile
+from slipstream.schema.model import DecoderConfig
+
+FORMAT = "slipstream-checkpoint"
+VERSION = 1
+WEIGHTS_FILE = "rank0.safetensors"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A decoder's shape, and its weights under our names, each read when asked for."""
+
+    name: str
+    options: dict[str, Any]  # the Hugging Face style config.json
+    config: DecoderConfig
+    model: ModelFile
+    dtype: str  # what read() gives
+    generation: dict[str, Any]  # generation_config.json; {} where there is none
+    weights: TensorSource
+    names: dict[str, str]  # our name → the source's
+    write_tokenizer: Callable[[Path], None]
+
+    def read(self, name: str) -> Tensor:
+        """One weight in the checkpoint's dtype."""
+        return self.weights.read(self.names[name]).to(getattr(torch, self.dtype))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.weights.shape(self.names[name])
+
+    def close(self) -> None:
+        self.weights.close()
+
+    def save(self, folder: Path, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
+        """Write the checkpoint folder; config.json comes last, so a folder that has it is whole."""
+        with new_folder(folder, FORMAT) as description:
+            dtype = getattr(torch, self.dtype)
+            entries = [(name, self.shape(name), dtype, lambda name=name: self.read(name)) for name in self.names]
+            write_tensor_file(folder / WEIGHTS_FILE, entries, {"format": "pt"}, progress)
+            self.write_tokenizer(folder / TOKENIZER_FOLDER)
+            description |= {"dtype": self.dtype, "model": self.options, "generation": self.generation}
+
+
+@contextmanager
+def new_folder(folder: Path, file_format: str) -> Iterator[dict[str, Any]]:
+    """Make or overwrite one of our folders: config.json goes first and comes back last, with what the block put in.
+
+    Refuses a folder that holds something else, so that --output_dir cannot land in a user's own files.
+    """
+    config_path = folder / "config.json"
+    if folder.exists() and any(folder.iterdir()):
+        try:
+            found = json.loads(config_path.read_bytes()).get("format") if config_path.is_file() else None
+        except (ValueError, AttributeError):
+            found = None
+        if found != file_format:
+            raise ModelError(f"{folder} is not empty and holds no {file_format}; give an --output_dir that is new or empty.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config_path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be written ({error.strerror}); give another --output_dir.") from None
+    description: dict[str, Any] = {"format": file_format, "version": VERSION}
+    yield description
+    partial = folder / "config.json.partial"
+    partial.write_text(json.dumps(description, indent=1) + "\n")
+    partial.replace(config_path)

@@ -1,0 +1,44 @@
+"""A tiny random model of any known architecture, as a Hugging Face folder: for tests, examples and benches."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slipstream.engine.tensor_file import write_tensor_file
+from slipstream.models import read_config
+
+
+def write_random_model(folder: Path, options: dict[str, Any], *, seed: int = 0, dtype: str = "float32") -> Path:
+    """Write config.json and model.safetensors under Hugging Face's names; equal seeds give equal bytes.
+
+    Weights are normal with a deviation of fan_in ** -0.5 (norms near 1), so that logits are neither flat nor huge.
+    """
+    model, config = read_config(options, str(folder))
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in model.Model(config).named_parameters()}
+    kind = getattr(torch, dtype)
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(name: str) -> torch.Tensor:
+        shape = shapes[name]
+        values = torch.randn(shape, generator=generator)
+        return (1 + 0.1 * values if len(shape) == 1 and "norm" in name else values * shape[-1] ** -0.5).to(kind)
+
+    # In the order of the parameters, since one generator draws them all; the writer keeps that order within a dtype.
+    entries = [(to_hugging_face(model.WEIGHTS, name), shape, kind, lambda name=name: make(name)) for name, shape in shapes.items()]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensor_file(folder / "model.safetensors", entries, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(options | {"dtype": dtype}, indent=1) + "\n")
+    return folder
+
+
+def to_hugging_face(table: dict[str, str], ours: str) -> str:
+    """The way back through a WEIGHTS table."""
+    from slipstream.checkpoint.convert import _pattern
+
+    for theirs, pattern in table.items():
+        if match := _pattern(pattern).fullmatch(ours):
+            return theirs.format(**match.groupdict())
+    raise KeyError(ours)

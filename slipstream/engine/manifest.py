@@ -1,0 +1,93 @@
+"""Manifest: config.json of an engine folder. What the graph is for, its limits, and how it was made."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+from slipstream.errors import EngineError
+from slipstream.schema.build import DTYPES
+
+FORMAT = "slipstream-engine"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    name: str  # the model, for people
+    model_type: str
+    dtype: str
+    # shape
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    # limits of one step and of one sequence
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+    tokens_per_block: int
+    # what the runtime must know of the graph
+    logits: str  # "selected": one row for each of step.logit_rows; "all": one for each token
+    graph_sha256: str
+    # how it was made
+    slipstream_version: str
+    torch_version: str
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+    # the model's own generation defaults (generation_config.json)
+    generation: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        value = self.generation.get("eos_token_id")
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        return frozenset(int(token_id) for token_id in values)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> Self:
+        """Raises EngineError where the engine was made by another version or by no build of ours."""
+        if values.get("format") != FORMAT:
+            raise EngineError(f"{where} is not an engine; make one with slipstream build --output_dir {where}.")
+        if values.get("version") != VERSION:
+            raise EngineError(f"{where} has engine format {values.get('version')!r}, this is {VERSION}; build it again.")
+        kinds = {each.name: each.type for each in fields(cls)}
+        missing = [name for name in kinds if name not in values]
+        unknown = [name for name in values if name not in kinds and name not in ("format", "version")]
+        if missing or unknown:
+            raise EngineError(f"{where}/config.json: the key {(missing or unknown)[0]!r} is {'missing' if missing else 'unknown'}.")
+        for name, kind in kinds.items():
+            _check(where, name, values[name], kind)
+        manifest = cls(**{name: values[name] for name in kinds})
+        manifest._check_choices(where)
+        return manifest
+
+    def _check_choices(self, where: str) -> None:
+        if self.dtype not in DTYPES:
+            raise EngineError(f"{where}/config.json: dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
+        if self.logits not in ("selected", "all"):
+            raise EngineError(f"{where}/config.json: logits is {self.logits!r}; it must be selected or all.")
+        try:
+            ok = all(0 <= token_id < self.vocab_size for token_id in self.eos_token_ids)
+        except (TypeError, ValueError):
+            ok = False
+        if not ok:
+            raise EngineError(f"{where}/config.json: eos_token_id is {self.generation['eos_token_id']!r}; it must be token ids.")
+
+
+def _check(where: str, name: str, value: Any, kind: Any) -> None:
+    if kind is int:
+        ok = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+    elif kind is str:
+        ok = isinstance(value, str) and len(value) < 4096
+    else:
+        ok = isinstance(value, list if str(kind).startswith("list") else dict)
+    if not ok:
+        raise EngineError(f"{where}/config.json: {name} is {str(value)[:80]!r}, which no build writes.")

@@ -1,0 +1,1 @@
+"""One rank: owns weights, KV tensors and sampling slots, and executes StepPlans."""

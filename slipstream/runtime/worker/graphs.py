@@ -1,0 +1,105 @@
+"""The engine's graph as a Python function: one line a node, each calling the kernel chosen for it.
+
+The source is generated from the checked graph with names of our own making (v0, v1, ...): nothing out of the engine
+file is executed, and only registered ops can be called. On a GPU the function's calls are what a CUDA graph records.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipstream.engine.choices import ROW_BUCKETS, Choices, bucket_of, key_of
+from slipstream.engine.graph import Graph, Node
+from slipstream.errors import EngineError
+from slipstream.kernels.registry import Argument, Op, known_ops
+
+StepFunction = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+
+_KINDS: dict[str, tuple[type, ...]] = {"float": (float, int), "int": (int,), "bool": (bool,), "int[]": (list,)}
+
+
+def compile_graph(graph: Graph, weights: dict[str, Tensor], choices: Choices, device: torch.device) -> StepFunction:
+    """A function from the graph's inputs, by name, to its outputs. Raises EngineError for an op it may not call."""
+    writer = _Writer(graph, weights, choices, device)
+    source = writer.source()
+    exec(compile(source, "<engine graph>", "exec"), writer.scope)
+    return writer.scope["step"]
+
+
+class _Writer:
+    def __init__(self, graph: Graph, weights: dict[str, Tensor], choices: Choices, device: torch.device) -> None:
+        self.scope: dict[str, Any] = {}
+        self._graph, self._choices, self._device = graph, choices, device
+        self._ops = known_ops()
+        self._names: dict[str, str] = {}
+        for name in graph.inputs:
+            self._names[name] = f"i{len(self._names)}"
+        for index, (name, tensor) in enumerate(weights.items()):
+            self._names[name] = f"w{index}"
+            self.scope[f"w{index}"] = tensor
+
+    def source(self) -> str:
+        lines = ["def step(inputs):"]
+        lines += [f"    {self._names[name]} = inputs[{name!r}]" for name in self._graph.inputs]
+        last_use = {name: i for i, node in enumerate(self._graph.nodes) for name in node.inputs if name is not None}
+        made = {name for node in self._graph.nodes for name in node.outputs} - set(self._graph.outputs)
+        for index, node in enumerate(self._graph.nodes):
+            lines.append(f"    {self._call(index, node)}")
+            done = [name for name in dict.fromkeys((*node.inputs, *node.outputs)) if name in made]
+            dead = [self._names[name] for name in done if last_use.get(name, index) == index]  # type: ignore[arg-type, index]
+            if dead:
+                lines.append(f"    del {', '.join(dead)}")
+        lines.append(f"    return ({', '.join(self._names[name] for name in self._graph.outputs)},)")
+        return "\n".join(lines)
+
+    def _call(self, index: int, node: Node) -> str:
+        op = self._checked(node)
+        self.scope[f"k{index}"] = self._kernel(op, node)
+        arguments = ["None" if name is None else self._names[name] for name in node.inputs]
+        if any(argument.kind == "Tensor[]" for argument in op.arguments):
+            arguments = [f"[{', '.join(arguments)}]"]
+        for position, argument in enumerate(op.attributes):
+            self.scope[f"a{index}_{position}"] = node.attributes[argument.name]
+            arguments.append(f"a{index}_{position}")
+        for name in node.outputs:
+            self._names[name] = f"v{len(self._names)}"
+        left = "".join(f"{self._names[name]}, " for name in node.outputs)
+        call = f"k{index}({', '.join(arguments)})"
+        if not left:
+            return call
+        return f"{left.removesuffix(', ')} = {call}" if op.num_outputs == 1 else f"{left}= {call}"
+
+    def _checked(self, node: Node) -> Op:
+        op = self._ops.get(node.op)
+        if op is None:
+            raise EngineError(f"the engine's graph calls {node.op!r}, which is no op of this version; build it again.")
+        takes_list = any(argument.kind == "Tensor[]" for argument in op.arguments)
+        ok = takes_list or len(node.inputs) == len(op.tensor_arguments)
+        ok &= takes_list or all(
+            name is not None or argument.kind == "Tensor?"
+            for name, argument in zip(node.inputs, op.tensor_arguments, strict=True)
+        )
+        ok &= op.num_outputs in (None, len(node.outputs)) and set(node.attributes) == {a.name for a in op.attributes}
+        if not ok or not all(_fits(argument, node.attributes[argument.name]) for argument in op.attributes):
+            raise EngineError(f"the engine's graph calls {node.op} in a way it cannot be called: {str(node)[:200]}.")
+        return op
+
+    def _kernel(self, op: Op, node: Node) -> Callable[..., Any]:
+        """The measured choice by rows, or else the newest candidate that runs here."""
+        dtype = getattr(torch, self._graph.types[node.outputs[0]].dtype, None) if node.outputs else None
+        candidates = op.candidates(self._device, dtype or torch.float32)
+        chosen = self._choices.kernels.get(key_of(node, self._graph.types), [])
+        if len(chosen) != len(ROW_BUCKETS) or not set(chosen) <= set(candidates):
+            return list(candidates.values())[-1].function
+        functions = [candidates[name].function for name in chosen]
+        if len(set(functions)) == 1:
+            return functions[0]
+        return lambda x, *rest: functions[bucket_of(x.shape[0])](x, *rest)
+
+
+def _fits(argument: Argument, value: Any) -> bool:
+    if argument.kind == "int[]":
+        return isinstance(value, list) and all(type(item) is int for item in value)
+    return type(value) in _KINDS[argument.kind]

@@ -1,0 +1,75 @@
+"""How many KV blocks fit."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream.engine.manifest import Manifest
+from slipstream.errors import CapacityError
+
+CPU_KV_LIMIT = 4 << 30  # a CPU's memory is everyone's; more is taken only when asked for by --kv_cache_max_tokens
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could still be allocated there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def count_blocks(manifest: Manifest, device: torch.device, *, fraction: float, max_tokens: int | None) -> int:
+    """KV blocks to allocate, the null block included.
+
+    As many as a full batch of the longest sequences could use, within `fraction` of what is free after the
+    activations; `max_tokens` asks for a number instead. Raises CapacityError where that does not fit.
+    """
+    block_bytes = manifest.kv_bytes_per_token * manifest.tokens_per_block
+    budget = max(0, int(fraction * (free_memory(device) - manifest.memory.get("activations", 0))))
+    fitting = budget // block_bytes
+    if max_tokens is not None:
+        wanted = -(-max_tokens // manifest.tokens_per_block) + 1
+        if wanted > fitting:
+            raise CapacityError(
+                f"A KV cache of {max_tokens} tokens takes {wanted * block_bytes / 2**30:.1f} GiB and {fraction:.0%} of "
+                f"the free memory is {budget / 2**30:.1f} GiB; lower --kv_cache_max_tokens to "
+                f"{max(0, fitting - 1) * manifest.tokens_per_block} or raise --kv_cache_free_memory_fraction."
+            )
+        return wanted
+    useful = manifest.max_batch_size * -(-manifest.max_seq_len // manifest.tokens_per_block) + 1
+    limit = CPU_KV_LIMIT // block_bytes if device.type == "cpu" else useful
+    num_blocks = min(useful, fitting, max(limit, 2))
+    if num_blocks < 2:
+        raise CapacityError(
+            f"No KV block fits: one takes {block_bytes / 2**20:.1f} MiB and {fraction:.0%} of the free memory is "
+            f"{budget / 2**20:.1f} MiB; free some memory or raise --kv_cache_free_memory_fraction (now {fraction:g})."
+        )
+    return num_blocks
+
+
+def allocate_kv(manifest: Manifest, num_blocks: int, device: torch.device) -> list[Tensor]:
+    """One zeroed cache a layer."""
+    shape = (2, num_blocks, manifest.tokens_per_block, manifest.num_kv_heads, manifest.head_dim)
+    dtype = getattr(torch, manifest.dtype)
+    try:
+        if device.type == "cpu":
+            return [_lazy_zeros(shape, dtype) for _ in range(manifest.num_layers)]
+        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(manifest.num_layers)]
+    except (RuntimeError, MemoryError):
+        size = num_blocks * manifest.tokens_per_block * manifest.kv_bytes_per_token
+        raise CapacityError(
+            f"The KV cache of {size / 2**30:.1f} GiB could not be allocated; lower --kv_cache_free_memory_fraction "
+            "or set --kv_cache_max_tokens."
+        ) from None
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory only as they are written (calloc); torch.zeros would touch every page."""
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

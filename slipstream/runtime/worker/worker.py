@@ -1,0 +1,65 @@
+"""Worker: executes StepPlans on one device. Owns the weights, the KV tensors and the sampling slots."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from slipstream.engine.choices import Choices
+from slipstream.engine.folder import Engine
+from slipstream.runtime.worker.graphs import compile_graph
+from slipstream.runtime.worker.inputs import StepInputs, make_inputs
+from slipstream.runtime.worker.memory import allocate_kv
+from slipstream.runtime.worker.sample import Sampler
+from slipstream.schema.step import BlockCopy, SequenceResult, StepPlan, StepResult
+
+
+class Worker:
+    def __init__(self, engine: Engine, choices: Choices, num_blocks: int, device: torch.device) -> None:
+        manifest = engine.manifest
+        self._device, self._manifest = device, manifest
+        weights = {name: engine.weights.read(name).to(device) for name in engine.graph.weights}
+        self._kv = allocate_kv(manifest, num_blocks, device)
+        self._kv_inputs = {f"kv.{layer}": kv for layer, kv in enumerate(self._kv)}
+        self._step = compile_graph(engine.graph, weights, choices, device)
+        self._sampler = Sampler(manifest.vocab_size, device)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step: slots and copies first, then the graph, then sampling."""
+        for slot in plan.freed_slots:
+            self._sampler.remove(slot)
+        for sequence in plan.sequences:
+            if sequence.new is not None:
+                self._sampler.add(sequence.slot, sequence.new, sequence.output_token_ids)
+        for copy in plan.copies:
+            self._copy(copy)
+        # A prompt whose logprobs were asked for needs the logits of every token; the others only of their last.
+        wants_all_rows = [self._sampler.asks_prompt_logprobs(sequence.slot) for sequence in plan.sequences]
+        inputs = make_inputs(plan, wants_all_rows, self._manifest.tokens_per_block, self._device)
+        return self._finish(plan, inputs, self._run(inputs))
+
+    def _run(self, inputs: StepInputs) -> Tensor:
+        """Logits of the wanted rows, [R, vocab_size]."""
+        step = inputs.tensors
+        (logits_RV,) = self._step({f"step.{name}": tensor for name, tensor in vars(step).items()} | self._kv_inputs)
+        return logits_RV if self._manifest.logits == "selected" else logits_RV[step.logit_rows]
+
+    def _finish(self, plan: StepPlan, inputs: StepInputs, logits_RV: Tensor) -> StepResult:
+        """Sample the last row of each sequence that is at its last known token; report the prompt logprobs asked for."""
+        chunks = logits_RV.split(list(inputs.logit_counts))
+        sampled = [index for index, sequence in enumerate(plan.sequences) if sequence.sample]
+        rows_RV = logits_RV
+        if len(sampled) != len(logits_RV):
+            rows_RV = torch.stack([chunks[index][-1] for index in sampled]) if sampled else logits_RV[:0]
+        drawn = iter(self._sampler.sample([plan.sequences[index].slot for index in sampled], rows_RV) if sampled else ())
+        results = []
+        for sequence, chunk in zip(plan.sequences, chunks, strict=True):
+            result = next(drawn) if sequence.sample else SequenceResult()
+            prompt_logprobs = self._sampler.prompt_logprobs(sequence.slot, sequence.start, chunk)
+            results.append(replace(result, prompt_logprobs=prompt_logprobs) if prompt_logprobs else result)
+        return StepResult(tuple(results))
+
+    def _copy(self, copy: BlockCopy) -> None:
+        for kv_2NBKD in self._kv:
+            kv_2NBKD[:, copy.target, : copy.num_tokens] = kv_2NBKD[:, copy.source, : copy.num_tokens]
