@@ -1,0 +1,43 @@
+"""Slipstream: build, run and serve large language models.
+
+    from slipstream import LLM, SamplingParams
+
+    with LLM("smollm2") as llm:
+        print(llm.generate("The capital of France is", SamplingParams(max_tokens=8)).outputs[0].text)
+
+The stations have their own packages: `slipstream.checkpoint.convert`, `slipstream.build.build`. Public names are
+loaded when first used, so that `import slipstream` stays light: no torch, no numpy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from slipstream import errors
+
+if TYPE_CHECKING:
+    from slipstream.api import LLM, CompletionOutput, RequestOutput
+    from slipstream.schema.sampling import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "errors"]
+
+_HOMES = {
+    "LLM": "slipstream.api",
+    "CompletionOutput": "slipstream.api",
+    "RequestOutput": "slipstream.api",
+    "SamplingParams": "slipstream.schema.sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'slipstream' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,77 @@
+"""The typer app around the verbs. Imported by main(), because typer itself costs some 50 ms."""
+
+import inspect
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from slipstream import __version__
+from slipstream.cli._errors import plain_errors
+
+
+class VerbCommand(TyperCommand):
+    """A verb: `-` and `_` are alike in its options, and its errors are sentences.
+
+    The seeds write `--max_output_len`, so that is the spelling in the help; `--max-output-len` works as well.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.context_settings = {**(self.context_settings or {}), "token_normalize_func": _underscored}
+        for option in self.params:
+            option.opts = [_underscored_option(name) for name in option.opts]
+            option.secondary_opts = [_underscored_option(name) for name in option.secondary_opts]
+
+    def invoke(self, ctx: Any) -> Any:
+        # Inside typer's own handlers, which would turn Ctrl-C and a closed pipe into messages of theirs.
+        with plain_errors():
+            return super().invoke(ctx)
+
+
+def make_app(verbs: Iterable[str]) -> typer.Typer:
+    """A typer app that knows these verbs; their modules are imported."""
+    app = typer.Typer(
+        help="Build, run and serve large language models.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_slipstream)
+    for verb in verbs:
+        function = getattr(import_module(f"slipstream.cli.{verb}"), verb)
+        text, epilog = _split_example(function.__doc__ or "")
+        app.command(verb, cls=VerbCommand, help=text, epilog=epilog)(function)
+    return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"slipstream {__version__}")
+        raise typer.Exit()
+
+
+def _slipstream(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """The options that stand before a verb."""
+
+
+def _split_example(docstring: str) -> tuple[str, str | None]:
+    """Help text and epilog: the docstring's "Example:" goes below the options, its lines kept as they are."""
+    text, found, example = inspect.cleandoc(docstring).partition("Example:")
+    return text.strip(), f"\b\nExample:{example.rstrip()}" if found else None
+
+
+def _underscored(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _underscored_option(name: str) -> str:
+    return "--" + _underscored(name[2:]) if name.startswith("--") else name

@@ -1,0 +1,47 @@
+"""`import slipstream` and `slipstream --help` are light: no torch and nothing else that takes its time."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "numpy", "tokenizers", "jinja2", "huggingface_hub", "transformers", "gguf", "safetensors", "triton"}
+CPU_SECONDS = 0.3  # generous: 0.02 to 0.15 where this was written
+
+STARTS = {
+    "import slipstream": "import slipstream",
+    "import slipstream.cli": "import slipstream.cli",
+    "slipstream --help": "import slipstream.cli; slipstream.cli.main(['--help'])",
+    "slipstream --version": "import slipstream.cli; slipstream.cli.main(['--version'])",
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_heavy_packages_are_not_imported(start: str) -> None:
+    script = f"""
+import sys
+try:
+    {STARTS[start]}
+except SystemExit as end:
+    assert not end.code, end.code
+print("heavy:", *sorted({HEAVY} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split() == ["heavy:"]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_start_takes_little_cpu_time(start: str) -> None:
+    seconds = min(cpu_seconds(STARTS[start]) for _ in range(5))
+    print(f"{start}: {seconds * 1000:.0f} ms of CPU time")
+    assert seconds < CPU_SECONDS
+
+
+def cpu_seconds(script: str) -> float:
+    """User and system time of a Python process; unlike wall time, a busy machine hardly changes it."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", script], stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
