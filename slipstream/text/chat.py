@@ -1,0 +1,61 @@
+"""Renders chat messages into a prompt with the model's Jinja template (run in the sandbox of `sandbox.py`)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slipstream.errors import ModelError, RequestError
+
+
+def render_chat(
+    template: str | None,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    bos_token: str | None,
+    eos_token: str | None,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **extra: Any,
+) -> str:
+    """Returns the prompt, equal to transformers' `apply_chat_template(tokenize=False)`.
+
+    messages: dicts with `role` (str) and `content` (str, None or a list of parts); other keys reach the template too.
+    add_generation_prompt: end with the words that start an answer.  extra: further names for the template, such as
+    `enable_thinking` or `documents`.  Encode the result with `add_special_tokens=False`: templates write their own.
+
+    Raises ModelError where the model has no template, RequestError for messages or a template that cannot be rendered.
+    """
+    if template is None:
+        raise ModelError("The model has no chat template; give one with --chat_template FILE, or send a plain prompt.")
+    _check_messages(messages)
+    special = {"bos_token": bos_token, "eos_token": eos_token}
+    context = {
+        "documents": None,
+        **{name: token for name, token in special.items() if token is not None},  # an unknown name renders as ""
+        **extra,
+        "messages": messages,
+        "tools": tools,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    from slipstream.text.sandbox import render
+
+    try:
+        # A copy made of plain values only: no method of a caller's class can be reached from the template.
+        return render(template, json.loads(json.dumps(context)))
+    except Exception as error:  # a template can raise anything: TypeError, OverflowError, RecursionError, …
+        reason = " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
+        raise RequestError(f"The chat template cannot render these messages: {reason}.") from error
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise RequestError("messages must be a list of at least one {'role': …, 'content': …}.")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise RequestError(f"messages[{index}] must be a dict with a role such as 'user'.")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        if not (content is None or isinstance(content, str | list)) or any(
+            not isinstance(p, str | dict) for p in parts
+        ):
+            raise RequestError(f"messages[{index}]['content'] must be a string, null or a list of content parts.")

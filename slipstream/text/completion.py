@@ -1,0 +1,73 @@
+"""Completion: one sequence's TokenEvents become text, cut at the first stop string."""
+
+from slipstream.schema.request import FinishReason, TokenEvent, TokenLogprobs
+from slipstream.schema.sampling import SamplingParams
+from slipstream.text.detokenize import Detokenizer
+from slipstream.text.stop import StopMatcher
+from slipstream.text.tokenizer import Tokenizer
+
+
+class Completion:
+    """What a sequence has said so far. Whoever opened the stream owns it; without a tokenizer `text` stays empty.
+
+    `finish_reason` may be set before the engine has ended the sequence: a stop string was found in the text, and the
+    caller should abort the request (`stopped_by_text`).
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, prompt_token_ids: tuple[int, ...], sampling: SamplingParams
+    ) -> None:
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None  # the token id or string that ended it, where one did
+        self.error: str | None = None
+        self.stopped_by_text = False
+        self._sampling = sampling
+        self._detokenizer = tokenizer and Detokenizer(tokenizer, prompt_token_ids, sampling.skip_special_tokens)
+        self._matcher = StopMatcher(tuple(sampling.stop), sampling.include_stop_str_in_output)
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Sum over the tokens, where logprobs were asked for."""
+        return sum(entry.logprob for entry in self.logprobs) if self.logprobs else None
+
+    def push(self, event: TokenEvent) -> str:
+        """Take in one step; returns the text that became final with it."""
+        if self.finish_reason is not None:
+            return ""  # the engine was a step ahead of a stop string
+        self.logprobs += event.logprobs
+        new_text = ""
+        for token_id in event.token_ids:
+            self.token_ids.append(token_id)
+            if token_id != event.stop_token_id or self._sampling.include_stop_str_in_output:
+                new_text += self._push_token(token_id)
+            if self.stopped_by_text:
+                break
+        if event.finish_reason is not None and not self.stopped_by_text:
+            self.error = event.error
+            self.finish_reason, self.stop_reason = event.finish_reason, event.stop_token_id
+            new_text += self._flush()
+        self.text += new_text
+        return new_text
+
+    def _push_token(self, token_id: int) -> str:
+        if self._detokenizer is None:
+            return ""
+        text = self._detokenizer.push([token_id])
+        if len(self.token_ids) <= self._sampling.min_tokens:
+            return text  # a stop string may not begin before min_tokens
+        return self._match(text)
+
+    def _match(self, text: str) -> str:
+        text = self._matcher.push(text)
+        if self._matcher.matched is not None and not self.stopped_by_text:
+            self.stopped_by_text = True
+            self.finish_reason, self.stop_reason = FinishReason.STOP, self._matcher.matched
+        return text
+
+    def _flush(self) -> str:
+        """The end: what was held back, unless it completes a stop string after all."""
+        text = self._match(self._detokenizer.finish() if self._detokenizer else "")
+        return text if self._matcher.matched is not None else text + self._matcher.finish()
