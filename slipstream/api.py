@@ -1,0 +1,638 @@
+"""LLM: open a model and generate. The offline front door.
+
+    with LLM("smollm2") as llm:
+        print(llm.generate("The capital of France is").outputs[0].text)
+
+A folder, a GGUF file or a Hub id is built into an engine on first use and found again afterwards; an engine folder is
+opened as it is. One thread steps the engine; any number of callers add requests to the running batch.
+"""
+
+import itertools
+import queue
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, overload
+
+import torch
+
+from slipstream.build.cache import cached_engine, tuned_choices
+from slipstream.checkpoint.source import resolve
+from slipstream.engine.folder import TOKENIZER_FOLDER, open_engine
+from slipstream.errors import ModelError, RequestError
+from slipstream.runtime.beam import BeamSearch
+from slipstream.runtime.engine import start_engine
+from slipstream.runtime.loop import EngineLoop
+from slipstream.schema.build import BuildConfig, CapacityPolicy, QueuePolicy
+from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent, TokenLogprobs
+from slipstream.schema.sampling import SamplingParams
+from slipstream.text.chat import render_chat
+from slipstream.text.completion import Completion
+from slipstream.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One completion of a request, whole or so far."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None  # stop, length, abort, error; None while it runs
+    stop_reason: int | str | None = None  # the token id or string that stopped it
+    text_diff: str = ""  # streaming: what is new since the last output
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A request with its completions, best first where best_of or beams chose among them."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finished: bool = False
+    num_cached_tokens: int = 0  # prompt tokens that were not computed again
+    error: str | None = None  # why this request failed, where others of its batch went on
+
+
+@dataclass(frozen=True)
+class ScoreOutput:
+    """How likely the model finds a given text: one logprob a token; the first token has no context, so none."""
+
+    token_ids: list[int]
+    logprobs: list[float | None] = field(default_factory=list)
+
+    @property
+    def total_logprob(self) -> float:
+        return sum(logprob for logprob in self.logprobs if logprob is not None)
+
+
+class LLM:
+    """A model ready to generate. Close it, or use it in a `with`, to free its memory."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_batch_size: int | None = None,
+        max_num_tokens: int | None = None,
+        max_seq_len: int | None = None,
+        kv_cache_max_tokens: int | None = None,
+        kv_cache_free_memory_fraction: float = 0.9,
+        enable_block_reuse: bool = True,
+        enable_chunked_prefill: bool = True,
+        capacity_scheduler_policy: str = "guaranteed_no_evict",
+        queue_policy: str = "fifo",
+        chat_template: str | None = None,
+        disabled_passes: Sequence[str] = (),
+        progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    ) -> None:
+        """
+        model: a Hugging Face folder, a .gguf file, a checkpoint or engine folder, a Hub id, or "smollm2".
+        dtype: float32, bfloat16, float16; "auto" is float32 on a CPU and the model's own on a GPU.
+        max_batch_size, max_num_tokens: sequences and tokens in one step. max_seq_len: prompt and output of one sequence.
+        kv_cache_max_tokens: size of the KV cache; by default what fits in kv_cache_free_memory_fraction of free memory.
+        capacity_scheduler_policy: guaranteed_no_evict, max_utilization or static_batch. queue_policy: fifo or priority.
+        chat_template: a jinja template that replaces the model's own.
+        progress: told of the build's stages as (stage, done, total).
+        """
+        watch = _Stopwatch()
+        where = torch.device(_default_device() if device == "auto" else device)
+        source = resolve(model)
+        limits = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "max_seq_len": max_seq_len}
+        if source.kind == "engine":
+            path = source.path
+        else:
+            given = {name: value for name, value in limits.items() if value is not None}
+            config = BuildConfig(dtype=dtype, disabled_passes=tuple(disabled_passes), **given)  # type: ignore[arg-type]
+            path = cached_engine(source, config, where, progress)
+        watch.lap("find or build the engine")
+        self._folder = open_engine(path)
+        self.manifest = self._folder.manifest
+        choices = tuned_choices(self._folder, where)
+        watch.lap("open the engine")
+        engine = start_engine(
+            self._folder, choices, where, **limits,
+            kv_cache_max_tokens=kv_cache_max_tokens,
+            kv_cache_free_memory_fraction=kv_cache_free_memory_fraction,
+            capacity_policy=_choice(CapacityPolicy, "capacity_scheduler_policy", capacity_scheduler_policy),
+            queue_policy=_choice(QueuePolicy, "queue_policy", queue_policy),
+            enable_block_reuse=enable_block_reuse,
+            enable_chunked_prefill=enable_chunked_prefill,
+        )  # fmt: skip
+        self.runtime_config = engine.config
+        watch.lap("map the weights, reserve the KV cache")
+        self._tokenizer = _open_tokenizer(path, tokenizer)
+        self._chat_template = chat_template or (self._tokenizer and self._tokenizer.chat_template)
+        watch.lap("open the tokenizer")
+        self._loop = EngineLoop(engine)
+        self._ids = itertools.count()
+        self.startup_seconds = watch.seconds
+
+    # --- generating ---
+
+    @overload
+    def generate(
+        self, prompts: str, sampling_params: SamplingParams | None = ..., *,
+        priority: int = ..., cache_salt: str = ..., on_finish: Callable[[RequestOutput], None] = ...,
+    ) -> RequestOutput: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, prompts: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = ..., *,
+        priority: int = ..., cache_salt: str = ..., on_finish: Callable[[RequestOutput], None] = ...,
+    ) -> Any: ...  # fmt: skip
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        on_finish: Callable[[RequestOutput], None] = lambda output: None,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Complete one prompt (a string or token ids), or a list of prompts all at once.
+
+        sampling_params: one for all, or one a prompt; None takes the model's own defaults (generation_config.json).
+        One prompt that cannot be run raises RequestError; in a list it comes back with `error` set, the others run on.
+        on_finish is called with each output as it ends, in the order they end.
+        """
+        if _is_one_prompt(prompts):
+            (output,) = self._run([prompts], [self._params(sampling_params)], priority, cache_salt, on_finish)  # type: ignore[list-item]
+            return _raise_error(output)
+        if isinstance(sampling_params, Sequence):
+            if len(sampling_params) != len(prompts):
+                raise RequestError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; give one or one each.")
+            params = list(sampling_params)
+        else:
+            params = [self._params(sampling_params)] * len(prompts)
+        return self._run(list(prompts), params, priority, cache_salt, on_finish)  # type: ignore[arg-type]
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        cache_salt: str = "",
+        **template_values: Any,
+    ) -> RequestOutput:
+        """Answer a conversation: [{"role": "user", "content": "…"}, …], rendered by the model's chat template."""
+        return self.generate(self.chat_prompt(messages, **template_values), sampling_params, cache_salt=cache_salt)  # type: ignore[return-value]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Iterator[RequestOutput]:
+        """Yield the output as it grows; `outputs[i].text_diff` is what is new. Leaving the loop aborts the request."""
+        events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        handle = self._start(prompt, self._params(sampling_params), priority, cache_salt, events.put)
+        try:
+            while not handle.finished:
+                handle.push(events.get())
+                if handle.has_news or handle.finished:
+                    yield _raise_error(handle.output())
+        finally:
+            handle.abort()
+
+    async def generate_async(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> RequestOutput:
+        """Like generate() for one prompt, from a coroutine; cancelling it aborts the request."""
+        last = None
+        async for output in self.stream_async(prompt, sampling_params, priority=priority, cache_salt=cache_salt):
+            last = output
+        assert last is not None
+        return last
+
+    async def stream_async(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncIterator[RequestOutput]:
+        """Like stream(), from a coroutine."""
+        import asyncio
+
+        here = asyncio.get_running_loop()
+        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        handle = self._start(
+            prompt, self._params(sampling_params), priority, cache_salt,
+            lambda event: here.call_soon_threadsafe(events.put_nowait, event),
+        )  # fmt: skip
+        try:
+            while not handle.finished:
+                handle.push(await events.get())
+                if handle.has_news or handle.finished:
+                    yield _raise_error(handle.output())
+        finally:
+            handle.abort()
+
+    def score(self, prompts: Prompt | Sequence[Prompt]) -> Any:
+        """Logprobs of given texts: a ScoreOutput for one prompt, a list of them for a list."""
+        sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+        is_one = _is_one_prompt(prompts)
+        outputs = self.generate([prompts] if is_one else list(prompts), sampling)  # type: ignore[list-item, arg-type]
+        scores = [_score(_raise_error(output)) for output in outputs]
+        return scores[0] if is_one else scores
+
+    # --- what it is ---
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ModelError(f"{self.manifest.name} has no tokenizer; give one with --tokenizer_dir, or prompts as token ids.")
+        return self._tokenizer
+
+    @property
+    def default_sampling_params(self) -> SamplingParams:
+        """The model's generation_config.json; greedy unless it says do_sample, as in Hugging Face's generate()."""
+        return default_sampling(self.manifest.generation)
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._loop.stats
+
+    def chat_prompt(self, messages: Sequence[Message], **template_values: Any) -> list[int]:
+        """A conversation as token ids, ending where the answer begins."""
+        tokenizer = self.tokenizer
+        text = render_chat(
+            self._chat_template, list(messages),
+            bos_token=_token(tokenizer, tokenizer.bos_token_id), eos_token=_token(tokenizer, tokenizer.eos_token_id),
+            **template_values,
+        )  # fmt: skip
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def close(self) -> None:
+        """Abort what runs, and free weights and KV cache. Closing twice does nothing."""
+        self._loop.close()
+        self._folder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # --- requests ---
+
+    def _run(
+        self,
+        prompts: list[Prompt],
+        params: list[SamplingParams],
+        priority: int,
+        cache_salt: str,
+        on_finish: Callable[[RequestOutput], None],
+    ) -> list[RequestOutput]:
+        events: queue.SimpleQueue[tuple[int, TokenEvent]] = queue.SimpleQueue()
+        handles: dict[int, _Handle] = {}
+        outputs: dict[int, RequestOutput] = {}
+        for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+
+            def sink(event: TokenEvent, index: int = index) -> None:
+                events.put((index, event))
+
+            try:
+                handles[index] = self._start(prompt, sampling, priority, cache_salt, sink)
+            except RequestError as error:
+                outputs[index] = _refused(prompt, str(error))
+                on_finish(outputs[index])
+        try:
+            while len(outputs) < len(prompts):
+                index, event = events.get()
+                handle = handles[index]
+                handle.push(event)
+                if handle.finished and index not in outputs:
+                    outputs[index] = handle.output()
+                    on_finish(outputs[index])
+        finally:
+            for handle in handles.values():
+                handle.abort()
+        return [outputs[index] for index in range(len(prompts))]
+
+    def _start(
+        self, prompt: Prompt, sampling: SamplingParams, priority: int, cache_salt: str, sink: Callable[[TokenEvent], None]
+    ) -> "_Handle":
+        """Validate at the edge, once, and hand the request to the engine."""
+        token_ids = self._encode(prompt)
+        request = self._request(token_ids, sampling, priority, cache_salt)
+        text = prompt if isinstance(prompt, str) else None
+        make = _BeamHandle if sampling.use_beam_search else _SamplingHandle
+        handle = make(self._loop, self._tokenizer, text, request, sampling, sink)
+        handle.start()
+        return handle
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            token_ids = self.tokenizer.encode(prompt)
+        else:
+            token_ids = list(prompt)
+        if not token_ids:
+            raise RequestError("The prompt is empty; give at least one character or token id.")
+        return tuple(self._vocabulary_id("prompt token id", token_id) for token_id in token_ids)
+
+    def _vocabulary_id(self, what: str, token_id: Any) -> int:
+        size = self.manifest.vocab_size
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < size:
+            raise RequestError(f"{what} is {token_id!r}; the vocabulary of {self.manifest.name} is 0 to {size - 1}.")
+        return token_id
+
+    def _request(
+        self, token_ids: tuple[int, ...], sampling: SamplingParams, priority: int, cache_salt: str
+    ) -> GenerateRequest:
+        room = self.runtime_config.max_seq_len - len(token_ids)
+        if room < 1:
+            raise RequestError(
+                f"The prompt has {len(token_ids)} tokens and a sequence holds {self.runtime_config.max_seq_len}; "
+                f"shorten it to {self.runtime_config.max_seq_len - 1} or raise max_seq_len."
+            )
+        for token_id in sampling.stop_token_ids:
+            self._vocabulary_id("stop_token_ids", token_id)
+        for token_id in sampling.logit_bias or {}:
+            self._vocabulary_id("logit_bias token id", token_id)
+        bad_words = tuple(ids for word in sampling.bad_words for ids in self.tokenizer.bad_word_ids(word))
+        return GenerateRequest(
+            request_id=str(next(self._ids)),
+            prompt_token_ids=token_ids,
+            sampling=sampling,
+            seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
+            max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
+            eos_token_ids=frozenset() if sampling.ignore_eos else self.manifest.eos_token_ids,
+            bad_words_ids=bad_words,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+
+    def _params(self, sampling_params: Any) -> SamplingParams:
+        return self.default_sampling_params if sampling_params is None else sampling_params
+
+
+class _Handle:
+    """One caller's request: what was sent to the loop, and the completions built from what came back."""
+
+    def __init__(
+        self,
+        loop: EngineLoop,
+        tokenizer: Tokenizer | None,
+        prompt: str | None,
+        request: GenerateRequest,
+        sampling: SamplingParams,
+        sink: Callable[[TokenEvent], None],
+    ) -> None:
+        self._loop, self._tokenizer, self._prompt = loop, tokenizer, prompt
+        self._request, self._sampling, self._sink = request, sampling, sink
+        self._running: set[str] = set()  # ids the loop knows
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self._num_cached_tokens = 0
+        self.has_news = False  # something to stream since the last output()
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def push(self, event: TokenEvent) -> None:
+        raise NotImplementedError
+
+    def output(self) -> RequestOutput:
+        raise NotImplementedError
+
+    @property
+    def finished(self) -> bool:
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Stop whatever still runs; nothing to do once finished."""
+        for request_id in self._running:
+            self._loop.abort(request_id)
+        self._running.clear()
+
+    def _submit(self, request: GenerateRequest) -> None:
+        self._running.add(request.request_id)
+        self._loop.submit(request, self._sink)
+
+    def _note(self, event: TokenEvent) -> None:
+        if event.prompt_logprobs is not None:
+            self._prompt_logprobs = list(event.prompt_logprobs)
+        self._num_cached_tokens = max(self._num_cached_tokens, event.num_cached_tokens)
+        if event.finish_reason is not None:
+            self._running.discard(event.request_id)
+
+    def _describe(self, outputs: list[CompletionOutput], error: str | None) -> RequestOutput:
+        return RequestOutput(
+            request_id=self._request.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=list(self._request.prompt_token_ids),
+            outputs=outputs,
+            prompt_logprobs=self._prompt_logprobs,
+            finished=self.finished,
+            num_cached_tokens=self._num_cached_tokens,
+            error=error,
+        )
+
+
+class _SamplingHandle(_Handle):
+    """best_of sequences, each a request of its own; the first computes the prompt, the others share its blocks."""
+
+    def start(self) -> None:
+        first = self._request
+        # Choosing the best of several needs their likelihood.
+        ranks = self._sampling.num_sequences > self._sampling.n
+        if ranks and self._sampling.logprobs is None:
+            first = replace(first, sampling=replace(self._sampling, logprobs=0))
+        self._completions: dict[str, Completion] = {}
+        self._news: dict[str, str] = {}
+        for index in range(self._sampling.num_sequences):
+            request = first if index == 0 else _follower(first, index)
+            self._completions[request.request_id] = Completion(
+                self._tokenizer, request.prompt_token_ids, self._sampling
+            )
+            self._submit(request)
+
+    def push(self, event: TokenEvent) -> None:
+        self._note(event)
+        completion = self._completions[event.request_id]
+        new_text = completion.push(event)
+        self._news[event.request_id] = self._news.get(event.request_id, "") + new_text
+        self.has_news |= bool(new_text or event.token_ids)
+        if completion.stopped_by_text and event.request_id in self._running:
+            self._running.discard(event.request_id)
+            self._loop.abort(event.request_id)
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.finish_reason is not None for completion in self._completions.values())
+
+    def output(self) -> RequestOutput:
+        outputs = [
+            CompletionOutput(
+                index=index,
+                text=completion.text,
+                token_ids=list(completion.token_ids),
+                cumulative_logprob=completion.cumulative_logprob,
+                logprobs=None if self._sampling.logprobs is None else list(completion.logprobs),
+                finish_reason=completion.finish_reason and str(completion.finish_reason),
+                stop_reason=completion.stop_reason,
+                text_diff=self._news.pop(request_id, ""),
+            )
+            for index, (request_id, completion) in enumerate(self._completions.items())
+        ]
+        self.has_news = False
+        if self.finished and self._sampling.num_sequences > self._sampling.n:
+            best = sorted(outputs, key=lambda output: output.cumulative_logprob or 0.0, reverse=True)
+            outputs = [replace(output, index=index) for index, output in enumerate(best[: self._sampling.n])]
+        errors = [completion.error for completion in self._completions.values() if completion.error]
+        return self._describe(outputs, errors[0] if errors else None)
+
+
+def _follower(first: GenerateRequest, index: int) -> GenerateRequest:
+    return replace(
+        first,
+        request_id=f"{first.request_id}.{index}",
+        seed=(first.seed + index) % 2**63,
+        after=first.request_id,
+        sampling=replace(first.sampling, prompt_logprobs=None),
+    )
+
+
+class _BeamHandle(_Handle):
+    """A beam search: rounds of one-token requests, which the prefix cache makes cheap."""
+
+    def start(self) -> None:
+        request = self._request
+        self._search = BeamSearch(
+            request.request_id, request.prompt_token_ids, self._sampling, request.eos_token_ids, request.max_tokens,
+            priority=request.priority, cache_salt=request.cache_salt,
+        )  # fmt: skip
+        self._send_round()
+
+    def _send_round(self) -> None:
+        for request in self._search.requests():
+            self._submit(request)
+
+    def push(self, event: TokenEvent) -> None:
+        self._note(event)
+        self._search.observe([event])
+        self._send_round()
+
+    @property
+    def finished(self) -> bool:
+        return self._search.done
+
+    def output(self) -> RequestOutput:
+        outputs = []
+        for index, beam in enumerate(self._search.results()):
+            completion = Completion(self._tokenizer, self._request.prompt_token_ids, self._sampling)
+            stopped = beam.finish_reason is FinishReason.STOP
+            stop_id = beam.token_ids[-1] if stopped else None
+            event = TokenEvent("", beam.token_ids, beam.logprobs, None, beam.finish_reason, stop_id)
+            completion.push(event)
+            outputs.append(
+                CompletionOutput(
+                    index=index,
+                    text=completion.text,
+                    token_ids=list(beam.token_ids),
+                    cumulative_logprob=beam.cumulative_logprob,
+                    logprobs=None if self._sampling.logprobs is None else list(beam.logprobs),
+                    finish_reason=beam.finish_reason and str(beam.finish_reason),
+                    stop_reason=stop_id,
+                    text_diff=completion.text,
+                )
+            )
+        return self._describe(outputs, self._search.error)
+
+
+class _Stopwatch:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage], self._last = now - self._last, now
+
+
+def default_sampling(generation: Mapping[str, Any]) -> SamplingParams:
+    """SamplingParams from a generation_config.json, with Hugging Face's meaning of its keys."""
+    names = {
+        "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "typical_p": "typical_p",
+        "repetition_penalty": "repetition_penalty", "no_repeat_ngram_size": "no_repeat_ngram_size",
+        "max_new_tokens": "max_tokens",
+    }  # fmt: skip
+    values = {ours: generation[theirs] for theirs, ours in names.items() if generation.get(theirs) is not None}
+    if not generation.get("do_sample", False):
+        values["temperature"] = 0.0
+        for filter_name in ("top_k", "top_p", "min_p", "typical_p"):
+            values.pop(filter_name, None)
+    return SamplingParams(**values)
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _choice(kind: Any, name: str, value: str) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise RequestError(f"{name} is {value!r}; it must be one of {', '.join(kind)}.") from None
+
+
+def _open_tokenizer(engine_path: Path, given: str | Path | None) -> Tokenizer | None:
+    if given is not None:
+        return Tokenizer.open(Path(given))
+    folder = engine_path / TOKENIZER_FOLDER
+    return Tokenizer.open(folder) if folder.is_dir() and any(folder.iterdir()) else None
+
+
+def _is_one_prompt(prompts: Any) -> bool:
+    if isinstance(prompts, str):
+        return True
+    if not isinstance(prompts, Iterable):
+        raise RequestError(f"The prompt is {prompts!r}; it must be a string, token ids, or a list of those.")
+    return len(prompts) > 0 and all(isinstance(each, int) for each in prompts)  # type: ignore[arg-type]
+
+
+def _token(tokenizer: Tokenizer, token_id: int | None) -> str | None:
+    return None if token_id is None else tokenizer.token(token_id)
+
+
+def _refused(prompt: Any, error: str) -> RequestOutput:
+    text = prompt if isinstance(prompt, str) else None
+    token_ids = [] if isinstance(prompt, str) else list(prompt)
+    failed = CompletionOutput(0, "", [], finish_reason=str(FinishReason.ERROR))
+    return RequestOutput("", text, token_ids, [failed], finished=True, error=error)
+
+
+def _raise_error(output: RequestOutput) -> RequestOutput:
+    if output.error is not None:
+        raise RequestError(output.error)
+    return output
+
+
+def _score(output: RequestOutput) -> ScoreOutput:
+    assert output.prompt_logprobs is not None
+    return ScoreOutput(output.prompt_token_ids, [entry and entry.logprob for entry in output.prompt_logprobs])

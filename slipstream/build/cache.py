@@ -1,0 +1,106 @@
+"""Engines built for `LLM("folder")`, kept on disk and found again by everything that can change them."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import slipstream
+from slipstream.build import Progress, build
+from slipstream.build.tune import describe_device, tune
+from slipstream.checkpoint import Source, open_checkpoint
+from slipstream.engine.choices import Choices, load_choices
+from slipstream.engine.folder import CACHE_FILE, Engine
+from slipstream.schema.build import BuildConfig
+
+KEPT_PER_MODEL = 3
+# Folders of the package whose code shapes an engine.
+_BUILD_FOLDERS = ("kernels", "layers", "models", "checkpoint", "build", "engine", "schema", "text")
+
+
+def cache_folder() -> Path:
+    """$SLIPSTREAM_CACHE, or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slipstream"
+    return Path(os.environ.get("SLIPSTREAM_CACHE") or default)
+
+
+def cached_engine(source: Source, config: BuildConfig, device: torch.device, progress: Progress) -> Path:
+    """The engine folder of a model, built now unless it was built before."""
+    name = "".join(c if c.isalnum() or c in "-._" else "-" for c in source.name)[:80]
+    parent = cache_folder() / "engines"
+    folder = parent / f"{name}-{_key(source, config, device)}"
+    if (folder / "config.json").is_file():
+        with contextlib.suppress(OSError):
+            os.utime(folder)  # for _forget_old
+        return folder
+    scratch = parent / f".{folder.name}.{os.getpid()}"
+    checkpoint = open_checkpoint(source, dtype_for(config.dtype, device))
+    try:
+        build(checkpoint, scratch, config, device=str(device), progress=progress)
+        with contextlib.suppress(OSError):  # another process was faster: its engine is as good
+            scratch.replace(folder)
+    finally:
+        checkpoint.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+    _forget_old(parent, name, keep=folder)
+    return folder
+
+
+def dtype_for(requested: str, device: torch.device) -> str:
+    """ "auto" is float32 on a CPU (bfloat16 is emulated on most) and the model's own dtype on a GPU."""
+    return "float32" if requested == "auto" and device.type == "cpu" else requested
+
+
+def tuned_choices(engine: Engine, device: torch.device) -> Choices:
+    """The engine's kernel choices if they were measured on this device; otherwise measured now and stored."""
+    path = engine.path / CACHE_FILE
+    choices = load_choices(path, describe_device(device))
+    if choices is None:
+        limits = engine.manifest
+        choices = tune(
+            engine.graph, device, max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size
+        )  # fmt: skip
+        with contextlib.suppress(OSError):  # a read-only folder is measured again next time
+            choices.save(path)
+    return choices
+
+
+def _key(source: Source, config: BuildConfig, device: torch.device) -> str:
+    facts = {
+        "source": _fingerprint(source),
+        "config": asdict(config),
+        "dtype": dtype_for(config.dtype, device),
+        "device": device.type,
+        "code": _code_digest(),
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _fingerprint(source: Source) -> list[tuple[str, int, int]]:
+    """Path, size and time of every file of the model; weights are too large to hash at each start."""
+    files = sorted(source.path.iterdir()) if source.path.is_dir() else [source.path]
+    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+
+
+@cache
+def _code_digest() -> str:
+    package = Path(slipstream.__file__).parent
+    digest = hashlib.sha256(slipstream.__version__.encode())
+    for folder in _BUILD_FOLDERS:
+        for file in sorted((package / folder).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _forget_old(parent: Path, name: str, keep: Path) -> None:
+    """Engines take as much disk as their weights: only the newest few of a model stay."""
+    mine = [folder for folder in parent.glob(f"{name}-????????????????") if folder != keep]
+    for folder in sorted(mine, key=lambda f: f.stat().st_mtime, reverse=True)[KEPT_PER_MODEL - 1 :]:
+        shutil.rmtree(folder, ignore_errors=True)

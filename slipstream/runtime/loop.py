@@ -1,0 +1,103 @@
+"""EngineLoop: the thread that steps an engine for as long as it has work."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from slipstream.errors import SlipstreamError
+from slipstream.runtime.engine import Engine
+from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent
+
+Sink = Callable[[TokenEvent], None]  # called on the loop's thread; must not block
+
+
+class EngineLoop:
+    """Lets any thread submit and abort. Each request's events go to its sink, the last with a finish_reason."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine: Engine | None = engine
+        self._sinks: dict[str, Sink] = {}  # touched by the loop's thread only
+        self._inbox: deque[tuple[GenerateRequest, Sink] | str] = deque()  # a request to add or an id to abort
+        self._wake = threading.Condition()
+        self._is_closed = False
+        self._stats = engine.stats
+        self._thread = threading.Thread(target=self._run, name="slipstream-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def stats(self) -> EngineStats:
+        """As of the last step."""
+        return self._stats
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> None:
+        self._send((request, sink))
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request; its sink hears no more. Unknown and ended ids are ignored."""
+        self._send(request_id)
+
+    def close(self) -> None:
+        """Stop after the current step; requests still running end with an ABORT event."""
+        with self._wake:
+            self._is_closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _send(self, message: tuple[GenerateRequest, Sink] | str) -> None:
+        with self._wake:
+            if self._is_closed:
+                raise SlipstreamError("The engine is closed; open it again to generate.")
+            self._inbox.append(message)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        assert self._engine is not None
+        try:
+            while self._receive(self._engine):
+                events = self._engine.step()
+                self._stats = self._engine.stats
+                for event in events:
+                    self._deliver(event)
+        except Exception as error:  # a defect of ours: say so to everyone rather than let them wait
+            self._is_closed = True
+            self._end_all(FinishReason.ERROR, f"the engine stopped: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self._end_all(FinishReason.ABORT, None)
+            self._engine = None  # weights and KV cache go with it
+
+    def _receive(self, engine: Engine) -> bool:
+        """Take in what was sent; wait where there is nothing to do. False when closed."""
+        with self._wake:
+            while not (self._inbox or engine.has_work or self._is_closed):
+                self._wake.wait()
+            messages, self._inbox = self._inbox, deque()
+        for message in messages:
+            if isinstance(message, str):
+                self._sinks.pop(message, None)
+                engine.abort(message)
+            else:
+                self._add(engine, *message)
+        return not self._is_closed
+
+    def _add(self, engine: Engine, request: GenerateRequest, sink: Sink) -> None:
+        try:
+            engine.add(request)
+        except SlipstreamError as error:
+            sink(TokenEvent(request.request_id, finish_reason=FinishReason.ERROR, error=str(error)))
+        else:
+            self._sinks[request.request_id] = sink
+
+    def _deliver(self, event: TokenEvent) -> None:
+        sink = self._sinks.get(event.request_id)
+        if event.finish_reason is not None:
+            self._sinks.pop(event.request_id, None)
+        if sink is not None:
+            sink(event)
+
+    def _end_all(self, reason: FinishReason, error: str | None) -> None:
+        waiting = [(message[0].request_id, message[1]) for message in self._inbox if not isinstance(message, str)]
+        for request_id, sink in [*self._sinks.items(), *waiting]:
+            sink(TokenEvent(request_id, finish_reason=reason, error=error))
+        self._sinks.clear()
+        self._inbox.clear()
