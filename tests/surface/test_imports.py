@@ -73,8 +73,8 @@ def forbidden_imports(source: Source) -> list[str]:
         target = own_path(imported)
         if target is None or target.startswith("errors"):
             continue
-        if target == "":  # a public name taken from the root
-            if imported.name != "__version__":
+        if target == "":  # the root: its version and place are for all, its public names for users
+            if imported.name not in (None, "__version__"):
                 problems.append(f"line {imported.line}: from slipstream import {imported.name}")
         elif not is_inside(target, folder) and not any(is_inside(target, room) for room in allowed):
             problems.append(f"line {imported.line}: {target}")
