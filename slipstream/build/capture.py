@@ -41,7 +41,7 @@ def capture(model_class: Any, config: DecoderConfig, dtype: str, tokens_per_bloc
     """
     with torch.device("meta"):
         model = model_class(config)
-    constants = {name: buffer for name, buffer in model.named_buffers()}
+    constants = dict(model.named_buffers())
     model = _to_meta(model, getattr(torch, dtype))
     exported = _export(model, config, getattr(torch, dtype), tokens_per_block)
     graph = _Translator(exported, model, config, dtype, tokens_per_block).graph()
@@ -129,7 +129,11 @@ class _Translator:
         target = str(fx_node.target)
         if target == "<built-in function getitem>":
             return  # named where its tuple is made
-        name = target.removeprefix("slipstream.").removesuffix(".default") if "slipstream." in target else _ATEN.get(target)
+        name = (
+            target.removeprefix("slipstream.").removesuffix(".default")
+            if "slipstream." in target
+            else _ATEN.get(target)
+        )
         if name is None:
             known = ", ".join(sorted(_ATEN))
             raise BuildError(

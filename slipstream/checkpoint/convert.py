@@ -79,7 +79,7 @@ def _open_ours(source: Source, dtype: str) -> Checkpoint:
     description = read_json(source.path / "config.json")
     if description.get("version") != VERSION or description.get("format") != FORMAT:
         raise ModelError(
-            f"{source.path} is version {description.get('version')!r} of {FORMAT}; this is version {VERSION}: convert the model again."
+            f"{source.path} is version {description.get('version')!r} of {FORMAT}, this is {VERSION}; convert it again."
         )
     options, generation = description.get("model"), description.get("generation")
     if not isinstance(options, dict) or not isinstance(generation, dict):
@@ -116,6 +116,8 @@ def rename(model: ModelFile, config: DecoderConfig, found: Iterable[str], where:
         if ours is None:
             if not any(pattern.fullmatch(name) for pattern in ignored):
                 left_over.append(name)
+        elif ours in names:
+            raise CorruptFile(f"{where} holds both {names[ours]} and {name}, which are the same weight.")
         elif not (is_tied and ours == "lm_head.weight"):
             names[ours] = name
     if left_over:
@@ -141,7 +143,7 @@ def check_shapes(
             raise CorruptFile(f"{where} lacks the tensor for {name} {list(shape)}.")
         actual = tensors.shape(names[name])
         if actual != shape:
-            raise CorruptFile(f"{where}: the tensor {names[name]} is {list(actual)}; the config asks for {list(shape)}.")
+            raise CorruptFile(f"{where}: {names[name]} is {list(actual)}; its config asks for {list(shape)}.")
     for name in names:
         if name not in expected:
             raise CorruptFile(f"{where} holds the tensor {names[name]}, which its config has no place for.")

@@ -69,7 +69,7 @@ def new_folder(folder: Path, file_format: str) -> Iterator[dict[str, Any]]:
         except (ValueError, AttributeError):
             found = None
         if found != file_format:
-            raise ModelError(f"{folder} is not empty and holds no {file_format}; give an --output_dir that is new or empty.")
+            raise ModelError(f"{folder} is not empty and holds no {file_format}; give an empty --output_dir.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         config_path.unlink(missing_ok=True)

@@ -27,7 +27,10 @@ def write_random_model(folder: Path, options: dict[str, Any], *, seed: int = 0, 
         return (1 + 0.1 * values if len(shape) == 1 and "norm" in name else values * shape[-1] ** -0.5).to(kind)
 
     # In the order of the parameters, since one generator draws them all; the writer keeps that order within a dtype.
-    entries = [(to_hugging_face(model.WEIGHTS, name), shape, kind, lambda name=name: make(name)) for name, shape in shapes.items()]
+    entries = [
+        (to_hugging_face(model.WEIGHTS, name), shape, kind, lambda name=name: make(name))
+        for name, shape in shapes.items()
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     write_tensor_file(folder / "model.safetensors", entries, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(options | {"dtype": dtype}, indent=1) + "\n")

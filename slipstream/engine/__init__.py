@@ -1,1 +1,4 @@
-"""The border between build and runtime: a folder on disk. The build writes it, the runtime reads it, neither imports the other."""
+"""The border between build and runtime: a folder on disk.
+
+The build writes it, the runtime reads it, and neither imports the other.
+"""

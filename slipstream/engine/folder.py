@@ -1,9 +1,9 @@
 """The engine folder: what the build leaves and the runtime reads.
 
-    config.json     Manifest: versions, shapes, limits, passes; written last, so a folder that has it is whole
-    rank0.engine    graph and weights in one safetensors file: the graph is JSON in its header, the weights are mapped
-    model.cache     Choices: the kernels measured fastest on this device; made again on another
-    tokenizer/      tokenizer.json and its companions, so that the folder is all one needs
+config.json     Manifest: versions, shapes, limits, passes; written last, so a folder that has it is whole
+rank0.engine    graph and weights in one safetensors file: the graph is JSON in its header, the weights are mapped
+model.cache     Choices: the kernels measured fastest on this device; made again on another
+tokenizer/      tokenizer.json and its companions, so that the folder is all one needs
 """
 
 from collections.abc import Callable

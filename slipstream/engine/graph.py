@@ -1,4 +1,4 @@
-"""Graph: the program an engine runs, as a list of ops over named values. Plain Python, readable as text, stored as JSON.
+"""Graph: the program an engine runs, a list of ops over named values. Plain Python, readable text, stored as JSON.
 
 A value is a name: an input ("step.token_ids", "kv.3"), a weight ("layers.3.mlp.down_proj.weight") or the output of a
 node ("linear_7"). Nodes are in execution order and each value is written once (SSA); an op may also write into its
@@ -130,13 +130,17 @@ def graph_from_json(text: str) -> Graph:
             types=_types(values["types"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise EngineError(f"graph: not a stored graph ({type(error).__name__}: {error}); build the engine again.") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise EngineError(f"graph: not a stored graph ({reason}); build the engine again.") from None
     graph.check()
     return graph
 
 
 def _types(entries: dict[str, list[Any]]) -> dict[str, TensorType]:
-    return {_name(name): TensorType(tuple(_size(size) for size in shape), _name(dtype)) for name, (dtype, *shape) in entries.items()}
+    return {
+        _name(name): TensorType(tuple(_size(size) for size in shape), _name(dtype))
+        for name, (dtype, *shape) in entries.items()
+    }
 
 
 def _size(size: Any) -> int | str:

@@ -57,12 +57,13 @@ class Manifest:
         if values.get("format") != FORMAT:
             raise EngineError(f"{where} is not an engine; make one with slipstream build --output_dir {where}.")
         if values.get("version") != VERSION:
-            raise EngineError(f"{where} has engine format {values.get('version')!r}, this is {VERSION}; build it again.")
+            raise EngineError(f"{where} has engine format {values.get('version')!r}, not {VERSION}; build it again.")
         kinds = {each.name: each.type for each in fields(cls)}
         missing = [name for name in kinds if name not in values]
         unknown = [name for name in values if name not in kinds and name not in ("format", "version")]
         if missing or unknown:
-            raise EngineError(f"{where}/config.json: the key {(missing or unknown)[0]!r} is {'missing' if missing else 'unknown'}.")
+            what = "missing" if missing else "unknown"
+            raise EngineError(f"{where}/config.json: the key {(missing or unknown)[0]!r} is {what}.")
         for name, kind in kinds.items():
             _check(where, name, values[name], kind)
         manifest = cls(**{name: values[name] for name in kinds})
@@ -79,7 +80,8 @@ class Manifest:
         except (TypeError, ValueError):
             ok = False
         if not ok:
-            raise EngineError(f"{where}/config.json: eos_token_id is {self.generation['eos_token_id']!r}; it must be token ids.")
+            eos = self.generation["eos_token_id"]
+            raise EngineError(f"{where}/config.json: eos_token_id is {eos!r}; it must be token ids.")
 
 
 def _check(where: str, name: str, value: Any, kind: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the device does: one op a file, each with its schema, a plain torch reference and the candidates that may replace it.
+"""What the device does: one op a file, with its schema, a plain torch reference and candidates that may replace it.
 
 The reference defines the op: it is right on any device, takes empty tensors, and is the fallback. A candidate declares
 where it may run; `build/tune.py` measures those that may and the engine folder keeps the choice. Models call ops, the

@@ -31,7 +31,7 @@ def _split_shapes(x_TN: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 @op("split(Tensor x, int[] sizes) -> Tensor[]", shapes=_split_shapes)
 def split(x_TN: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Column ranges of x as views: whoever reads them must honour the row stride."""
-    return list(torch.split(x_TN, sizes, dim=1))
+    return list(torch.split(x_TN, list(sizes), dim=1))
 
 
 @op("select_rows(Tensor x, Tensor rows) -> Tensor")

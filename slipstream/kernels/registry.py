@@ -1,4 +1,4 @@
-"""op() declares an op by its schema and reference; kernel() adds a candidate to it. The only registry of the project."""
+"""The only registry of the project: op() declares an op by schema and reference, kernel() adds a candidate to it."""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv:2104.09864) in the half-split layout of Hugging Face, and the KV write it is fused with."""
+"""Rotary position embedding (arXiv:2104.09864), halves paired as in Hugging Face, and its fusion with the KV write."""
 
 import torch
 from torch import Tensor

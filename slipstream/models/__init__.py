@@ -22,11 +22,13 @@ class ModelFile(Protocol):
 
     class Config(DecoderConfig):
         @classmethod
-        def from_options(cls, options: Options) -> DecoderConfig: ...
+        def from_options(cls, options: Options) -> DecoderConfig:
+            raise NotImplementedError
 
     class Model(nn.Module):
         def __init__(self, config: DecoderConfig) -> None: ...
-        def forward(self, step: Any, kv: list[Tensor]) -> Tensor: ...
+        def forward(self, step: Any, kv: list[Tensor]) -> Tensor:
+            raise NotImplementedError
 
 
 def known_models() -> list[str]:
@@ -36,8 +38,8 @@ def known_models() -> list[str]:
 def model_file(model_type: str) -> ModelFile:
     """The module that defines this architecture."""
     if model_type not in known_models():
-        raise UnsupportedModel(f"model_type {model_type!r} is not known; the known ones are {', '.join(known_models())}.")
-    return importlib.import_module(f"{__name__}.{model_type}")  # type: ignore[return-value]
+        raise UnsupportedModel(f"model_type {model_type!r} is not known; known are {', '.join(known_models())}.")
+    return importlib.import_module(f"{__name__}.{model_type}")
 
 
 def read_config(values: dict[str, Any], source: str) -> tuple[ModelFile, DecoderConfig]:

@@ -1,4 +1,4 @@
-"""Llama 1 to 3.3 (arXiv:2302.13971, 2307.09288, 2407.21783), and those that share its shape: SmolLM2, Vicuna, TinyLlama."""
+"""Llama 1 to 3.3 (arXiv:2302.13971, 2307.09288, 2407.21783) and models of its shape: SmolLM2, Vicuna, TinyLlama."""
 
 from dataclasses import dataclass
 from typing import Self

@@ -62,7 +62,7 @@ def start_engine(
     enable_chunked_prefill: bool = True,
     enable_block_reuse: bool = True,
 ) -> Engine:
-    """Load the weights, allocate the KV cache and be ready. Limits may be lowered from those the engine was built for."""
+    """Load the weights, allocate the KV cache and be ready. Limits may be lower than the engine was built for."""
     manifest = folder.manifest
     num_blocks = count_blocks(
         manifest, device, fraction=kv_cache_free_memory_fraction, max_tokens=kv_cache_max_tokens

@@ -9,9 +9,11 @@ Number = TypeVar("Number", int, float)
 
 # Options that say nothing about the numbers a decoder computes.
 _SILENT_OPTIONS = frozenset(
-    "architectures attention_dropout auto_map bos_token_id dtype eos_token_id initializer_range is_llama_config "
-    "max_length model_type pad_token_id pretraining_tp torch_dtype transformers.js_config transformers_version "
-    "unk_token_id use_cache _name_or_path _attn_implementation".split()
+    """
+    architectures attention_dropout auto_map bos_token_id dtype eos_token_id initializer_range is_llama_config
+    max_length model_type pad_token_id pretraining_tp torch_dtype transformers.js_config transformers_version
+    unk_token_id use_cache _name_or_path _attn_implementation
+    """.split()  # noqa: SIM905 - a table of words
 )
 
 
@@ -45,7 +47,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise CorruptFile(f"num_key_value_heads is {self.num_kv_heads}; it must divide {self.num_heads} attention heads.")
+            raise CorruptFile(f"num_key_value_heads is {self.num_kv_heads}; it must divide {self.num_heads} heads.")
         if self.head_dim % 2:
             raise CorruptFile(f"head_dim is {self.head_dim}; rotary embedding needs an even number.")
 
@@ -103,7 +105,8 @@ class Options:
         """Refuse what is left. `known` describes the reader, for the message."""
         left = [name for name, value in self._values.items() if value not in (None, False)]
         if left:
-            raise UnsupportedModel(f"{self._source}: {known} does not know the option {left[0]!r} ({self._values[left[0]]!r}).")
+            value = self._values[left[0]]
+            raise UnsupportedModel(f"{self._source}: {known} does not know the option {left[0]!r} ({value!r}).")
 
 
 def read_rope(options: Options) -> RopeConfig:

@@ -9,10 +9,10 @@ from slipstream.schema.request import GenerateRequest, TokenLogprobs
 class SequenceStep:
     """What one sequence does in a step: compute the tokens at positions [start, start + len(token_ids)).
 
-        tokens known   |----------------------------|
-        KV computed    |-----------|                       before the step
-        this step                  |==========|            token_ids; their K and V are written, then attended to
-        sample                                ^            only where the chunk reaches the last known token
+    tokens known   |----------------------------|
+    KV computed    |-----------|                       before the step
+    this step                  |==========|            token_ids; their K and V are written, then attended to
+    sample                                ^            only where the chunk reaches the last known token
     """
 
     slot: int  # the worker's row for this sequence's sampling state

@@ -25,7 +25,9 @@ class Completion:
         self.error: str | None = None
         self.stopped_by_text = False
         self._sampling = sampling
-        self._detokenizer = tokenizer and Detokenizer(tokenizer, prompt_token_ids, sampling.skip_special_tokens)
+        self._detokenizer: Detokenizer | None = None
+        if tokenizer is not None:
+            self._detokenizer = Detokenizer(tokenizer, prompt_token_ids, sampling.skip_special_tokens)
         self._matcher = StopMatcher(tuple(sampling.stop), sampling.include_stop_str_in_output)
 
     @property
@@ -62,12 +64,16 @@ class Completion:
 
     def _match(self, text: str) -> str:
         text = self._matcher.push(text)
-        if self._matcher.matched is not None and not self.stopped_by_text:
+        self._note_match()
+        return text
+
+    def _note_match(self) -> None:
+        if self._matcher.matched is not None:
             self.stopped_by_text = True
             self.finish_reason, self.stop_reason = FinishReason.STOP, self._matcher.matched
-        return text
 
     def _flush(self) -> str:
         """The end: what was held back, unless it completes a stop string after all."""
-        text = self._match(self._detokenizer.finish() if self._detokenizer else "")
-        return text if self._matcher.matched is not None else text + self._matcher.finish()
+        text = self._matcher.push(self._detokenizer.finish() if self._detokenizer else "") + self._matcher.finish()
+        self._note_match()
+        return text

@@ -1,1 +1,1 @@
-"""The rewrites, one a file. Each holds PASS (what it does to a graph) and example() (a graph it changes, which is its test)."""
+"""The rewrites, one a file: PASS (what it does to a graph) and example() (a graph it changes, which is its test)."""

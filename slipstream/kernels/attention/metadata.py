@@ -10,13 +10,13 @@ from torch import Tensor
 class StepTensors:
     """T tokens of S sequences, packed without padding; all int64.
 
-        token_ids     [T]     tokens of sequence 0, then of sequence 1, ...
-        positions     [T]     each token's place in its sequence, from 0
-        slots         [T]     where its K and V go: block id * block size + offset
-        query_starts  [S + 1] sequence s owns tokens query_starts[s] to query_starts[s + 1]
-        kv_lens       [S]     tokens of the sequence in the KV cache once this step has written its own
-        block_tables  [S, B]  KV block ids of each sequence, padded with block 0
-        logit_rows    [R]     tokens whose logits are wanted
+    token_ids     [T]     tokens of sequence 0, then of sequence 1, ...
+    positions     [T]     each token's place in its sequence, from 0
+    slots         [T]     where its K and V go: block id * block size + offset
+    query_starts  [S + 1] sequence s owns tokens query_starts[s] to query_starts[s + 1]
+    kv_lens       [S]     tokens of the sequence in the KV cache once this step has written its own
+    block_tables  [S, B]  KV block ids of each sequence, padded with block 0
+    logit_rows    [R]     tokens whose logits are wanted
     """
 
     token_ids: Tensor

@@ -36,7 +36,7 @@ def _like_q(q_TX: Tensor, *_: object, **__: object) -> Tensor:
 def attention(
     q_TX: Tensor, kv_2NBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor, scale: float
 ) -> Tensor:
-    """softmax(q kᵀ · scale) v for each query row over its sequence's pages up to its own position. One sequence at a time."""
+    """softmax(q kᵀ · scale) v for each query row, over its sequence's pages up to its own position."""
     out_TX = torch.empty(q_TX.shape, dtype=q_TX.dtype, device=q_TX.device)
     starts, lens = query_starts.tolist(), kv_lens.tolist()
     for sequence, kv_len in enumerate(lens):
@@ -67,7 +67,7 @@ def _attend_one(q_QX: Tensor, kv_2NBKD: Tensor, block_ids_B: Tensor, kv_len: int
 def attention_batched_decode(
     q_TX: Tensor, kv_2NBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor, scale: float
 ) -> Tensor:
-    """Sequences with one query row in one batched product over padded pages; the others by flash attention, one each."""
+    """Sequences with one query row in one batched product over padded pages; the others by flash attention."""
     out_TX = torch.empty(q_TX.shape, dtype=q_TX.dtype, device=q_TX.device)
     starts, lens = query_starts.tolist(), kv_lens.tolist()
     decoding = [s for s in range(len(lens)) if starts[s + 1] - starts[s] == 1]

@@ -48,7 +48,7 @@ class _Writer:
         for index, node in enumerate(self._graph.nodes):
             lines.append(f"    {self._call(index, node)}")
             done = [name for name in dict.fromkeys((*node.inputs, *node.outputs)) if name in made]
-            dead = [self._names[name] for name in done if last_use.get(name, index) == index]  # type: ignore[arg-type, index]
+            dead = [self._names[name] for name in done if last_use.get(name, index) == index]
             if dead:
                 lines.append(f"    del {', '.join(dead)}")
         lines.append(f"    return ({', '.join(self._names[name] for name in self._graph.outputs)},)")

@@ -15,7 +15,7 @@ class StepInputs:
 
 
 def make_inputs(plan: StepPlan, wants_all_rows: list[bool], block_size: int, device: torch.device) -> StepInputs:
-    """wants_all_rows[i]: sequence i needs logits of every token in its chunk (prompt logprobs), not only of the last."""
+    """wants_all_rows[i]: sequence i needs the logits of all its chunk (prompt logprobs), not only of the last token."""
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []

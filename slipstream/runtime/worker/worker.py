@@ -46,13 +46,14 @@ class Worker:
         return logits_RV if self._manifest.logits == "selected" else logits_RV[step.logit_rows]
 
     def _finish(self, plan: StepPlan, inputs: StepInputs, logits_RV: Tensor) -> StepResult:
-        """Sample the last row of each sequence that is at its last known token; report the prompt logprobs asked for."""
+        """Sample the last row of each sequence that is at its last known token; add the prompt logprobs asked for."""
         chunks = logits_RV.split(list(inputs.logit_counts))
         sampled = [index for index, sequence in enumerate(plan.sequences) if sequence.sample]
         rows_RV = logits_RV
         if len(sampled) != len(logits_RV):
             rows_RV = torch.stack([chunks[index][-1] for index in sampled]) if sampled else logits_RV[:0]
-        drawn = iter(self._sampler.sample([plan.sequences[index].slot for index in sampled], rows_RV) if sampled else ())
+        slots = [plan.sequences[index].slot for index in sampled]
+        drawn = iter(self._sampler.sample(slots, rows_RV) if sampled else ())
         results = []
         for sequence, chunk in zip(plan.sequences, chunks, strict=True):
             result = next(drawn) if sequence.sample else SequenceResult()

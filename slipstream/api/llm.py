@@ -12,69 +12,28 @@ import queue
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
 import torch
 
+from slipstream.api.handles import BeamHandle, Handle, SamplingHandle
+from slipstream.api.outputs import CompletionOutput, RequestOutput, ScoreOutput
 from slipstream.build.cache import cached_engine, tuned_choices
 from slipstream.checkpoint.source import resolve
 from slipstream.engine.folder import TOKENIZER_FOLDER, open_engine
 from slipstream.errors import ModelError, RequestError
-from slipstream.runtime.beam import BeamSearch
 from slipstream.runtime.engine import start_engine
 from slipstream.runtime.loop import EngineLoop
 from slipstream.schema.build import BuildConfig, CapacityPolicy, QueuePolicy
-from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent, TokenLogprobs
+from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent
 from slipstream.schema.sampling import SamplingParams
 from slipstream.text.chat import render_chat
-from slipstream.text.completion import Completion
 from slipstream.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class CompletionOutput:
-    """One completion of a request, whole or so far."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    cumulative_logprob: float | None = None
-    logprobs: list[TokenLogprobs] | None = None
-    finish_reason: str | None = None  # stop, length, abort, error; None while it runs
-    stop_reason: int | str | None = None  # the token id or string that stopped it
-    text_diff: str = ""  # streaming: what is new since the last output
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """A request with its completions, best first where best_of or beams chose among them."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    finished: bool = False
-    num_cached_tokens: int = 0  # prompt tokens that were not computed again
-    error: str | None = None  # why this request failed, where others of its batch went on
-
-
-@dataclass(frozen=True)
-class ScoreOutput:
-    """How likely the model finds a given text: one logprob a token; the first token has no context, so none."""
-
-    token_ids: list[int]
-    logprobs: list[float | None] = field(default_factory=list)
-
-    @property
-    def total_logprob(self) -> float:
-        return sum(logprob for logprob in self.logprobs if logprob is not None)
 
 
 class LLM:
@@ -103,7 +62,7 @@ class LLM:
         """
         model: a Hugging Face folder, a .gguf file, a checkpoint or engine folder, a Hub id, or "smollm2".
         dtype: float32, bfloat16, float16; "auto" is float32 on a CPU and the model's own on a GPU.
-        max_batch_size, max_num_tokens: sequences and tokens in one step. max_seq_len: prompt and output of one sequence.
+        max_batch_size, max_num_tokens: sequences and tokens in one step. max_seq_len: prompt and output of a sequence.
         kv_cache_max_tokens: size of the KV cache; by default what fits in kv_cache_free_memory_fraction of free memory.
         capacity_scheduler_policy: guaranteed_no_evict, max_utilization or static_batch. queue_policy: fifo or priority.
         chat_template: a jinja template that replaces the model's own.
@@ -117,7 +76,7 @@ class LLM:
             path = source.path
         else:
             given = {name: value for name, value in limits.items() if value is not None}
-            config = BuildConfig(dtype=dtype, disabled_passes=tuple(disabled_passes), **given)  # type: ignore[arg-type]
+            config = BuildConfig(dtype=dtype, disabled_passes=tuple(disabled_passes), **given)
             path = cached_engine(source, config, where, progress)
         watch.lap("find or build the engine")
         self._folder = open_engine(path)
@@ -136,7 +95,9 @@ class LLM:
         self.runtime_config = engine.config
         watch.lap("map the weights, reserve the KV cache")
         self._tokenizer = _open_tokenizer(path, tokenizer)
-        self._chat_template = chat_template or (self._tokenizer and self._tokenizer.chat_template)
+        self._chat_template = chat_template
+        if chat_template is None and self._tokenizer is not None:
+            self._chat_template = self._tokenizer.chat_template
         watch.lap("open the tokenizer")
         self._loop = EngineLoop(engine)
         self._ids = itertools.count()
@@ -177,7 +138,9 @@ class LLM:
             return _raise_error(output)
         if isinstance(sampling_params, Sequence):
             if len(sampling_params) != len(prompts):
-                raise RequestError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; give one or one each.")
+                raise RequestError(
+                    f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; give one or one each."
+                )
             params = list(sampling_params)
         else:
             params = [self._params(sampling_params)] * len(prompts)
@@ -192,7 +155,7 @@ class LLM:
         **template_values: Any,
     ) -> RequestOutput:
         """Answer a conversation: [{"role": "user", "content": "…"}, …], rendered by the model's chat template."""
-        return self.generate(self.chat_prompt(messages, **template_values), sampling_params, cache_salt=cache_salt)  # type: ignore[return-value]
+        return self.generate(self.chat_prompt(messages, **template_values), sampling_params, cache_salt=cache_salt)
 
     def stream(
         self,
@@ -241,9 +204,13 @@ class LLM:
 
         here = asyncio.get_running_loop()
         events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+
+        def sink(event: TokenEvent) -> None:
+            here.call_soon_threadsafe(events.put_nowait, event)
+
         handle = self._start(
             prompt, self._params(sampling_params), priority, cache_salt,
-            lambda event: here.call_soon_threadsafe(events.put_nowait, event),
+            sink,
         )  # fmt: skip
         try:
             while not handle.finished:
@@ -257,7 +224,7 @@ class LLM:
         """Logprobs of given texts: a ScoreOutput for one prompt, a list of them for a list."""
         sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
         is_one = _is_one_prompt(prompts)
-        outputs = self.generate([prompts] if is_one else list(prompts), sampling)  # type: ignore[list-item, arg-type]
+        outputs = self.generate([prompts] if is_one else list(prompts), sampling)
         scores = [_score(_raise_error(output)) for output in outputs]
         return scores[0] if is_one else scores
 
@@ -266,7 +233,9 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise ModelError(f"{self.manifest.name} has no tokenizer; give one with --tokenizer_dir, or prompts as token ids.")
+            raise ModelError(
+                f"{self.manifest.name} has no tokenizer; give one with --tokenizer_dir, or prompts as token ids."
+            )
         return self._tokenizer
 
     @property
@@ -310,7 +279,7 @@ class LLM:
         on_finish: Callable[[RequestOutput], None],
     ) -> list[RequestOutput]:
         events: queue.SimpleQueue[tuple[int, TokenEvent]] = queue.SimpleQueue()
-        handles: dict[int, _Handle] = {}
+        handles: dict[int, Handle] = {}
         outputs: dict[int, RequestOutput] = {}
         for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
 
@@ -336,22 +305,24 @@ class LLM:
         return [outputs[index] for index in range(len(prompts))]
 
     def _start(
-        self, prompt: Prompt, sampling: SamplingParams, priority: int, cache_salt: str, sink: Callable[[TokenEvent], None]
-    ) -> "_Handle":
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        priority: int,
+        cache_salt: str,
+        sink: Callable[[TokenEvent], None],
+    ) -> "Handle":
         """Validate at the edge, once, and hand the request to the engine."""
         token_ids = self._encode(prompt)
         request = self._request(token_ids, sampling, priority, cache_salt)
         text = prompt if isinstance(prompt, str) else None
-        make = _BeamHandle if sampling.use_beam_search else _SamplingHandle
+        make = BeamHandle if sampling.use_beam_search else SamplingHandle
         handle = make(self._loop, self._tokenizer, text, request, sampling, sink)
         handle.start()
         return handle
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            token_ids = self.tokenizer.encode(prompt)
-        else:
-            token_ids = list(prompt)
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not token_ids:
             raise RequestError("The prompt is empty; give at least one character or token id.")
         return tuple(self._vocabulary_id("prompt token id", token_id) for token_id in token_ids)
@@ -390,179 +361,6 @@ class LLM:
 
     def _params(self, sampling_params: Any) -> SamplingParams:
         return self.default_sampling_params if sampling_params is None else sampling_params
-
-
-class _Handle:
-    """One caller's request: what was sent to the loop, and the completions built from what came back."""
-
-    def __init__(
-        self,
-        loop: EngineLoop,
-        tokenizer: Tokenizer | None,
-        prompt: str | None,
-        request: GenerateRequest,
-        sampling: SamplingParams,
-        sink: Callable[[TokenEvent], None],
-    ) -> None:
-        self._loop, self._tokenizer, self._prompt = loop, tokenizer, prompt
-        self._request, self._sampling, self._sink = request, sampling, sink
-        self._running: set[str] = set()  # ids the loop knows
-        self._prompt_logprobs: list[TokenLogprobs | None] | None = None
-        self._num_cached_tokens = 0
-        self.has_news = False  # something to stream since the last output()
-
-    def start(self) -> None:
-        raise NotImplementedError
-
-    def push(self, event: TokenEvent) -> None:
-        raise NotImplementedError
-
-    def output(self) -> RequestOutput:
-        raise NotImplementedError
-
-    @property
-    def finished(self) -> bool:
-        raise NotImplementedError
-
-    def abort(self) -> None:
-        """Stop whatever still runs; nothing to do once finished."""
-        for request_id in self._running:
-            self._loop.abort(request_id)
-        self._running.clear()
-
-    def _submit(self, request: GenerateRequest) -> None:
-        self._running.add(request.request_id)
-        self._loop.submit(request, self._sink)
-
-    def _note(self, event: TokenEvent) -> None:
-        if event.prompt_logprobs is not None:
-            self._prompt_logprobs = list(event.prompt_logprobs)
-        self._num_cached_tokens = max(self._num_cached_tokens, event.num_cached_tokens)
-        if event.finish_reason is not None:
-            self._running.discard(event.request_id)
-
-    def _describe(self, outputs: list[CompletionOutput], error: str | None) -> RequestOutput:
-        return RequestOutput(
-            request_id=self._request.request_id,
-            prompt=self._prompt,
-            prompt_token_ids=list(self._request.prompt_token_ids),
-            outputs=outputs,
-            prompt_logprobs=self._prompt_logprobs,
-            finished=self.finished,
-            num_cached_tokens=self._num_cached_tokens,
-            error=error,
-        )
-
-
-class _SamplingHandle(_Handle):
-    """best_of sequences, each a request of its own; the first computes the prompt, the others share its blocks."""
-
-    def start(self) -> None:
-        first = self._request
-        # Choosing the best of several needs their likelihood.
-        ranks = self._sampling.num_sequences > self._sampling.n
-        if ranks and self._sampling.logprobs is None:
-            first = replace(first, sampling=replace(self._sampling, logprobs=0))
-        self._completions: dict[str, Completion] = {}
-        self._news: dict[str, str] = {}
-        for index in range(self._sampling.num_sequences):
-            request = first if index == 0 else _follower(first, index)
-            self._completions[request.request_id] = Completion(
-                self._tokenizer, request.prompt_token_ids, self._sampling
-            )
-            self._submit(request)
-
-    def push(self, event: TokenEvent) -> None:
-        self._note(event)
-        completion = self._completions[event.request_id]
-        new_text = completion.push(event)
-        self._news[event.request_id] = self._news.get(event.request_id, "") + new_text
-        self.has_news |= bool(new_text or event.token_ids)
-        if completion.stopped_by_text and event.request_id in self._running:
-            self._running.discard(event.request_id)
-            self._loop.abort(event.request_id)
-
-    @property
-    def finished(self) -> bool:
-        return all(completion.finish_reason is not None for completion in self._completions.values())
-
-    def output(self) -> RequestOutput:
-        outputs = [
-            CompletionOutput(
-                index=index,
-                text=completion.text,
-                token_ids=list(completion.token_ids),
-                cumulative_logprob=completion.cumulative_logprob,
-                logprobs=None if self._sampling.logprobs is None else list(completion.logprobs),
-                finish_reason=completion.finish_reason and str(completion.finish_reason),
-                stop_reason=completion.stop_reason,
-                text_diff=self._news.pop(request_id, ""),
-            )
-            for index, (request_id, completion) in enumerate(self._completions.items())
-        ]
-        self.has_news = False
-        if self.finished and self._sampling.num_sequences > self._sampling.n:
-            best = sorted(outputs, key=lambda output: output.cumulative_logprob or 0.0, reverse=True)
-            outputs = [replace(output, index=index) for index, output in enumerate(best[: self._sampling.n])]
-        errors = [completion.error for completion in self._completions.values() if completion.error]
-        return self._describe(outputs, errors[0] if errors else None)
-
-
-def _follower(first: GenerateRequest, index: int) -> GenerateRequest:
-    return replace(
-        first,
-        request_id=f"{first.request_id}.{index}",
-        seed=(first.seed + index) % 2**63,
-        after=first.request_id,
-        sampling=replace(first.sampling, prompt_logprobs=None),
-    )
-
-
-class _BeamHandle(_Handle):
-    """A beam search: rounds of one-token requests, which the prefix cache makes cheap."""
-
-    def start(self) -> None:
-        request = self._request
-        self._search = BeamSearch(
-            request.request_id, request.prompt_token_ids, self._sampling, request.eos_token_ids, request.max_tokens,
-            priority=request.priority, cache_salt=request.cache_salt,
-        )  # fmt: skip
-        self._send_round()
-
-    def _send_round(self) -> None:
-        for request in self._search.requests():
-            self._submit(request)
-
-    def push(self, event: TokenEvent) -> None:
-        self._note(event)
-        self._search.observe([event])
-        self._send_round()
-
-    @property
-    def finished(self) -> bool:
-        return self._search.done
-
-    def output(self) -> RequestOutput:
-        outputs = []
-        for index, beam in enumerate(self._search.results()):
-            completion = Completion(self._tokenizer, self._request.prompt_token_ids, self._sampling)
-            stopped = beam.finish_reason is FinishReason.STOP
-            stop_id = beam.token_ids[-1] if stopped else None
-            event = TokenEvent("", beam.token_ids, beam.logprobs, None, beam.finish_reason, stop_id)
-            completion.push(event)
-            outputs.append(
-                CompletionOutput(
-                    index=index,
-                    text=completion.text,
-                    token_ids=list(beam.token_ids),
-                    cumulative_logprob=beam.cumulative_logprob,
-                    logprobs=None if self._sampling.logprobs is None else list(beam.logprobs),
-                    finish_reason=beam.finish_reason and str(beam.finish_reason),
-                    stop_reason=stop_id,
-                    text_diff=completion.text,
-                )
-            )
-        return self._describe(outputs, self._search.error)
 
 
 class _Stopwatch:
@@ -635,4 +433,5 @@ def _raise_error(output: RequestOutput) -> RequestOutput:
 
 def _score(output: RequestOutput) -> ScoreOutput:
     assert output.prompt_logprobs is not None
-    return ScoreOutput(output.prompt_token_ids, [entry and entry.logprob for entry in output.prompt_logprobs])
+    logprobs = [None if entry is None else entry.logprob for entry in output.prompt_logprobs]
+    return ScoreOutput(output.prompt_token_ids, logprobs)

@@ -1,0 +1,185 @@
+"""Handles: one caller's request, from what is sent to the engine to the outputs built from its events."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from slipstream.api.outputs import CompletionOutput, RequestOutput
+from slipstream.runtime.beam import BeamSearch
+from slipstream.runtime.loop import EngineLoop
+from slipstream.schema.request import FinishReason, GenerateRequest, TokenEvent, TokenLogprobs
+from slipstream.schema.sampling import SamplingParams
+from slipstream.text.completion import Completion
+from slipstream.text.tokenizer import Tokenizer
+
+
+class Handle:
+    """One caller's request: what was sent to the loop, and the completions built from what came back."""
+
+    def __init__(
+        self,
+        loop: EngineLoop,
+        tokenizer: Tokenizer | None,
+        prompt: str | None,
+        request: GenerateRequest,
+        sampling: SamplingParams,
+        sink: Callable[[TokenEvent], None],
+    ) -> None:
+        self._loop, self._tokenizer, self._prompt = loop, tokenizer, prompt
+        self._request, self._sampling, self._sink = request, sampling, sink
+        self._running: set[str] = set()  # ids the loop knows
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self._num_cached_tokens = 0
+        self.has_news = False  # something to stream since the last output()
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def push(self, event: TokenEvent) -> None:
+        raise NotImplementedError
+
+    def output(self) -> RequestOutput:
+        raise NotImplementedError
+
+    @property
+    def finished(self) -> bool:
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Stop whatever still runs; nothing to do once finished."""
+        for request_id in self._running:
+            self._loop.abort(request_id)
+        self._running.clear()
+
+    def _submit(self, request: GenerateRequest) -> None:
+        self._running.add(request.request_id)
+        self._loop.submit(request, self._sink)
+
+    def _note(self, event: TokenEvent) -> None:
+        if event.prompt_logprobs is not None:
+            self._prompt_logprobs = list(event.prompt_logprobs)
+        self._num_cached_tokens = max(self._num_cached_tokens, event.num_cached_tokens)
+        if event.finish_reason is not None:
+            self._running.discard(event.request_id)
+
+    def _describe(self, outputs: list[CompletionOutput], error: str | None) -> RequestOutput:
+        return RequestOutput(
+            request_id=self._request.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=list(self._request.prompt_token_ids),
+            outputs=outputs,
+            prompt_logprobs=self._prompt_logprobs,
+            finished=self.finished,
+            num_cached_tokens=self._num_cached_tokens,
+            error=error,
+        )
+
+
+class SamplingHandle(Handle):
+    """best_of sequences, each a request of its own; the first computes the prompt, the others share its blocks."""
+
+    def start(self) -> None:
+        first = self._request
+        # Choosing the best of several needs their likelihood.
+        ranks = self._sampling.num_sequences > self._sampling.n
+        if ranks and self._sampling.logprobs is None:
+            first = replace(first, sampling=replace(self._sampling, logprobs=0))
+        self._completions: dict[str, Completion] = {}
+        self._news: dict[str, str] = {}
+        for index in range(self._sampling.num_sequences):
+            request = first if index == 0 else _follower(first, index)
+            self._completions[request.request_id] = Completion(
+                self._tokenizer, request.prompt_token_ids, self._sampling
+            )
+            self._submit(request)
+
+    def push(self, event: TokenEvent) -> None:
+        self._note(event)
+        completion = self._completions[event.request_id]
+        new_text = completion.push(event)
+        self._news[event.request_id] = self._news.get(event.request_id, "") + new_text
+        self.has_news |= bool(new_text or event.token_ids)
+        if completion.stopped_by_text and event.request_id in self._running:
+            self._running.discard(event.request_id)
+            self._loop.abort(event.request_id)
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.finish_reason is not None for completion in self._completions.values())
+
+    def output(self) -> RequestOutput:
+        outputs = [
+            CompletionOutput(
+                index=index,
+                text=completion.text,
+                token_ids=list(completion.token_ids),
+                cumulative_logprob=completion.cumulative_logprob,
+                logprobs=None if self._sampling.logprobs is None else list(completion.logprobs),
+                finish_reason=completion.finish_reason and str(completion.finish_reason),
+                stop_reason=completion.stop_reason,
+                text_diff=self._news.pop(request_id, ""),
+            )
+            for index, (request_id, completion) in enumerate(self._completions.items())
+        ]
+        self.has_news = False
+        if self.finished and self._sampling.num_sequences > self._sampling.n:
+            best = sorted(outputs, key=lambda output: output.cumulative_logprob or 0.0, reverse=True)
+            outputs = [replace(output, index=index) for index, output in enumerate(best[: self._sampling.n])]
+        errors = [completion.error for completion in self._completions.values() if completion.error]
+        return self._describe(outputs, errors[0] if errors else None)
+
+
+def _follower(first: GenerateRequest, index: int) -> GenerateRequest:
+    return replace(
+        first,
+        request_id=f"{first.request_id}.{index}",
+        seed=(first.seed + index) % 2**63,
+        after=first.request_id,
+        sampling=replace(first.sampling, prompt_logprobs=None),
+    )
+
+
+class BeamHandle(Handle):
+    """A beam search: rounds of one-token requests, which the prefix cache makes cheap."""
+
+    def start(self) -> None:
+        request = self._request
+        self._search = BeamSearch(
+            request.request_id, request.prompt_token_ids, self._sampling, request.eos_token_ids, request.max_tokens,
+            priority=request.priority, cache_salt=request.cache_salt,
+        )  # fmt: skip
+        self._send_round()
+
+    def _send_round(self) -> None:
+        for request in self._search.requests():
+            self._submit(request)
+
+    def push(self, event: TokenEvent) -> None:
+        self._note(event)
+        self._search.observe([event])
+        self._send_round()
+
+    @property
+    def finished(self) -> bool:
+        return self._search.done
+
+    def output(self) -> RequestOutput:
+        outputs = []
+        for index, beam in enumerate(self._search.results()):
+            completion = Completion(self._tokenizer, self._request.prompt_token_ids, self._sampling)
+            stopped = beam.finish_reason is FinishReason.STOP
+            stop_id = beam.token_ids[-1] if stopped else None
+            event = TokenEvent("", beam.token_ids, beam.logprobs, None, beam.finish_reason, stop_id)
+            completion.push(event)
+            outputs.append(
+                CompletionOutput(
+                    index=index,
+                    text=completion.text,
+                    token_ids=list(beam.token_ids),
+                    cumulative_logprob=beam.cumulative_logprob,
+                    logprobs=None if self._sampling.logprobs is None else list(beam.logprobs),
+                    finish_reason=beam.finish_reason and str(beam.finish_reason),
+                    stop_reason=stop_id,
+                    text_diff=completion.text,
+                )
+            )
+        return self._describe(outputs, self._search.error)
