@@ -16,14 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
-import torch
-
 from slipstream.api.handles import BeamHandle, Handle, SamplingHandle
 from slipstream.api.outputs import CompletionOutput, RequestOutput, ScoreOutput
-from slipstream.build.cache import cached_engine, tuned_choices
+from slipstream.build.cache import cached_engine, device_for, tuned_choices
 from slipstream.checkpoint.source import resolve
 from slipstream.engine.folder import TOKENIZER_FOLDER, open_engine
-from slipstream.errors import ModelError, RequestError
+from slipstream.errors import EngineError, ModelError, RequestError
 from slipstream.runtime.engine import start_engine
 from slipstream.runtime.loop import EngineLoop
 from slipstream.schema.build import BuildConfig, CapacityPolicy, QueuePolicy
@@ -69,7 +67,7 @@ class LLM:
         progress: told of the build's stages as (stage, done, total).
         """
         watch = _Stopwatch()
-        where = torch.device(_default_device() if device == "auto" else device)
+        where = device_for(device)
         source = resolve(model)
         limits = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "max_seq_len": max_seq_len}
         if source.kind == "engine":
@@ -81,6 +79,10 @@ class LLM:
         watch.lap("find or build the engine")
         self._folder = open_engine(path)
         self.manifest = self._folder.manifest
+        if dtype not in ("auto", self.manifest.dtype):  # of an engine that was given: what is built here obeys
+            raise EngineError(
+                f"dtype is {dtype!r}, but {path} was built in {self.manifest.dtype}; leave it out or build again."
+            )
         choices = tuned_choices(self._folder, where)
         watch.lap("open the engine")
         engine = start_engine(
@@ -342,6 +344,8 @@ class LLM:
                 f"The prompt has {len(token_ids)} tokens and a sequence holds {self.runtime_config.max_seq_len}; "
                 f"shorten it to {self.runtime_config.max_seq_len - 1} or raise max_seq_len."
             )
+        if sampling.stop:
+            _ = self.tokenizer  # without one there is no text to find a stop string in: say so
         for token_id in sampling.stop_token_ids:
             self._vocabulary_id("stop_token_ids", token_id)
         for token_id in sampling.logit_bias or {}:
@@ -386,10 +390,6 @@ def default_sampling(generation: Mapping[str, Any]) -> SamplingParams:
         for filter_name in ("top_k", "top_p", "min_p", "typical_p"):
             values.pop(filter_name, None)
     return SamplingParams(**values)
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _choice(kind: Any, name: str, value: str) -> Any:

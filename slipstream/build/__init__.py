@@ -40,6 +40,19 @@ class BuildReport:
     seconds: dict[str, float]
 
 
+@dataclass(frozen=True)
+class BuildPlan:
+    """A rewritten graph and what it will need; nothing is measured or written yet."""
+
+    limits: "Limits"
+    graph: Graph
+    constants: dict[str, Tensor]
+    passes: list[PassReport]
+    ops_captured: dict[str, int]
+    memory: dict[str, int]
+    seconds: dict[str, float]
+
+
 def build(
     checkpoint: Checkpoint,
     output_dir: str | Path,
@@ -49,6 +62,14 @@ def build(
     progress: Progress = lambda stage, done, total: None,
 ) -> BuildReport:
     """Build an engine folder. Raises BuildError; leaves no config.json unless the folder is whole."""
+    plan = plan_build(checkpoint, config, progress)
+    return write_engine(plan, checkpoint, output_dir, device=device, progress=progress)
+
+
+def plan_build(
+    checkpoint: Checkpoint, config: BuildConfig, progress: Progress = lambda stage, done, total: None
+) -> BuildPlan:
+    """The first half of a build: capture, rewrite, plan the memory. Reads no weight."""
     watch = _Stopwatch()
     limits = resolve_limits(config, checkpoint)
     progress("capture", 0, 1)
@@ -59,6 +80,20 @@ def build(
     passes = run_pipeline(graph, promised=checkpoint.model.PROMISED_PASSES, disabled=config.disabled_passes)
     memory = plan_memory(graph, max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size)
     watch.lap("rewrite")
+    return BuildPlan(limits, graph, captured.constants, passes, ops_captured, memory, watch.seconds)
+
+
+def write_engine(
+    plan: BuildPlan,
+    checkpoint: Checkpoint,
+    output_dir: str | Path,
+    *,
+    device: str = "cpu",
+    progress: Progress = lambda stage, done, total: None,
+) -> BuildReport:
+    """The second half: measure the kernels on this device and write the folder, streaming the weights through."""
+    watch = _Stopwatch()
+    graph, limits, memory = plan.graph, plan.limits, plan.memory
     choices = tune(
         graph, torch.device(device), max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size,
         progress=lambda done, total: progress("tune", done, total),
@@ -72,12 +107,12 @@ def build(
         progress("write", written, memory["weights"])
 
     with new_folder(folder, FORMAT) as description:
-        write_rank_file(folder / RANK_FILE, graph, _weight_reader(graph, checkpoint, captured.constants), count)
+        write_rank_file(folder / RANK_FILE, graph, _weight_reader(graph, checkpoint, plan.constants), count)
         choices.save(folder / CACHE_FILE)
         checkpoint.write_tokenizer(folder / TOKENIZER_FOLDER)
-        description |= _manifest(checkpoint, limits, graph, passes, memory).to_dict()
+        description |= _manifest(checkpoint, limits, graph, plan.passes, memory).to_dict()
     watch.lap("write")
-    return BuildReport(passes, ops_captured, graph.count_ops(), memory, watch.seconds)
+    return BuildReport(plan.passes, plan.ops_captured, graph.count_ops(), memory, plan.seconds | watch.seconds)
 
 
 @dataclass(frozen=True)
@@ -162,4 +197,4 @@ class _Stopwatch:
         self.seconds[stage], self._last = now - self._last, now
 
 
-__all__ = ["BuildReport", "build"]
+__all__ = ["BuildPlan", "BuildReport", "build", "plan_build", "write_engine"]

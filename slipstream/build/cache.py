@@ -17,6 +17,7 @@ from slipstream.build.tune import describe_device, tune
 from slipstream.checkpoint import Source, open_checkpoint
 from slipstream.engine.choices import Choices, load_choices
 from slipstream.engine.folder import CACHE_FILE, Engine
+from slipstream.errors import UsageError
 from slipstream.schema.build import BuildConfig
 
 KEPT_PER_MODEL = 3
@@ -50,6 +51,17 @@ def cached_engine(source: Source, config: BuildConfig, device: torch.device, pro
         shutil.rmtree(scratch, ignore_errors=True)
     _forget_old(parent, name, keep=folder)
     return folder
+
+
+def device_for(requested: str) -> torch.device:
+    """ "auto" is the GPU where there is one. Raises UsageError for a device that is not here."""
+    has_gpu = torch.cuda.is_available()
+    if requested == "auto":
+        return torch.device("cuda" if has_gpu else "cpu")
+    here = ["auto", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count() if has_gpu else 0))]
+    if requested not in (*here, "cuda" if has_gpu else "cpu"):
+        raise UsageError(f"device is {requested!r}; this machine has {', '.join(here)}.")
+    return torch.device(requested)
 
 
 def dtype_for(requested: str, device: torch.device) -> str:

@@ -21,12 +21,26 @@ from slipstream.schema.model import DecoderConfig
 
 
 def convert(
-    model: str | Path, output_dir: str | Path, *, dtype: str = "auto", progress: Callable[[int], None] = lambda _: None
+    model: str | Path,
+    output_dir: str | Path,
+    *,
+    dtype: str = "auto",
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> None:
     """Write a model as a checkpoint folder. dtype "auto" keeps the dtype the model was published in."""
-    checkpoint = open_checkpoint(resolve(model), dtype)
+    source = resolve(model)
+    if source.path.resolve() == Path(output_dir).resolve():
+        raise ModelError(f"{output_dir} is the model to convert itself; give another --output_dir.")
+    checkpoint = open_checkpoint(source, dtype)
+    written, total = 0, checkpoint.num_bytes
+
+    def count(num_bytes: int) -> None:
+        nonlocal written
+        written += num_bytes
+        progress("convert", written, total)
+
     try:
-        checkpoint.save(Path(output_dir), progress)
+        checkpoint.save(Path(output_dir), count)
     finally:
         checkpoint.close()
 

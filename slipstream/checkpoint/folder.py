@@ -1,6 +1,7 @@
 """Checkpoint: a model ready to build. And the folder it can be saved in."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,11 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.weights.shape(self.names[name])
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights, in the checkpoint's dtype."""
+        return sum(math.prod(self.shape(name)) for name in self.names) * getattr(torch, self.dtype).itemsize
 
     def close(self) -> None:
         self.weights.close()

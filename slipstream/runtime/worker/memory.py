@@ -31,6 +31,14 @@ def count_blocks(manifest: Manifest, device: torch.device, *, fraction: float, m
     As many as a full batch of the longest sequences could use, within `fraction` of what is free after the
     activations; `max_tokens` asks for a number instead. Raises CapacityError where that does not fit.
     """
+    if not 0 < fraction <= 1:
+        raise CapacityError(
+            f"kv_cache_free_memory_fraction is {fraction:g}; it must be above 0 and at most 1, such as 0.9."
+        )
+    if max_tokens is not None and max_tokens < 1:
+        raise CapacityError(
+            f"kv_cache_max_tokens is {max_tokens}; it must be at least 1, such as {manifest.max_seq_len}."
+        )
     block_bytes = manifest.kv_bytes_per_token * manifest.tokens_per_block
     budget = max(0, int(fraction * (free_memory(device) - manifest.memory.get("activations", 0))))
     fitting = budget // block_bytes
