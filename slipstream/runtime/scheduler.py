@@ -1,0 +1,431 @@
+"""Scheduler: which tokens the next step computes, and what its result means for each request.
+
+    while scheduler.has_work:
+        plan = scheduler.plan()              # what to compute
+        result = worker.execute(plan)
+        events = scheduler.commit(plan, result)   # or fail_step(plan, error)
+
+There is one token counter and there are no phases: a sequence has tokens known and tokens computed, and a step closes
+part of the gap within a budget. Chunked prefill, prefix hits, decode and recomputation after preemption are all that
+one rule.
+
+One order decides everything: a sequence's rank, which is its arrival, after its priority where QueuePolicy.PRIORITY
+asks for that. Sequences are served and admitted best rank first, and the worst is preempted. So the best of them can
+always go on (`add` refused what could never fit), and whoever goes on comes to its end: no request starves but by
+priorities.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from slipstream.errors import CapacityError, RequestError
+from slipstream.runtime.kv import KVCacheManager, Match
+from slipstream.runtime.queue import WaitingQueue
+from slipstream.runtime.sequence import Rank, Sequence
+from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
+from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent
+from slipstream.schema.step import BlockCopy, SequenceResult, SequenceStep, StepPlan, StepResult
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making."""
+
+    budget: int  # tokens that may still be added
+    sequences: list[Sequence] = field(default_factory=list)
+    steps: list[SequenceStep] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+
+    def add(self, sequence: Sequence, end: int, *, is_new: bool = False) -> None:
+        """Compute the sequence's tokens from num_computed to `end`."""
+        assert sequence.slot is not None
+        start = sequence.num_computed
+        step = SequenceStep(
+            slot=sequence.slot,
+            start=start,
+            token_ids=tuple(sequence.token_ids[start:end]),
+            block_ids=sequence.table.block_ids,
+            sample=end == sequence.num_known,
+            new=sequence.request if is_new else None,
+            output_token_ids=tuple(sequence.token_ids[sequence.num_prompt :]) if is_new else (),
+        )
+        self.sequences.append(sequence)
+        self.steps.append(step)
+        self.budget -= end - start
+
+
+class Scheduler:
+    """Owner of all requests, slots and KV blocks. Every plan is executed and committed (or failed) before the next.
+
+    Requests may be added and aborted at any time, between plan and commit too.
+    """
+
+    def __init__(self, config: RuntimeConfig) -> None:
+        self.config = config
+        self._kv = KVCacheManager(config.num_blocks, config.tokens_per_block, config.enable_block_reuse)
+        self._sequences: dict[str, Sequence] = {}  # all that have not ended, by request id
+        self._waiting = WaitingQueue()  # those that may be admitted; followers wait outside, in their leader's list
+        self._running: list[Sequence] = []  # by rank; each has a slot and blocks
+        self._in_flight: tuple[StepPlan, list[Sequence]] | None = None
+        self._free_slots = list(range(config.max_batch_size))  # a heap
+        self._freed_slots: list[int] = []  # since the last plan
+        self._num_arrivals = 0
+        self._num_steps = 0
+        self._num_preemptions = 0
+        self._prompt_tokens_computed = 0
+        self._prompt_tokens_cached = 0
+        self._generated_tokens = 0
+
+    # ------------------------------------------------------------------ requests
+
+    def add(self, request: GenerateRequest) -> None:
+        """Queue a request. RequestError or CapacityError if it could never run."""
+        self._check_request(request)
+        sequence = Sequence.from_request(request, self._next_rank(request))
+        # Only a request that came before can be waited for, so no two wait for each other.
+        leader = self._sequences.get(request.after) if request.after is not None else None
+        if leader is not None and not leader.is_prompt_computed:
+            leader.followers.append(sequence)
+        else:
+            self._waiting.push(sequence)
+        self._sequences[request.request_id] = sequence
+
+    def abort(self, request_id: str) -> bool:
+        """End a request without an event: its caller gave up, or found a stop string. False if it is not here.
+
+        If a step is computing it at the moment, that result is dropped and the blocks are released at the commit.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return False
+        self._end(sequence, FinishReason.ABORT)
+        if sequence.slot is not None and not self._is_in_flight(sequence):
+            self._release(sequence)
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences or self._running)
+
+    def _next_rank(self, request: GenerateRequest) -> Rank:
+        self._num_arrivals += 1
+        by_priority = self.config.queue_policy is QueuePolicy.PRIORITY
+        return (request.priority if by_priority else 0, self._num_arrivals)
+
+    def _check_request(self, request: GenerateRequest) -> None:
+        config, num_prompt = self.config, len(request.prompt_token_ids)
+        if request.request_id in self._sequences:
+            raise RequestError(f"request_id {request.request_id!r} is in use; choose another one.")
+        if num_prompt == 0:
+            raise RequestError("the prompt has 0 tokens; it needs at least 1.")
+        if num_prompt >= config.max_seq_len:
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens, but prompt and output share max_seq_len {config.max_seq_len}; "
+                f"shorten it to at most {config.max_seq_len - 1}."
+            )
+        room = config.max_seq_len - num_prompt
+        if not 1 <= request.max_tokens <= room:
+            raise RequestError(
+                f"max_tokens is {request.max_tokens}; after {num_prompt} prompt tokens of max_seq_len "
+                f"{config.max_seq_len} it must be at least 1 and at most {room}."
+            )
+        if not config.enable_chunked_prefill and num_prompt > config.max_num_tokens:
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens, but without chunked prefill it must fit in one step; "
+                f"shorten it to at most {config.max_num_tokens} or set enable_chunked_prefill."
+            )
+        self._check_capacity(num_prompt, request.max_tokens)
+
+    def _check_capacity(self, num_prompt: int, max_tokens: int) -> None:
+        num_needed = self._kv.num_blocks_for(num_prompt + max_tokens - 1)
+        if num_needed <= self._kv.num_total:
+            return
+        capacity = self._kv.num_total * self.config.tokens_per_block
+        advice = (
+            f"lower max_tokens to {capacity - num_prompt + 1}"
+            if num_prompt <= capacity
+            else f"shorten the prompt to at most {capacity} tokens"
+        )
+        raise CapacityError(
+            f"the request needs {num_needed} KV blocks but the pool has {self._kv.num_total}; {advice} "
+            "or raise the KV cache (kv_cache_max_tokens)."
+        )
+
+    # ------------------------------------------------------------------ plan
+
+    def plan(self) -> StepPlan | None:
+        """The next step; None exactly when nothing is left to do."""
+        assert self._in_flight is None, "the last plan was not committed"
+        draft = _Draft(self.config.max_num_tokens)
+        is_closed = self.config.capacity_policy is CapacityPolicy.STATIC_BATCH and bool(self._running)
+        has_preempted = self._continue_running(draft)
+        # What was just preempted would otherwise come straight back, to be preempted again.
+        if not is_closed and not has_preempted:
+            self._admit_waiting(draft)
+        if not draft.steps:
+            assert not self._sequences, "requests wait and none can run"
+            return None
+        plan = StepPlan(self._num_steps, tuple(draft.steps), tuple(draft.copies), tuple(self._freed_slots))
+        self._in_flight = plan, draft.sequences
+        self._freed_slots.clear()
+        self._num_steps += 1
+        return plan
+
+    def _continue_running(self, draft: _Draft) -> bool:
+        """Give each running sequence its next chunk, best rank first. Returns whether any was preempted for that."""
+        num_preemptions = self._num_preemptions
+        index = 0
+        while index < len(self._running) and draft.budget > 0:  # _running shrinks at its end while we go
+            sequence = self._running[index]
+            end = self._chunk_end(sequence, sequence.num_computed, draft.budget)
+            if self._make_room(sequence, end):
+                self._kv.extend(sequence.table, end)
+                draft.add(sequence, end)
+            index += 1
+        return self._num_preemptions > num_preemptions
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Preempt from the end until the sequence's table can be extended; False if that hit the sequence itself."""
+        while not self._kv.can_extend(sequence.table, num_tokens):
+            victim = self._running[-1]  # not in this plan yet: the plan goes through the list in order
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert self.config.capacity_policy is CapacityPolicy.MAX_UTILIZATION, "a guaranteed block is missing"
+        self._release(sequence)
+        sequence.num_computed = 0
+        sequence.prompt_logprobs.clear()
+        self._waiting.push(sequence)
+        self._num_preemptions += 1
+
+    def _admit_waiting(self, draft: _Draft) -> None:
+        """Start waiting sequences while they fit. Nobody overtakes one that does not, so that it starts some day."""
+        if not self._waiting:
+            return
+        num_reserved = sum(map(self._num_reserved, self._running))
+        while self._free_slots and draft.budget > 0:
+            sequence = self._waiting.peek()
+            if sequence is None or not self._try_admit(sequence, draft, num_reserved):
+                return
+            num_reserved += self._num_reserved(sequence)
+
+    def _num_reserved(self, sequence: Sequence) -> int:
+        """Blocks kept for what a running sequence may still generate."""
+        if self.config.capacity_policy is CapacityPolicy.MAX_UTILIZATION:
+            return 0
+        return self._kv.num_blocks_for(sequence.max_computed) - len(sequence.table)
+
+    def _try_admit(self, sequence: Sequence, draft: _Draft, num_reserved: int) -> bool:
+        for match in self._matches(sequence):
+            end = self._chunk_end(sequence, match.num_tokens, draft.budget)
+            is_optimistic = self.config.capacity_policy is CapacityPolicy.MAX_UTILIZATION
+            num_tokens = end if is_optimistic else sequence.max_computed
+            if end > match.num_tokens and self._kv.can_admit(match, num_tokens, num_reserved):
+                self._admit(sequence, match, end, draft)
+                return True
+        return False
+
+    def _matches(self, sequence: Sequence) -> list[Match]:
+        """What may be taken from the prefix tree, best first."""
+        if sequence.wants_prompt_logprobs:
+            return [Match()]
+        match = self._kv.match(sequence.request.cache_salt, sequence.token_ids)
+        # The source of a copy is one block more than the request itself needs: in a tight pool, go without it.
+        return [match] if match.source is None else [match, match.without_copy()]
+
+    def _admit(self, sequence: Sequence, match: Match, end: int, draft: _Draft) -> None:
+        self._waiting.remove(sequence)
+        copy = self._kv.admit(sequence.table, match)
+        if copy is not None:
+            draft.copies.append(copy)
+        self._kv.extend(sequence.table, end)
+        sequence.num_computed = match.num_tokens
+        if sequence.num_cached is None:
+            sequence.num_cached = match.num_tokens
+            self._prompt_tokens_cached += match.num_tokens
+        sequence.slot = heappop(self._free_slots)
+        insort(self._running, sequence, key=_rank)
+        draft.add(sequence, end, is_new=True)
+
+    def _chunk_end(self, sequence: Sequence, start: int, budget: int) -> int:
+        """Where a chunk from `start` ends, `start` itself if there can be none.
+
+        It reaches the last known token or a block border, unless the budget allows neither.
+        """
+        end = start + budget
+        if end >= sequence.num_known:
+            return sequence.num_known
+        # A preempted sequence may have outgrown the budget: it comes back in chunks in any case.
+        if not self.config.enable_chunked_prefill and not sequence.is_prompt_computed:
+            return start
+        border = end - end % self.config.tokens_per_block
+        return border if border > start else end
+
+    # ------------------------------------------------------------------ commit
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        """Take in what a step computed. One event for each sequence that got a token or ended."""
+        sequences = self._take_in_flight(plan)
+        events = []
+        for sequence, step, outcome in zip(sequences, plan.sequences, result.sequences, strict=True):
+            event = self._commit_sequence(sequence, step, outcome)
+            if event is not None:
+                events.append(event)
+        return events
+
+    def fail_step(self, plan: StepPlan, error: str) -> list[TokenEvent]:
+        """The step raised: its sequences end with `error`, and nothing they may have written is reused."""
+        events = [self._fail(sequence, error) for sequence in self._take_in_flight(plan)]
+        return [event for event in events if event is not None]
+
+    def _take_in_flight(self, plan: StepPlan) -> list[Sequence]:
+        assert self._in_flight is not None and self._in_flight[0] is plan, f"step {plan.step} is not in flight"
+        sequences = self._in_flight[1]
+        self._in_flight = None
+        return sequences
+
+    def _commit_sequence(self, sequence: Sequence, step: SequenceStep, outcome: SequenceResult) -> TokenEvent | None:
+        if outcome.error is not None:
+            return self._fail(sequence, outcome.error)
+        sequence.num_computed = step.start + len(step.token_ids)
+        self._prompt_tokens_computed += max(0, min(sequence.num_computed, sequence.num_prompt) - step.start)
+        self._kv.commit(sequence.table, sequence.token_ids, sequence.num_computed)
+        if sequence.is_finished:  # aborted meanwhile
+            self._release(sequence)
+            return None
+        if sequence.wants_prompt_logprobs:
+            sequence.prompt_logprobs.extend(outcome.prompt_logprobs)
+        return self._append_token(sequence, outcome) if step.sample else None
+
+    def _append_token(self, sequence: Sequence, outcome: SequenceResult) -> TokenEvent:
+        token_id = outcome.token_id
+        assert token_id is not None, f"the worker sampled no token for {sequence.request.request_id!r}"
+        is_first = not sequence.is_prompt_computed
+        prompt_logprobs = (None, *sequence.prompt_logprobs) if sequence.wants_prompt_logprobs else None
+        sequence.prompt_logprobs.clear()
+        sequence.token_ids.append(token_id)
+        self._generated_tokens += 1
+        self._free_followers(sequence)
+        reason = _finish_reason(sequence, token_id)
+        if reason is not None:
+            self._end(sequence, reason)
+            self._release(sequence)
+        return TokenEvent(
+            request_id=sequence.request.request_id,
+            token_ids=(token_id,),
+            logprobs=() if outcome.logprobs is None else (outcome.logprobs,),
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            stop_token_id=token_id if reason is FinishReason.STOP else None,
+            num_cached_tokens=(sequence.num_cached or 0) if is_first else 0,
+        )
+
+    def _fail(self, sequence: Sequence, error: str) -> TokenEvent | None:
+        self._kv.discard(sequence.table)
+        self._leave(sequence)
+        if sequence.is_finished:  # aborted meanwhile: nobody listens
+            return None
+        self._end(sequence, FinishReason.ERROR)
+        return TokenEvent(
+            request_id=sequence.request.request_id,
+            finish_reason=FinishReason.ERROR,
+            error=error,
+            num_cached_tokens=(sequence.num_cached or 0) if not sequence.is_prompt_computed else 0,
+        )
+
+    # ------------------------------------------------------------------ leaving
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """The request is over; its blocks and slot may still be in use."""
+        sequence.finish_reason = reason
+        del self._sequences[sequence.request.request_id]
+        self._waiting.remove(sequence)
+        self._free_followers(sequence)
+
+    def _free_followers(self, sequence: Sequence) -> None:
+        for follower in sequence.followers:
+            if not follower.is_finished:
+                self._waiting.push(follower)
+        sequence.followers.clear()
+
+    def _release(self, sequence: Sequence) -> None:
+        """Stop running. What was computed stays in the prefix tree."""
+        self._kv.release(sequence.table, sequence.token_ids, sequence.num_computed)
+        self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        heappush(self._free_slots, sequence.slot)
+        self._freed_slots.append(sequence.slot)
+        sequence.slot = None
+        del self._running[bisect_left(self._running, sequence.rank, key=_rank)]
+
+    def _is_in_flight(self, sequence: Sequence) -> bool:
+        return self._in_flight is not None and sequence in self._in_flight[1]
+
+    # ------------------------------------------------------------------ looking in
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=sum(1 for sequence in self._sequences.values() if sequence.slot is None),
+            num_blocks_used=self._kv.num_total - self._kv.num_available,
+            num_blocks_total=self._kv.num_total,
+            num_preemptions=self._num_preemptions,
+            num_steps=self._num_steps,
+            prompt_tokens_computed=self._prompt_tokens_computed,
+            prompt_tokens_cached=self._prompt_tokens_cached,
+            generated_tokens=self._generated_tokens,
+        )
+
+    def check(self) -> None:
+        """Prove every invariant, or raise AssertionError. O(everything): for tests and for an idle engine."""
+        self._kv.check(sequence.table for sequence in self._running)
+        self._check_running()
+        self._check_waiting()
+
+    def _check_running(self) -> None:
+        slots = [sequence.slot for sequence in self._running if sequence.slot is not None]
+        assert len(slots) == len(self._running), "a running sequence has no slot"
+        assert sorted(slots + self._free_slots) == list(range(self.config.max_batch_size)), f"slots {slots} in use"
+        ranks = [sequence.rank for sequence in self._running]
+        assert ranks == sorted(set(ranks)), f"the running sequences are out of order: {ranks}"
+        for sequence in self._running:
+            name = sequence.request.request_id
+            assert sequence.num_computed < sequence.num_known, f"{name!r} runs and has nothing to compute"
+            held = len(sequence.table) * self.config.tokens_per_block
+            assert held >= sequence.num_computed, f"{name!r} computed {sequence.num_computed} tokens in {held} places"
+            alive = self._sequences.get(name) is sequence
+            assert alive or (sequence.is_finished and self._is_in_flight(sequence)), f"{name!r} ended and still runs"
+        num_reserved = sum(map(self._num_reserved, self._running))
+        assert num_reserved <= self._kv.num_available, f"{num_reserved} blocks are promised, too many"
+
+    def _check_waiting(self) -> None:
+        waiting = [sequence for sequence in self._sequences.values() if sequence.slot is None]
+        followers = {
+            follower
+            for leader in self._sequences.values()
+            for follower in leader.followers
+            if not follower.is_finished and not leader.is_prompt_computed
+        }
+        assert len(self._waiting) + len(followers) == len(waiting), "a waiting sequence is lost"
+        for sequence in waiting:
+            name = sequence.request.request_id
+            assert (sequence in self._waiting) != (sequence in followers), f"{name!r} is in no queue, or in two"
+            assert not sequence.num_computed and not len(sequence.table), f"{name!r} waits and holds KV blocks"
+
+
+def _rank(sequence: Sequence) -> Rank:
+    return sequence.rank
+
+
+def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:
+    """Why the sequence ends with the token just appended. (min_tokens is the sampler's: it does not offer a stop.)"""
+    if token_id in sequence.stop_ids:
+        return FinishReason.STOP
+    # The sequence limit needs no look: `add` held prompt and max_tokens together to max_seq_len.
+    return FinishReason.LENGTH if sequence.num_output >= sequence.request.max_tokens else None

@@ -1,0 +1,66 @@
+"""Sequence: the state of one request, owned by the scheduler."""
+
+from dataclasses import dataclass, field
+
+from slipstream.runtime.kv import BlockTable
+from slipstream.schema.request import FinishReason, GenerateRequest, TokenLogprobs
+
+Rank = tuple[int, int]  # (priority, arrival); lower goes first. No two sequences have the same.
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """
+    token_ids   |------ prompt ------|---- output ----|    known
+                0                num_prompt       num_known
+    KV          |-- num_computed --|                       the rest is to be computed; the last token always is
+                |-num_cached-|                             found in the prefix tree at admission, not computed
+    """
+
+    request: GenerateRequest
+    rank: Rank
+    token_ids: list[int]
+    stop_ids: frozenset[int]
+    table: BlockTable
+    num_computed: int = 0
+    num_cached: int | None = None  # set at the first admission
+    slot: int | None = None  # set while running
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of prompt tokens 1 ..; until they are sent
+    followers: list["Sequence"] = field(default_factory=list)  # wait until this prompt is computed
+    finish_reason: FinishReason | None = None
+
+    @classmethod
+    def from_request(cls, request: GenerateRequest, rank: Rank) -> "Sequence":
+        stop_ids = request.eos_token_ids.union(request.sampling.stop_token_ids)
+        return cls(request, rank, list(request.prompt_token_ids), stop_ids, BlockTable(request.cache_salt))
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_known(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def max_computed(self) -> int:
+        """Tokens whose KV will ever be written: the last one sampled never is."""
+        return self.num_prompt + self.request.max_tokens - 1
+
+    @property
+    def is_prompt_computed(self) -> bool:
+        """Once true, true for good, preempted or not: the step that ends the prompt samples the first token."""
+        return self.num_output > 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the logits of every prompt row are still needed; then no row may come from the prefix tree."""
+        return self.request.sampling.prompt_logprobs is not None and not self.is_prompt_computed

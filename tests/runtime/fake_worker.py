@@ -1,0 +1,158 @@
+"""A worker without a model, which knows what is in every KV cell and refuses to read a wrong one.
+
+The pool is a dict: (block id, offset) -> the history of the token written there, that is (salt, tokens up to and
+including it) as a chain of hashes. KV of a token depends on exactly that, so a cell is right for a sequence if and only
+if it holds the hash of the sequence's own history at that position. Prefix sharing, copies, eviction and preemption can
+put a wrong cell into a block table; none can do so unseen.
+
+The "model" is a hash of the history too: the next token is a fixed function of it, so a request's output can be
+computed alone (`expected_output`) and must be the same in any company.
+"""
+
+from dataclasses import dataclass, field
+
+from slipstream.runtime.kv.blocks import NULL_BLOCK
+from slipstream.schema.build import RuntimeConfig
+from slipstream.schema.request import GenerateRequest, TokenLogprobs
+from slipstream.schema.sampling import SamplingParams
+from slipstream.schema.step import SequenceResult, SequenceStep, StepPlan, StepResult
+
+
+def make_request(
+    request_id: str, prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 4, **fields
+) -> GenerateRequest:
+    fields.setdefault("sampling", SamplingParams())
+    fields.setdefault("seed", 0)
+    return GenerateRequest(request_id=request_id, prompt_token_ids=tuple(prompt), max_tokens=max_tokens, **fields)
+
+
+def fold(history_hash: int, token_id: int) -> int:
+    return hash((history_hash, token_id))
+
+
+def fold_all(request: GenerateRequest, token_ids: list[int]) -> list[int]:
+    """The history hash at each position."""
+    current, hashes = hash(request.cache_salt), []
+    for token_id in token_ids:
+        current = fold(current, token_id)
+        hashes.append(current)
+    return hashes
+
+
+def next_token(history_hash: int, seed: int, num_tokens: int) -> int:
+    return hash((history_hash, seed)) % num_tokens
+
+
+def expected_output(request: GenerateRequest, num_tokens: int) -> tuple[int, ...]:
+    """What the request generates when nobody else is there."""
+    current = fold_all(request, list(request.prompt_token_ids))[-1]
+    output: list[int] = []
+    while len(output) < request.max_tokens:
+        output.append(next_token(current, request.seed, num_tokens))
+        if output[-1] in request.eos_token_ids or output[-1] in request.sampling.stop_token_ids:
+            break
+        current = fold(current, output[-1])
+    return tuple(output)
+
+
+def prompt_logprob(request: GenerateRequest, position: int) -> TokenLogprobs:
+    return TokenLogprobs(request.prompt_token_ids[position], -float(position), rank=position)
+
+
+@dataclass
+class Row:
+    """What a worker keeps for a slot: enough to know the sequence's whole history."""
+
+    request: GenerateRequest
+    token_ids: list[int]
+    hashes: list[int]
+
+
+@dataclass
+class FakeWorker:
+    config: RuntimeConfig
+    num_tokens: int = 3  # size of the alphabet
+    script: dict[str, tuple[int, ...]] = field(default_factory=dict)  # request id -> its outputs, instead of hashes
+    cells: dict[tuple[int, int], int | None] = field(default_factory=dict)
+    rows: dict[int, Row] = field(default_factory=dict)
+    num_computed: int = 0  # tokens, over all steps
+
+    def execute(self, plan: StepPlan, failing: frozenset[int] = frozenset()) -> StepResult:
+        """Run a step. The sequences at the indexes `failing` report an error and leave rubbish in their blocks."""
+        self._enter(plan)
+        for copy in plan.copies:
+            for offset in range(copy.num_tokens):
+                self.cells[copy.target, offset] = self.cells[copy.source, offset]
+        for step in plan.sequences:  # all writes before all reads: two sequences must not write to one cell
+            self._write(step, self.rows[step.slot].hashes)
+        for step in plan.sequences:
+            self._read(step)
+        for index in failing:
+            self._write(plan.sequences[index], None)
+        self.num_computed += plan.num_tokens
+        return StepResult(tuple(self._result(step, i in failing) for i, step in enumerate(plan.sequences)))
+
+    def crash(self, plan: StepPlan) -> None:
+        """Run a step that dies midway: whatever it was to write is rubbish now."""
+        self._enter(plan)
+        for copy in plan.copies:
+            for offset in range(self.config.tokens_per_block):
+                self.cells[copy.target, offset] = None
+        for step in plan.sequences:
+            self._write(step, None)
+
+    def _enter(self, plan: StepPlan) -> None:
+        assert 0 < plan.num_tokens <= self.config.max_num_tokens
+        assert len({step.slot for step in plan.sequences}) == len(plan.sequences) <= self.config.max_batch_size
+        assert {copy.source for copy in plan.copies}.isdisjoint(copy.target for copy in plan.copies)
+        for slot in plan.freed_slots:
+            del self.rows[slot]
+        for step in plan.sequences:
+            if step.new is not None:
+                assert step.slot not in self.rows, f"slot {step.slot} was not freed"
+                token_ids = [*step.new.prompt_token_ids, *step.output_token_ids]
+                self.rows[step.slot] = Row(step.new, token_ids, fold_all(step.new, token_ids))
+            self._check_step(step, self.rows[step.slot])
+
+    def _check_step(self, step: SequenceStep, row: Row) -> None:
+        end, size = step.start + len(step.token_ids), self.config.tokens_per_block
+        assert step.token_ids == tuple(row.token_ids[step.start : end]) != ()
+        assert step.sample == (end == len(row.token_ids))
+        assert len(step.block_ids) == -(-end // size)
+        assert NULL_BLOCK not in step.block_ids
+        assert len(set(step.block_ids)) == len(step.block_ids)
+
+    def _write(self, step: SequenceStep, hashes: list[int] | None) -> None:
+        size = self.config.tokens_per_block
+        for position in range(step.start, step.start + len(step.token_ids)):
+            cell = step.block_ids[position // size], position % size
+            self.cells[cell] = None if hashes is None else hashes[position]
+
+    def _read(self, step: SequenceStep) -> None:
+        size, row = self.config.tokens_per_block, self.rows[step.slot]
+        for position in range(step.start + len(step.token_ids)):
+            cell = step.block_ids[position // size], position % size
+            assert self.cells.get(cell) == row.hashes[position], f"{row.request} reads rubbish at {position}: {step}"
+
+    def _result(self, step: SequenceStep, fails: bool) -> SequenceResult:
+        row = self.rows[step.slot]
+        if fails:
+            return SequenceResult(error="broken logits processor")
+        request, end = row.request, step.start + len(step.token_ids)
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        if request.sampling.prompt_logprobs is not None:
+            rows = range(step.start, min(end, len(request.prompt_token_ids) - 1))
+            prompt_logprobs = tuple(prompt_logprob(request, position + 1) for position in rows)
+        if not step.sample:
+            return SequenceResult(prompt_logprobs=prompt_logprobs)
+        token_id = self._sample(row)
+        row.token_ids.append(token_id)
+        row.hashes.append(fold(row.hashes[-1], token_id))
+        logprobs = None if request.sampling.logprobs is None else TokenLogprobs(token_id, -1.0, rank=1)
+        return SequenceResult(token_id, logprobs, prompt_logprobs)
+
+    def _sample(self, row: Row) -> int:
+        if row.request.request_id in self.script:
+            num_output = len(row.token_ids) - len(row.request.prompt_token_ids)
+            return self.script[row.request.request_id][num_output]
+        return next_token(row.hashes[-1], row.request.seed, self.num_tokens)

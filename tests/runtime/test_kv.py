@@ -1,0 +1,172 @@
+"""The KV cache from one sequence's point of view. Blocks hold 4 tokens here; tokens are written as digits."""
+
+import pytest
+
+from slipstream.errors import CapacityError
+from slipstream.runtime.kv import BlockTable, KVCacheManager
+from slipstream.runtime.kv.blocks import NULL_BLOCK, BlockPool
+from slipstream.schema.step import BlockCopy
+
+
+def tokens(text: str) -> list[int]:
+    return [int(digit) for digit in text]
+
+
+def admit(kv: KVCacheManager, text: str) -> tuple[BlockTable, int, BlockCopy | None]:
+    """A table that covers all of `text`, how much of it was found, and the copy to make."""
+    table, match = BlockTable(), kv.match("", tokens(text))
+    assert kv.can_admit(match, len(text))
+    copy = kv.admit(table, match)
+    kv.extend(table, len(text))
+    return table, match.num_tokens, copy
+
+
+def run_alone(kv: KVCacheManager, text: str) -> tuple[int, ...]:
+    """Compute `text` in one step and leave. Returns the blocks it was in."""
+    table, _, _ = admit(kv, text)
+    kv.commit(table, tokens(text), len(text))
+    block_ids = table.block_ids
+    kv.release(table, tokens(text), len(text))
+    kv.check([])
+    return block_ids
+
+
+def test_the_null_block_is_never_given_out():
+    pool = BlockPool(4)
+    assert sorted(pool.allocate() for _ in range(pool.num_usable)) == [1, 2, 3]
+    assert pool.num_free == 0 and NULL_BLOCK == 0
+
+
+def test_a_pool_of_the_null_block_alone_is_refused():
+    with pytest.raises(CapacityError, match=r"num_blocks is 1; .* at least 2"):
+        BlockPool(1)
+
+
+def test_a_table_grows_by_the_block():
+    kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
+    table = BlockTable()
+    kv.extend(table, 4)
+    assert table.block_ids == (1,)
+    kv.extend(table, 5)
+    assert table.block_ids == (1, 2)
+    assert (kv.num_total, kv.num_available) == (7, 5)
+    assert kv.can_extend(table, 28) and not kv.can_extend(table, 29)
+
+
+def test_the_tuple_of_block_ids_is_made_once():
+    kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
+    table = BlockTable()
+    kv.extend(table, 5)
+    before = table.block_ids
+    kv.extend(table, 8)
+    assert table.block_ids is before
+
+
+def test_full_blocks_are_shared_while_their_owner_runs():
+    kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
+    first, _, _ = admit(kv, "123456781")
+    assert kv.match("", tokens("12345678")).num_tokens == 0  # not computed yet
+    kv.commit(first, tokens("123456781"), 9)
+    second, num_cached, copy = admit(kv, "123456789")
+    assert (num_cached, copy) == (8, None)
+    assert second.block_ids[:2] == first.block_ids[:2] and second.block_ids[2] != first.block_ids[2]
+    kv.check([first, second])
+
+
+def test_the_next_turn_of_a_chat_recomputes_nothing_known():
+    kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
+    block_ids = run_alone(kv, "123456")
+    table, num_cached, copy = admit(kv, "123456999")
+    assert num_cached == 6
+    # The half-filled block is copied, not taken: two conversations may go on from it.
+    assert copy == BlockCopy(source=block_ids[1], target=table.block_ids[1], num_tokens=2)
+
+
+def test_the_last_token_is_always_recomputed_for_its_logits():
+    kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
+    run_alone(kv, "12345678")
+    _, num_cached, copy = admit(kv, "12345678")
+    assert num_cached == 7 and copy is not None and copy.num_tokens == 3
+
+
+def test_a_copy_starts_from_a_block_that_differs_later():
+    kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
+    run_alone(kv, "12345678")
+    _, num_cached, copy = admit(kv, "1239999")
+    assert num_cached == 3 and copy is not None and copy.source == 1
+
+
+def test_the_source_of_a_copy_outlives_the_step():
+    kv = KVCacheManager(num_blocks=4, tokens_per_block=4)
+    (source,) = run_alone(kv, "12")
+    table, _, copy = admit(kv, "1299" + "9999")  # takes the other two blocks
+    assert copy is not None and copy.source == source
+    assert not kv.can_extend(table, 9)  # the source is not to be had
+    kv.check([table])
+    kv.commit(table, tokens("12999999"), 8)
+    assert kv.can_extend(table, 9)
+    kv.extend(table, 9)
+    assert source in table.block_ids
+    kv.check([table])
+
+
+def test_the_target_of_a_copy_may_be_an_evicted_block_but_not_the_source():
+    kv = KVCacheManager(num_blocks=3, tokens_per_block=4)
+    (source,) = run_alone(kv, "12")  # the first to be evicted
+    (other,) = run_alone(kv, "9")
+    table, _, copy = admit(kv, "123")
+    assert copy == BlockCopy(source, other, 2)
+    kv.check([table])
+
+
+def test_equal_blocks_computed_side_by_side_become_one():
+    kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
+    first, _, _ = admit(kv, "12345")
+    second, _, _ = admit(kv, "12346")
+    assert set(first.block_ids).isdisjoint(second.block_ids)
+    kv.commit(first, tokens("12345"), 5)
+    kv.commit(second, tokens("12346"), 5)
+    assert first.block_ids[0] == second.block_ids[0]
+    assert kv.num_available == 4  # three are in use
+    kv.check([first, second])
+
+
+def test_admission_counts_the_idle_blocks_it_pins():
+    kv = KVCacheManager(num_blocks=4, tokens_per_block=4)
+    run_alone(kv, "12345678")
+    match = kv.match("", tokens("123456789"))
+    assert match.num_tokens == 8 and kv.num_available == 3
+    assert kv.can_admit(match, 12) and not kv.can_admit(match, 13)
+    assert not kv.can_admit(match, 12, num_reserved=1)
+
+
+def test_a_copy_that_does_not_fit_can_be_left_out():
+    kv = KVCacheManager(num_blocks=3, tokens_per_block=4)
+    run_alone(kv, "12345")
+    match = kv.match("", tokens("12345678"))
+    assert match.num_tokens == 5
+    assert not kv.can_admit(match, 8)  # the path, the source and the target are three blocks
+    assert match.without_copy().num_tokens == 4 and kv.can_admit(match.without_copy(), 8)
+
+
+def test_discard_forgets_what_was_not_committed():
+    kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
+    table, _, _ = admit(kv, "12345678")
+    kv.commit(table, tokens("12345678"), 4)
+    kv.discard(table)
+    assert kv.match("", tokens("123456789")).num_tokens == 4
+    assert kv.num_available == kv.num_total
+    kv.check([])
+
+
+def test_without_reuse_nothing_is_kept():
+    kv = KVCacheManager(num_blocks=8, tokens_per_block=4, enable_block_reuse=False)
+    run_alone(kv, "12345678")
+    assert kv.match("", tokens("12345678")).num_tokens == 0
+
+
+def test_check_finds_a_leaked_block():
+    kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
+    admit(kv, "123")
+    with pytest.raises(AssertionError, match="reference counts"):
+        kv.check([])

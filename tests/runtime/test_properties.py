@@ -1,0 +1,197 @@
+"""Random histories of the scheduler against a worker that checks every KV cell it reads (fake_worker.py).
+
+Each history is a small engine life: a random configuration with few, small blocks and a tiny alphabet (so that prefixes
+collide all the time), random requests, and between the steps, and within them, aborts, failing steps and new arrivals.
+After each move `Scheduler.check()` proves the bookkeeping. At the end every request has the output it has when alone.
+
+    SLIPSTREAM_HISTORIES=200000 pytest tests/runtime/test_properties.py
+"""
+
+import os
+import random
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from slipstream.errors import CapacityError, RequestError
+from slipstream.runtime.scheduler import Scheduler
+from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
+from slipstream.schema.request import FinishReason, GenerateRequest, TokenEvent
+from slipstream.schema.sampling import SamplingParams
+from slipstream.schema.step import StepPlan
+
+from .fake_worker import FakeWorker, expected_output, make_request, prompt_logprob
+
+NUM_HISTORIES = int(os.environ.get("SLIPSTREAM_HISTORIES", "10000"))
+MAX_STEPS = 2000  # far more than any history needs: reaching it is a livelock
+
+
+def random_config(rng: random.Random) -> RuntimeConfig:
+    return RuntimeConfig(
+        num_blocks=rng.randint(4, 14),
+        tokens_per_block=rng.randint(1, 4),
+        max_batch_size=rng.randint(1, 5),
+        max_num_tokens=rng.randint(1, 14),
+        max_seq_len=rng.randint(8, 20),
+        capacity_policy=rng.choice([*CapacityPolicy, CapacityPolicy.MAX_UTILIZATION]),
+        queue_policy=rng.choice(list(QueuePolicy)),
+        enable_chunked_prefill=rng.random() < 0.7,
+        enable_block_reuse=rng.random() < 0.9,
+    )
+
+
+@dataclass
+class Story:
+    """One request and what its caller has seen of it."""
+
+    request: GenerateRequest
+    leader: "Story | None" = None  # whose prompt must be computed first
+    token_ids: list[int] = field(default_factory=list)
+    first_event: TokenEvent | None = None
+    finish_reason: FinishReason | None = None
+
+    def take(self, event: TokenEvent) -> None:
+        assert self.finish_reason is None, f"{event} came after the end"
+        if self.first_event is None:
+            self.first_event = event
+        else:
+            assert event.prompt_logprobs is None and event.num_cached_tokens == 0
+        assert event.token_ids or event.error
+        self.token_ids += event.token_ids
+        self.finish_reason = event.finish_reason
+
+    def check(self, num_tokens: int) -> None:
+        expected = expected_output(self.request, num_tokens)
+        if self.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+            expected = expected[: len(self.token_ids)]
+        else:
+            stop_ids = {*self.request.eos_token_ids, *self.request.sampling.stop_token_ids}
+            stopped = expected[-1] in stop_ids
+            assert self.finish_reason == (FinishReason.STOP if stopped else FinishReason.LENGTH)
+        assert tuple(self.token_ids) == expected
+        if self.token_ids and self.request.sampling.prompt_logprobs is not None:
+            rest = (prompt_logprob(self.request, i) for i in range(1, len(self.request.prompt_token_ids)))
+            assert self.first_event is not None and self.first_event.prompt_logprobs == (None, *rest)
+            assert self.first_event.num_cached_tokens == 0
+
+
+class History:
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.config = random_config(rng)
+        self.num_tokens = rng.randint(2, 3)
+        self.scheduler = Scheduler(self.config)
+        self.worker = FakeWorker(self.config, self.num_tokens)
+        self.stories: dict[str, Story] = {}
+        self.num_to_come = rng.randint(2, 12)
+        self.is_rough = rng.random() < 0.5  # aborts and failures happen
+
+    def run(self) -> None:
+        self.arrive()
+        for _ in range(MAX_STEPS):
+            if not self.scheduler.has_work and not self.num_to_come:
+                break
+            self.arrive()
+            self.maybe_abort()
+            self.step()
+        self.check_end()
+
+    def arrive(self) -> None:
+        while self.num_to_come and self.rng.random() < 0.5:
+            self.num_to_come -= 1
+            request = self.random_request()
+            try:
+                self.scheduler.add(request)
+            except (RequestError, CapacityError) as error:
+                assert str(error).endswith(".")
+            else:
+                leader = self.stories.get(request.after or "")
+                self.stories[request.request_id] = Story(request, leader)
+            self.scheduler.check()
+
+    def random_request(self) -> GenerateRequest:
+        rng = self.rng
+        others = [story for story in self.stories.values() if story.token_ids]
+        if others and rng.random() < 0.3:  # a conversation goes on
+            story = rng.choice(others)
+            prompt = (*story.request.prompt_token_ids, *story.token_ids)[: self.config.max_seq_len - 1]
+        else:
+            prompt = tuple(rng.randrange(self.num_tokens) for _ in range(rng.randint(1, 9)))
+        sampling = SamplingParams(
+            stop_token_ids=(0,) if rng.random() < 0.1 else (),
+            prompt_logprobs=0 if rng.random() < 0.15 else None,
+        )
+        return make_request(
+            f"r{self.num_to_come}",
+            prompt,
+            max_tokens=rng.randint(1, 8),
+            sampling=sampling,
+            seed=rng.randrange(3),
+            eos_token_ids=frozenset({1}) if rng.random() < 0.2 else frozenset(),
+            priority=rng.randrange(3),
+            cache_salt=rng.choice(("", "", "", "other")),
+            after=rng.choice([*self.stories, None, "unknown"]) if rng.random() < 0.4 else None,
+        )
+
+    def maybe_abort(self) -> None:
+        if not self.is_rough or not self.stories or self.rng.random() > 0.1:
+            return
+        story = self.rng.choice(list(self.stories.values()))
+        was_alive = story.finish_reason is None
+        assert self.scheduler.abort(story.request.request_id) == was_alive
+        if was_alive:
+            story.finish_reason = FinishReason.ABORT
+        self.scheduler.check()
+
+    def step(self) -> None:
+        plan = self.scheduler.plan()
+        self.scheduler.check()
+        assert (plan is not None) == self.scheduler.has_work
+        if plan is None:
+            return
+        for step in plan.sequences:
+            leader = self.stories[step.new.request_id].leader if step.new is not None else None
+            assert leader is None or leader.token_ids or leader.finish_reason is not None, "a follower overtook"
+        for event in self.execute(plan):
+            self.stories[event.request_id].take(event)
+        self.scheduler.check()
+
+    def execute(self, plan: StepPlan) -> list[TokenEvent]:
+        assert all(max(step.block_ids) < self.config.num_blocks for step in plan.sequences)
+        if self.is_rough and self.rng.random() < 0.03:
+            self.worker.crash(plan)
+            self.meddle()
+            return self.scheduler.fail_step(plan, "out of memory")
+        failing = frozenset({0}) if self.is_rough and self.rng.random() < 0.03 else frozenset()
+        result = self.worker.execute(plan, failing)
+        self.meddle()
+        return self.scheduler.commit(plan, result)
+
+    def meddle(self) -> None:
+        """Things that happen while the step is under way."""
+        self.maybe_abort()
+        self.arrive()
+
+    def check_end(self) -> None:
+        assert not self.scheduler.has_work and self.scheduler.plan() is None, "livelock"
+        for story in self.stories.values():
+            story.check(self.num_tokens)
+        stats = self.scheduler.stats()
+        assert (stats.num_running, stats.num_waiting, stats.num_blocks_used) == (0, 0, 0)
+        assert stats.num_preemptions == 0 or self.config.capacity_policy is CapacityPolicy.MAX_UTILIZATION
+
+
+def test_random_histories():
+    for seed in range(NUM_HISTORIES):
+        try:
+            History(random.Random(seed)).run()
+        except BaseException as error:
+            error.add_note(f"history {seed}: History(random.Random({seed})).run()")
+            raise
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.randoms(use_true_random=False))
+def test_random_histories_that_shrink(rng: random.Random):
+    History(rng).run()
