@@ -24,7 +24,7 @@ from slipstream.engine.graph import Graph, Node
 from slipstream.engine.manifest import FORMAT, Manifest
 from slipstream.errors import BuildError
 from slipstream.kernels.registry import known_ops
-from slipstream.schema.build import BuildConfig
+from slipstream.schema.build import MAX_BATCH_SIZE, BuildConfig
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -94,11 +94,6 @@ def write_engine(
     """The second half: measure the kernels on this device and write the folder, streaming the weights through."""
     watch = _Stopwatch()
     graph, limits, memory = plan.graph, plan.limits, plan.memory
-    choices = tune(
-        graph, torch.device(device), max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size,
-        progress=lambda done, total: progress("tune", done, total),
-    )  # fmt: skip
-    watch.lap("tune")
     folder, written = Path(output_dir), 0
 
     def count(num_bytes: int) -> None:
@@ -106,7 +101,12 @@ def write_engine(
         written += num_bytes
         progress("write", written, memory["weights"])
 
-    with new_folder(folder, FORMAT) as description:
+    with new_folder(folder, FORMAT) as description:  # first of all: a folder that cannot be used is known at once
+        choices = tune(
+            graph, torch.device(device), max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size,
+            progress=lambda done, total: progress("tune", done, total),
+        )  # fmt: skip
+        watch.lap("tune")
         write_rank_file(folder / RANK_FILE, graph, _weight_reader(graph, checkpoint, plan.constants), count)
         choices.save(folder / CACHE_FILE)
         checkpoint.write_tokenizer(folder / TOKENIZER_FOLDER)
@@ -125,10 +125,11 @@ class Limits:
 
 def resolve_limits(config: BuildConfig, checkpoint: Checkpoint) -> Limits:
     longest = checkpoint.config.max_position_embeddings
-    max_seq_len = config.max_seq_len or longest
-    for name in ("max_batch_size", "max_num_tokens", "tokens_per_block"):
-        if getattr(config, name) < 1:
-            raise BuildError(f"{name} is {getattr(config, name)}; it must be at least 1.")
+    max_seq_len = longest if config.max_seq_len is None else config.max_seq_len
+    highest = {"max_batch_size": MAX_BATCH_SIZE, "max_num_tokens": 2**31, "tokens_per_block": 2**16}
+    for name, high in highest.items():
+        if not 1 <= getattr(config, name) <= high:
+            raise BuildError(f"{name} is {getattr(config, name)}; it must be from 1 to {high}.")
     if not 1 <= max_seq_len <= longest:
         raise BuildError(f"max_seq_len is {max_seq_len}; {checkpoint.name} takes 1 to {longest}.")
     if config.max_num_tokens < config.max_batch_size:

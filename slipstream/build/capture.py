@@ -142,6 +142,9 @@ class _Translator:
         op = self._ops[name]
         bound: dict[str, Any] = dict(zip((argument.name for argument in op.arguments), fx_node.args, strict=False))
         bound |= fx_node.kwargs
+        extra = [*fx_node.args[len(op.arguments) :], *(set(bound) - {argument.name for argument in op.arguments})]
+        if extra:  # x.add(y, alpha=2) is not our add
+            raise BuildError(f"the model calls {target} with {extra[0]!r}, which the op {name} does not take.")
         attributes = {argument.name: bound[argument.name] for argument in op.attributes}
         self._nodes.append(Node(name, self._tensors(op, bound), self._outputs(fx_node), attributes))
 

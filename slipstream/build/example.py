@@ -25,7 +25,12 @@ def trace(
         inputs={name: TensorType(shape, _dtype(name)) for name, shape in inputs.items()},
         weights={name: TensorType(shape, "float32") for name, shape in weights.items()},
         nodes=[
-            Node(node.op, tuple(s and s.name for s in node.inputs), tuple(s.name for s in node.outputs), node.attributes)
+            Node(
+                node.op,
+                tuple(None if s is None else s.name for s in node.inputs),
+                tuple(s.name for s in node.outputs),
+                node.attributes,
+            )
             for node in nodes
         ],
         outputs=tuple(symbol.name for symbol in results),

@@ -11,6 +11,7 @@ from slipstream.build.passes import (
     fuse_qkv,
     fuse_rope_kv_write,
     last_token,
+    renumber,
 )
 from slipstream.build.verify import CAPTURED, FINAL, REWRITTEN, verify
 from slipstream.engine.graph import Graph
@@ -39,6 +40,8 @@ FUSIONS: tuple[Pass, ...] = (
 CLEAN_UP: tuple[Pass, ...] = (
     fold_constants.PASS,
     dead_code.PASS,
+    # names last, when nothing is made or moved any more
+    renumber.PASS,
 )
 
 

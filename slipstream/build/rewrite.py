@@ -9,10 +9,13 @@
 The functions are run once on symbols, which records the ops they call. A parameter stands for any value, or for any
 number where it is passed as an attribute; equal parameters must stand for equal things. Values made inside a match may
 be read only there, unless the pattern returns them.
+
+A pass runs in sweeps: one walk over the graph collects the matches that have no part in one another, and all of them
+are replaced at once. A graph of n nodes takes a few sweeps of n steps each, however many places match.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +56,7 @@ class _Recorder:
     def graph_input(self, name: str) -> Symbol:
         return Symbol(name)
 
-    def record(self, function: Callable[..., Any], arguments: list[Symbol]) -> tuple[list[SymbolicNode], list[Symbol]]:
+    def record(self, function: Callable[..., Any], arguments: list[Any]) -> tuple[list[SymbolicNode], list[Symbol]]:
         self._nodes = []
         result = function(*arguments)
         nodes, self._nodes = self._nodes, None
@@ -76,16 +79,52 @@ class _Recorder:
 ops = _Recorder()
 
 
+class _Index:
+    """Who makes, reads and mutates each value of a graph, and where; good until the graph changes."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.producers, self._readers = graph.producers(), graph.users()
+        self._positions = {id(node): position for position, node in enumerate(graph.nodes)}
+        self._mutators: dict[str, set[int]] = {}
+        for node in graph.nodes:
+            for name in mutated_values(node):
+                self._mutators.setdefault(name, set()).add(id(node))
+
+    def readers(self, value: str) -> list[Node]:
+        return self._readers.get(value, [])
+
+    def position(self, node: Node) -> int:
+        return self._positions[id(node)]
+
+    def mutates(self, node: Node, value: str) -> bool:
+        return id(node) in self._mutators.get(value, ())
+
+    def is_mutated(self, value: str) -> bool:
+        return value in self._mutators
+
+
+def mutated_values(node: Node) -> list[str]:
+    arguments = known_ops()[node.op].tensor_arguments
+    return [
+        name for argument, name in zip(arguments, node.inputs, strict=False) if argument.is_mutated and name is not None
+    ]
+
+
 @dataclass
 class Match:
     """Where a pattern was found: what each parameter stands for, and the node behind each recorded op."""
 
-    graph: Graph
+    index: _Index
     values: dict[str, Any] = field(default_factory=dict)
     nodes: dict[SymbolicNode, Node] = field(default_factory=dict)
 
     def __getitem__(self, parameter: str) -> Any:
         return self.values[parameter]
+
+    @property
+    def graph(self) -> Graph:
+        return self.index.graph
 
     def type_of(self, parameter: str) -> TensorType:
         return self.graph.types[self.values[parameter]]
@@ -93,12 +132,22 @@ class Match:
     def are_weights(self, *parameters: str) -> bool:
         return all(self.values[parameter] in self.graph.weights for parameter in parameters)
 
+    def have_same_type(self, *parameters: str) -> bool:
+        return len({self.type_of(parameter) for parameter in parameters}) == 1
+
+    def readers(self, parameter: str) -> list[Node]:
+        """All nodes that read what a parameter stands for, in order."""
+        return self.index.readers(self.values[parameter])
+
     def copy(self) -> "Match":
-        return Match(self.graph, dict(self.values), dict(self.nodes))
+        return Match(self.index, dict(self.values), dict(self.nodes))
 
 
 class Rule:
-    """One pattern and what replaces it. `where` may refuse a match; `attributes` computes numbers for the replacement."""
+    """One pattern and what replaces it.
+
+    `where` may refuse a match; `attributes` computes numbers for the replacement.
+    """
 
     def __init__(
         self,
@@ -116,7 +165,15 @@ class Rule:
     def record_replacement(self, match: Match) -> tuple[list[SymbolicNode], list[Symbol]]:
         computed = self.attributes(match)
         names = inspect.signature(self._replacement).parameters
-        return ops.record(self._replacement, [computed.get(name, self.symbols.get(name)) for name in names])
+        arguments = [computed[name] if name in computed else self.symbols[name] for name in names]
+        nodes, results = ops.record(self._replacement, arguments)
+        if len(results) != len(self.outputs):
+            raise BuildError(
+                f"a replacement returns {len(results)} values where its pattern returns {len(self.outputs)}."
+            )
+        if any(symbol.producer is None for symbol in results):
+            raise BuildError("a replacement returns one of its parameters; it must return what its ops make.")
+        return nodes, results
 
 
 @dataclass(frozen=True)
@@ -129,50 +186,78 @@ class Rewrite:
 
     def run(self, graph: Graph) -> int:
         """Rewrite the graph in place; returns how many places changed."""
-        return sum(self._run_rule(graph, rule) for rule in self.rules)
-
-    def _run_rule(self, graph: Graph, rule: Rule) -> int:
-        changed = 0
-        while match := next(_matches(graph, rule), None):
-            _replace(graph, rule, match)
-            changed += 1
-        return changed
+        return sum(_apply(graph, rule) for rule in self.rules)
 
 
-def _matches(graph: Graph, rule: Rule) -> Iterator[Match]:
-    finder = _Finder(graph, rule)
+def _apply(graph: Graph, rule: Rule) -> int:
+    changed = 0
+    while found := _sweep(graph, rule):
+        _replace(graph, rule, found)
+        changed += len(found)
+    return changed
+
+
+def _sweep(graph: Graph, rule: Rule) -> list[tuple[int, Match]]:
+    """Matches that can be replaced together, each with the place of its replacement.
+
+    None of them writes what another reads or writes, so each stays legal whatever becomes of the others.
+    """
+    index = _Index(graph)
+    finder = _Finder(index, rule)
+    found: list[tuple[int, Match]] = []
+    read, written = set[str](), set[str]()
     for node in graph.nodes:
-        if node.op == rule.nodes[-1].op:
-            for match in finder.complete(Match(graph), rule.nodes[-1], node):
-                if finder.is_closed(match) and rule.where(match) and _place(graph, rule, match) is not None:
-                    yield match
+        for match in finder.matches_ending_in(node):
+            reads, writes = _reads_and_writes(match)
+            if writes & (read | written) or reads & written:
+                continue
+            place = _place(rule, match)
+            if place is not None:
+                found.append((place, match))
+                read |= reads
+                written |= writes
+                break
+    return found
+
+
+def _reads_and_writes(match: Match) -> tuple[set[str], set[str]]:
+    reads = {name for node in match.nodes.values() for name in node.inputs if name is not None}
+    writes = {name for node in match.nodes.values() for name in (*node.outputs, *mutated_values(node))}
+    return reads, writes
 
 
 class _Finder:
-    def __init__(self, graph: Graph, rule: Rule) -> None:
-        self._rule = rule
-        self._producers, self._users = graph.producers(), graph.users()
-        self._outputs = set(graph.outputs)
+    def __init__(self, index: _Index, rule: Rule) -> None:
+        self._index, self._rule = index, rule
+        self._outputs = set(index.graph.outputs)
 
-    def complete(self, match: Match, symbolic: SymbolicNode, node: Node) -> Iterator[Match]:
+    def matches_ending_in(self, node: Node) -> Iterator[Match]:
+        """All matches in which this node is the last op of the pattern."""
+        if node.op == self._rule.nodes[-1].op:
+            for match in self._complete(Match(self._index), self._rule.nodes[-1], node):
+                if self._is_closed(match) and self._rule.where(match):
+                    yield match
+
+    def _complete(self, match: Match, symbolic: SymbolicNode, node: Node) -> Iterator[Match]:
         """All ways to match every recorded op, given that this one is this node."""
         match = match.copy()
         if not self._unify(match, symbolic, node):
             return
-        missing = next((other for other in self._rule.nodes if other not in match.nodes), None)
+        missing = next((other for other in reversed(self._rule.nodes) if other not in match.nodes), None)
         if missing is None:
             yield match
             return
         for candidate in self._siblings(match, missing):
-            yield from self.complete(match, missing, candidate)
+            yield from self._complete(match, missing, candidate)
 
     def _siblings(self, match: Match, missing: SymbolicNode) -> list[Node]:
         """Nodes that read something already matched which the missing op reads too."""
         for symbol in missing.inputs:
             name = self._name(match, symbol)
             if name is not None:
-                taken = list(match.nodes.values())
-                return [node for node in self._users.get(name, []) if node.op == missing.op and node not in taken]
+                taken = {id(node) for node in match.nodes.values()}
+                readers = self._index.readers(name)
+                return [node for node in readers if node.op == missing.op and id(node) not in taken]
         return []
 
     def _name(self, match: Match, symbol: Symbol | None) -> str | None:
@@ -189,6 +274,8 @@ class _Finder:
         same_form = node.op == symbolic.op and len(node.inputs) == len(symbolic.inputs)
         if not same_form or len(node.outputs) != len(symbolic.outputs):
             return False
+        if any(node is taken for taken in match.nodes.values()):
+            return False  # it stands for another op of the pattern
         match.nodes[symbolic] = node
         pairs = zip(symbolic.inputs, node.inputs, strict=True)
         if not all(self._unify_value(match, symbol, name) for symbol, name in pairs):
@@ -200,21 +287,22 @@ class _Finder:
             return symbol is None and name is None
         if symbol.producer is None:
             return _bind(match, symbol, name)
-        node = self._producers.get(name)
+        node = self._index.producers.get(name)
         return (
-            node is not None
-            and node.outputs.index(name) == symbol.index
-            and self._unify(match, symbol.producer, node)
+            node is not None and node.outputs.index(name) == symbol.index and self._unify(match, symbol.producer, node)
         )
 
-    def is_closed(self, match: Match) -> bool:
-        """Nobody outside reads a value that the replacement will not make."""
-        inside = list(match.nodes.values())
+    def _is_closed(self, match: Match) -> bool:
+        """Nobody outside reads what the replacement will not make, and no parameter stands for what is made inside."""
+        inside = {id(node) for node in match.nodes.values()}
+        made = {name for node in match.nodes.values() for name in node.outputs}
+        if any(isinstance(value, str) and value in made for value in match.values.values()):
+            return False
         for symbolic, node in match.nodes.items():
             for symbol, name in zip(symbolic.outputs, node.outputs, strict=True):
                 if symbol in self._rule.outputs:
                     continue
-                if name in self._outputs or any(user not in inside for user in self._users.get(name, [])):
+                if name in self._outputs or any(id(user) not in inside for user in self._index.readers(name)):
                     return False
         return True
 
@@ -225,73 +313,81 @@ def _bind(match: Match, symbol: Any, value: Any) -> bool:
     return bool(match.values.setdefault(symbol.name, value) == value)
 
 
-def _place(graph: Graph, rule: Rule, match: Match) -> int | None:
+def _place(rule: Rule, match: Match) -> int | None:
     """Index at which the replacement may stand: after all it reads, before all that reads it, or None.
 
-    A mutated value (the KV cache) keeps its order: no reader or writer of it changes sides.
+    Around a value that anyone mutates (the KV cache) the order of its readers and writers stays as it is.
     """
-    inside = list(match.nodes.values())
-    reads = {value for value in match.values.values() if isinstance(value, str)}
-    makes = {match.nodes[symbol.producer].outputs[symbol.index] for symbol in rule.outputs if symbol.producer}
-    mutated = {
-        name
-        for node in inside
-        for argument, name in zip(known_ops()[node.op].tensor_arguments, node.inputs, strict=False)
-        if argument.is_mutated
-    }
-    earliest, latest, has_mutated = 0, len(graph.nodes), False
-    for index, node in enumerate(graph.nodes):
-        if node in inside:
-            has_mutated |= known_ops()[node.op].is_mutating
-            continue
-        touches = bool(mutated & set(node.inputs))
-        if reads & set(node.outputs) or (touches and not has_mutated):
-            earliest = index + 1
-        if makes & set(node.inputs) or (touches and has_mutated):
-            latest = min(latest, index)
+    index = match.index
+    inside = {id(node) for node in match.nodes.values()}
+    parameters = [value for value in match.values.values() if isinstance(value, str)]
+    makes = [match.nodes[s.producer].outputs[s.index] for s in rule.outputs if s.producer is not None]
+    producers = [index.producers[name] for name in parameters if name in index.producers]
+    readers = [node for name in makes for node in index.readers(name) if id(node) not in inside]
+    earliest = max((index.position(node) + 1 for node in producers), default=0)
+    latest = min((index.position(node) for node in readers), default=len(index.graph.nodes))
+    for value in filter(index.is_mutated, parameters):
+        touching = [index.position(node) for symbol in rule.nodes if value in (node := match.nodes[symbol]).inputs]
+        if touching != sorted(touching):
+            return None  # the pattern writes before it reads, these nodes the other way round
+        mutates = any(index.mutates(node, value) for node in match.nodes.values())
+        for node in index.readers(value):
+            if id(node) not in inside and (mutates or index.mutates(node, value)):
+                position = index.position(node)
+                earliest = max(earliest, position + 1) if position < touching[-1] else earliest
+                latest = min(latest, position) if position > touching[0] else latest
     return latest if earliest <= latest else None
 
 
-def _replace(graph: Graph, rule: Rule, match: Match) -> None:
-    place = _place(graph, rule, match)
-    assert place is not None
+def _replace(graph: Graph, rule: Rule, found: list[tuple[int, Match]]) -> None:
+    names = NewNames(graph.types)
+    removed = {id(node) for _, match in found for node in match.nodes.values()}
+    arriving: dict[int, list[Node]] = {}
+    for place, match in found:
+        made = _instantiate(rule, match, names)
+        arriving.setdefault(place, []).extend(made)
+        for node in made:
+            graph.types |= infer_node(node, graph.types)
+    nodes: list[Node] = []
+    for position, node in enumerate(graph.nodes):
+        nodes += arriving.get(position, [])
+        if id(node) not in removed:
+            nodes.append(node)
+    graph.nodes[:] = [*nodes, *arriving.get(len(graph.nodes), [])]
+
+
+def _instantiate(rule: Rule, match: Match, new_names: "NewNames") -> list[Node]:
+    """The replacement as nodes: parameters become what they stand for, results keep the names they had."""
     recorded, results = rule.record_replacement(match)
-    if len(results) != len(rule.outputs):
-        raise BuildError(f"a replacement returns {len(results)} values where its pattern returns {len(rule.outputs)}.")
     old = [match.nodes[s.producer].outputs[s.index] for s in rule.outputs if s.producer is not None]
     names: dict[Symbol, str] = dict(zip(results, old, strict=True))
-    nodes = [_instantiate(symbolic, match, names, graph) for symbolic in recorded]
-    inside = list(match.nodes.values())
-    before = [node for node in graph.nodes[:place] if node not in inside]
-    after = [node for node in graph.nodes[place:] if node not in inside]
-    graph.nodes[:] = [*before, *nodes, *after]
-    for node in nodes:
-        graph.types |= infer_node(node, graph.types)
+    nodes = []
+    for symbolic in recorded:
+        inputs = tuple(
+            None if s is None else names[s] if s.producer else match.values.get(s.name, s.name) for s in symbolic.inputs
+        )
+        attributes = {
+            name: match.values[value.name] if isinstance(value, Symbol) else value
+            for name, value in symbolic.attributes.items()
+        }
+        for symbol, name in zip(symbolic.outputs, new_names.of(symbolic.op, len(symbolic.outputs)), strict=True):
+            names.setdefault(symbol, name)
+        nodes.append(Node(symbolic.op, inputs, tuple(names[symbol] for symbol in symbolic.outputs), attributes))
+    return nodes
 
 
-def _instantiate(symbolic: SymbolicNode, match: Match, names: dict[Symbol, str], graph: Graph) -> Node:
-    """A recorded op as a node: parameters replaced by what they stand for, new values named after their op."""
-    inputs = tuple(
-        None if s is None else names[s] if s.producer else match.values.get(s.name, s.name) for s in symbolic.inputs
-    )
-    attributes = {
-        name: match.values[value.name] if isinstance(value, Symbol) else value
-        for name, value in symbolic.attributes.items()
-    }
-    base = unused_name(graph, symbolic.op)
-    for symbol in symbolic.outputs:
-        suffix = f".{symbol.index}" if len(symbolic.outputs) > 1 else ""
-        names.setdefault(symbol, base + suffix)
-    outputs = tuple(names[symbol] for symbol in symbolic.outputs)
-    graph.types |= {name: graph.types.get(name, TensorType((), "float32")) for name in outputs}  # reserve the names
-    return Node(symbolic.op, inputs, outputs, attributes)
+class NewNames:
+    """Names for new values: linear, linear_1, linear_2, ...; split.0 and split.1 where an op makes several."""
 
+    def __init__(self, taken: Iterable[str]) -> None:
+        self._taken = {name.partition(".")[0] for name in taken}
+        self._next: dict[str, int] = {}
 
-def unused_name(graph: Graph, base: str) -> str:
-    """base, base_1, base_2, ... : the first that no value of the graph (or part of one) is called."""
-    taken = {name.split(".")[0] if name.startswith(base) else name for name in graph.types}
-    number, name = 0, base
-    while name in taken:
-        number += 1
-        name = f"{base}_{number}"
-    return name
+    def of(self, op: str, count: int) -> tuple[str, ...]:
+        """Names of an op's `count` outputs."""
+        base = op
+        while base in self._taken:
+            self._next[op] = self._next.get(op, 0) + 1
+            base = f"{op}_{self._next[op]}"
+        self._taken.add(base)
+        return (base,) if count == 1 else tuple(f"{base}.{index}" for index in range(count))

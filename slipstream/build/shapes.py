@@ -4,11 +4,13 @@ A dimension that varies is stood for by a large prime, so that it can be told fr
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slipstream.engine.graph import Graph, Node, TensorType
+from slipstream.errors import BuildError
 from slipstream.kernels.registry import known_ops
 
 _STAND_INS = {"T": 1_000_003, "S": 1_000_033, "S1": 1_000_037, "B": 1_000_039, "R": 1_000_081, "N": 1_000_099}
@@ -16,18 +18,27 @@ _LETTERS = {size: letter for letter, size in _STAND_INS.items()}
 
 
 def infer_types(graph: Graph) -> dict[str, TensorType]:
-    """The type of every value, inputs and weights included."""
+    """The type of every value, inputs and weights included. Layers are alike, so each kind of node is asked once."""
     types = graph.inputs | graph.weights
+    known: dict[tuple[Any, ...], list[TensorType]] = {}
     for node in graph.nodes:
-        types |= infer_node(node, types)
+        kind = (node.op, str(node.attributes), len(node.outputs), *(name and types[name] for name in node.inputs))
+        if kind not in known:
+            known[kind] = list(infer_node(node, types).values())
+        types |= zip(node.outputs, known[kind], strict=True)
     return types
 
 
 def infer_node(node: Node, types: dict[str, TensorType]) -> dict[str, TensorType]:
+    """The types of what one node makes. Raises BuildError where the op does not take such inputs."""
     op = known_ops()[node.op]
     inputs = [None if name is None else _meta(types[name]) for name in node.inputs]
     takes_list = any(argument.kind == "Tensor[]" for argument in op.arguments)
-    result = op.shapes(*([inputs] if takes_list else inputs), **node.attributes)
+    try:
+        result = op.shapes(*([inputs] if takes_list else inputs), **node.attributes)
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        given = ", ".join("None" if name is None else str(types[name]) for name in node.inputs)
+        raise BuildError(f"{node} cannot be: {node.op} does not take ({given}): {error}.") from None
     results: Iterable[Tensor] = () if result is None else [result] if isinstance(result, Tensor) else result
     return {name: _type(tensor) for name, tensor in zip(node.outputs, results, strict=True)}
 

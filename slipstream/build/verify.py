@@ -28,7 +28,9 @@ def verify(graph: Graph, stage: str) -> None:
             raise BuildError(f"{stage} graph: {node.op} may not appear at this stage ({node}).")
         expected = {argument.name for argument in ops[node.op].attributes}
         if set(node.attributes) != expected:
-            raise BuildError(f"{stage} graph: {node.op} has attributes {sorted(node.attributes)}, not {sorted(expected)}.")
+            raise BuildError(
+                f"{stage} graph: {node.op} has attributes {sorted(node.attributes)}, not {sorted(expected)}."
+            )
     types = infer_types(graph)
     for name in graph.outputs:
         if types[name].dtype != graph.types[name].dtype or types[name].shape[1:] != graph.types[name].shape[1:]:

@@ -1,10 +1,12 @@
 """What depends on weights alone is computed once, when the engine is written."""
 
-import os
+from itertools import takewhile
 
 from slipstream.build.example import trace
 from slipstream.build.rewrite import Symbol, ops
 from slipstream.engine.graph import Graph, Node
+
+_LONGEST_NAME = 200  # characters; names in a stored graph have a limit
 
 
 class FoldConstants:
@@ -12,34 +14,54 @@ class FoldConstants:
     benefit = "weights are joined at build time, not in each step"
 
     def run(self, graph: Graph) -> int:
-        folded, kept = 0, []
+        kept: list[Node] = []
+        folded: dict[str, str] = {}  # a folded node's output → the weight it became
         for node in graph.nodes:
-            if node.inputs and all(name in graph.weights for name in node.inputs):
-                node = _named_after_inputs(node, graph)
-                graph.prologue.append(node)
-                graph.weights |= {name: graph.types[name] for name in node.outputs}
-                folded += 1
+            inputs = tuple(name and folded.get(name, name) for name in node.inputs)
+            node = Node(node.op, inputs, node.outputs, node.attributes)
+            if _is_constant(node, graph):
+                (old,) = node.outputs
+                folded[old] = _add_to_prologue(node, graph)
             else:
                 kept.append(node)
         graph.nodes[:] = kept
         _drop_unread_weights(graph)
-        return folded
+        return len(folded)
 
 
-def _named_after_inputs(node: Node, graph: Graph) -> Node:
-    """a.q_proj.weight, a.k_proj.weight → a.q_proj+k_proj.weight; readers follow."""
+def _is_constant(node: Node, graph: Graph) -> bool:
+    reads_weights_alone = bool(node.inputs) and all(name in graph.weights for name in node.inputs)
+    return reads_weights_alone and len(node.outputs) == 1 and node.outputs[0] not in graph.outputs
+
+
+def _add_to_prologue(node: Node, graph: Graph) -> str:
+    """The weight that this node makes; where two layers join the same weights (tied layers), they share the result."""
+    for made in graph.prologue:
+        if (made.op, made.inputs, made.attributes) == (node.op, node.inputs, node.attributes):
+            return made.outputs[0]
     (old,) = node.outputs
-    names = [name for name in node.inputs if name is not None]
-    head = os.path.commonprefix(names).rpartition(".")[0]
-    tail = os.path.commonprefix([name[::-1] for name in names])[::-1].partition(".")[2]
-    middles = [name.removeprefix(head + ".").removesuffix("." + tail) for name in names]
-    new = ".".join(part for part in (head, "+".join(middles), tail) if part)
-    graph.types[new] = graph.types.pop(old)
-    graph.nodes[:] = [
-        Node(user.op, tuple(new if name == old else name for name in user.inputs), user.outputs, user.attributes)
-        for user in graph.nodes
-    ]
-    return Node(node.op, node.inputs, (new,), node.attributes)
+    base = name = _joined([name for name in node.inputs if name is not None])[:_LONGEST_NAME]
+    number = 0
+    while name in graph.types:
+        number += 1
+        name = f"{base}_{number}"
+    graph.prologue.append(Node(node.op, node.inputs, (name,), node.attributes))
+    graph.weights[name] = graph.types[name] = graph.types.pop(old)
+    return name
+
+
+def _joined(names: list[str]) -> str:
+    """a.q_proj.weight, a.k_proj.weight → a.q_proj+k_proj.weight"""
+    parts = [name.split(".") for name in names]
+    head = _common_start(parts)
+    tail = _common_start([part[:0:-1] for part in (part[len(head) :] for part in parts)])[::-1]
+    middles = [".".join(part[len(head) : len(part) - len(tail)]) for part in parts]
+    return ".".join([*head, "+".join(dict.fromkeys(filter(None, middles))), *tail]).strip(".")
+
+
+def _common_start(lists: list[list[str]]) -> list[str]:
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*lists, strict=False))
+    return [column[0] for column in same]
 
 
 def _drop_unread_weights(graph: Graph) -> None:

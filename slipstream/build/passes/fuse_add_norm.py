@@ -1,7 +1,7 @@
 """The residual sum joins the norm that reads it: the sum is written once and not read again for the norm."""
 
 from slipstream.build.example import trace
-from slipstream.build.rewrite import Rewrite, Rule, Symbol, ops
+from slipstream.build.rewrite import Match, Rewrite, Rule, Symbol, ops
 from slipstream.engine.graph import Graph
 
 
@@ -14,7 +14,12 @@ def replacement(x: Symbol, residual: Symbol, weight: Symbol, eps: Symbol) -> tup
     return ops.add_rms_norm(x, residual, weight, eps=eps)
 
 
-PASS = Rewrite("fuse_add_norm", "one op instead of two, twice a layer", (Rule(pattern, replacement),))
+def _are_rows(match: Match) -> bool:
+    """Both are [tokens, hidden]: the fused op does not broadcast."""
+    return match.have_same_type("x", "residual")
+
+
+PASS = Rewrite("fuse_add_norm", "one op instead of two, twice a layer", (Rule(pattern, replacement, where=_are_rows),))
 
 
 def example() -> Graph:

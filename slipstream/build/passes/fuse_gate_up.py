@@ -21,14 +21,15 @@ def replacement_bias(x: Symbol, gate: Symbol, gate_bias: Symbol, up: Symbol, up_
     return ops.silu_and_mul(ops.linear(x, ops.concat(gate, up), ops.concat(gate_bias, up_bias)))
 
 
-def _are_weights(match: Match) -> bool:
-    return match.are_weights("gate", "up")
+def _are_halves(match: Match) -> bool:
+    """Two weights of one shape: with another, the product would broadcast."""
+    return match.are_weights("gate", "up") and match.have_same_type("gate", "up")
 
 
 PASS = Rewrite(
     "fuse_gate_up",
     "one product and one activation op instead of four ops a layer",
-    (Rule(pattern, replacement, where=_are_weights), Rule(pattern_bias, replacement_bias, where=_are_weights)),
+    (Rule(pattern, replacement, where=_are_halves), Rule(pattern_bias, replacement_bias, where=_are_halves)),
 )
 
 
