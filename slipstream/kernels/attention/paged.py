@@ -19,8 +19,8 @@ def _nothing(k_TY: Tensor, v_TY: Tensor, kv_2NBKD: Tensor, slots_T: Tensor) -> N
 @op("kv_write(Tensor k, Tensor v, Tensor(a!) kv, Tensor slots) -> ()", shapes=_nothing)
 def kv_write(k_TY: Tensor, v_TY: Tensor, kv_2NBKD: Tensor, slots_T: Tensor) -> None:
     """Store each token's key and value at its slot (block id * block size + offset)."""
-    pages_2PKD = kv_2NBKD.flatten(1, 2)
-    heads = pages_2PKD.shape[2:]
+    _, num_blocks, block_size, *heads = kv_2NBKD.shape
+    pages_2PKD = kv_2NBKD.view(2, num_blocks * block_size, *heads)  # a view or an error: a copy would lose the write
     pages_2PKD[0].index_copy_(0, slots_T, k_TY.unflatten(1, heads).to(kv_2NBKD.dtype))
     pages_2PKD[1].index_copy_(0, slots_T, v_TY.unflatten(1, heads).to(kv_2NBKD.dtype))
 
@@ -41,7 +41,8 @@ def attention(
     starts, lens = query_starts.tolist(), kv_lens.tolist()
     for sequence, kv_len in enumerate(lens):
         rows = slice(starts[sequence], starts[sequence + 1])
-        out_TX[rows] = _attend_one(q_TX[rows], kv_2NBKD, block_tables_SB[sequence], kv_len, scale)
+        if rows.start != rows.stop:
+            out_TX[rows] = _attend_one(q_TX[rows], kv_2NBKD, block_tables_SB[sequence], kv_len, scale)
     return out_TX
 
 
@@ -74,7 +75,7 @@ def attention_batched_decode(
     if len(decoding) == len(lens) > 0:
         return _attend_single_rows(q_TX, kv_2NBKD, lens, kv_lens, block_tables_SB, scale)
     for sequence, kv_len in enumerate(lens):
-        if starts[sequence + 1] - starts[sequence] != 1:
+        if starts[sequence + 1] - starts[sequence] > 1:
             rows = slice(starts[sequence], starts[sequence + 1])
             out_TX[rows] = _attend_flash(q_TX[rows], kv_2NBKD, block_tables_SB[sequence], kv_len, scale)
     if decoding:

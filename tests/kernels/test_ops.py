@@ -1,0 +1,378 @@
+"""Every op against a float64 computation written naively here: the reference, and each candidate that runs on a CPU.
+
+The runner walks the registry, so an op or kernel that is added is tested; an op without an entry in CASES fails.
+Fresh random numbers each run: the seed is in the test's id.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import slipstream.kernels  # noqa: F401 - registers the ops
+from slipstream.kernels.registry import Op, known_ops
+
+CPU = torch.device("cpu")
+SEED = random.SystemRandom().randrange(2**32)
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
+NUM_TOKENS = (0, 1, 2, 7, 33)
+BLOCK_SIZE = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    inputs: Callable[[torch.Generator, int], tuple[Any, ...]]  # random arguments for T tokens, in float32
+    expected: Callable[..., Any]  # the same arguments in float64 → the outputs; it mutates what the op mutates
+
+
+def numbers(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def whole(generator: torch.Generator, high: int, *shape: int) -> Tensor:
+    return torch.randint(high, shape, generator=generator)
+
+
+# ----- attention metadata
+
+
+def chunks_of(num_tokens: int) -> list[tuple[int, int]]:
+    """(query rows, tokens already in the cache) of sequences that make up T tokens, of all kinds."""
+    kinds, chunks = [(1, 5), (3, 0), (1, 0), (4, 6), (1, 16), (0, 3), (5, 0)], []
+    while num_tokens:
+        rows, past = kinds[len(chunks) % len(kinds)]
+        chunks.append((min(rows, num_tokens), past))
+        num_tokens -= min(rows, num_tokens)
+    return chunks
+
+
+def paged(
+    generator: torch.Generator,
+    chunks: list[tuple[int, int]],
+    num_kv_heads: int,
+    head_dim: int,
+    poison: float = math.nan,
+) -> dict[str, Tensor]:
+    """A cache in which everything that no sequence owns is poison, and the metadata to attend to the rest.
+
+    Blocks are in random order and tables are padded with block 0, which holds poison alone.
+    """
+    kv_lens = [rows + past for rows, past in chunks]
+    counts = [-(-length // BLOCK_SIZE) for length in kv_lens]
+    order = (torch.randperm(sum(counts) + 3, generator=generator) + 1).tolist()
+    kv = torch.full((2, len(order) + 1, BLOCK_SIZE, num_kv_heads, head_dim), poison)
+    tables = torch.zeros(len(chunks), max(counts, default=0) + 2, dtype=torch.int64)
+    slots: list[int] = []
+    for sequence, ((_, past), length, count) in enumerate(zip(chunks, kv_lens, counts, strict=True)):
+        blocks = [order.pop() for _ in range(count)]
+        tables[sequence, :count] = torch.tensor(blocks, dtype=torch.int64)
+        owned = [blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(length)]
+        kv.flatten(1, 2)[:, owned] = numbers(generator, 2, length, num_kv_heads, head_dim)
+        slots += owned[past:]
+    starts = torch.tensor([0, *(rows for rows, _ in chunks)]).cumsum(0)
+    return {
+        "kv": kv,
+        "slots": torch.tensor(slots, dtype=torch.int64),
+        "query_starts": starts,
+        "kv_lens": torch.tensor(kv_lens, dtype=torch.int64),
+        "block_tables": tables,
+    }
+
+
+def attention_inputs(
+    generator: torch.Generator, chunks: list[tuple[int, int]], heads: tuple[int, int] = (4, 2), poison: float = math.nan
+) -> tuple[Any, ...]:
+    num_heads, num_kv_heads = heads
+    head_dim = 8
+    step = paged(generator, chunks, num_kv_heads, head_dim, poison)
+    q = numbers(generator, sum(rows for rows, _ in chunks), num_heads * head_dim)
+    return q, step["kv"], step["query_starts"], step["kv_lens"], step["block_tables"], head_dim**-0.5
+
+
+def naive_attention(
+    q_TX: Tensor, kv: Tensor, query_starts: Tensor, kv_lens: Tensor, tables: Tensor, scale: float
+) -> Tensor:
+    num_kv_heads, head_dim = kv.shape[3:]
+    num_heads = q_TX.shape[1] // head_dim
+    out = torch.zeros_like(q_TX)
+    for sequence, kv_len in enumerate(kv_lens.tolist()):
+        first, end = query_starts[sequence : sequence + 2].tolist()
+        for row in range(first, end):
+            visible = kv_len - (end - row) + 1
+            places = [(int(tables[sequence, p // BLOCK_SIZE]), p % BLOCK_SIZE) for p in range(visible)]
+            for head in range(num_heads):
+                kv_head = head * num_kv_heads // num_heads
+                column = slice(head * head_dim, (head + 1) * head_dim)
+                keys = torch.stack([kv[0, block, offset, kv_head] for block, offset in places])
+                values = torch.stack([kv[1, block, offset, kv_head] for block, offset in places])
+                out[row, column] = torch.softmax(keys @ q_TX[row, column] * scale, 0) @ values
+    return out
+
+
+def rope_inputs(generator: torch.Generator, num_tokens: int) -> tuple[Any, ...]:
+    angles = numbers(generator, num_tokens, 4)
+    return angles.cos(), angles.sin()
+
+
+def naive_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair (i, i + half) of a head as a complex number, turned."""
+    half = cos.shape[1]
+    out = torch.empty(x.shape, dtype=x.dtype)
+    for start in range(0, x.shape[1], 2 * half):
+        pairs = torch.complex(
+            x[:, start : start + half].contiguous(), x[:, start + half : start + 2 * half].contiguous()
+        )
+        turned = pairs * torch.complex(cos, sin)
+        out[:, start : start + half], out[:, start + half : start + 2 * half] = turned.real, turned.imag
+    return out
+
+
+def naive_kv_write(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
+    for token, slot in enumerate(slots.tolist()):
+        for part, x in enumerate((k, v)):
+            kv[part, slot // BLOCK_SIZE, slot % BLOCK_SIZE] = x[token].view(kv.shape[3:])
+
+
+def naive_rope_kv_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
+    naive_kv_write(naive_rope(k, cos, sin), v, kv, slots)
+    return naive_rope(q, cos, sin)
+
+
+def kv_write_inputs(generator: torch.Generator, num_tokens: int) -> tuple[Any, ...]:
+    step = paged(generator, chunks_of(num_tokens), 2, 8, poison=7.0)
+    return numbers(generator, num_tokens, 16), numbers(generator, num_tokens, 16), step["kv"], step["slots"]
+
+
+def rope_kv_write_inputs(generator: torch.Generator, num_tokens: int) -> tuple[Any, ...]:
+    k, v, kv, slots = kv_write_inputs(generator, num_tokens)
+    return numbers(generator, num_tokens, 32), k, v, *rope_inputs(generator, num_tokens), kv, slots
+
+
+def naive_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    groups = [part / torch.sqrt((part**2).sum(1, keepdim=True) / len(weight) + eps) for part in x.split(len(weight), 1)]
+    return torch.cat([group * weight for group in groups], 1)
+
+
+def naive_silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+CASES: dict[str, Case] = {
+    "add": Case(lambda g, t: (numbers(g, t, 24), numbers(g, t, 24)), lambda x, y: x + y),
+    "mul": Case(lambda g, t: (numbers(g, t, 24), numbers(g, t, 24)), lambda x, y: x * y),
+    "concat": Case(
+        lambda g, t: ([numbers(g, t, 6), numbers(g, 3, 6), numbers(g, t, 6)],),
+        lambda parts: torch.tensor([row for part in parts for row in part.tolist()]).double().view(-1, 6),
+    ),
+    "split": Case(
+        lambda g, t: (numbers(g, t, 12), [6, 2, 0, 4]),
+        lambda x, sizes: [x[:, :6], x[:, 6:8], x[:, 8:8], x[:, 8:]],
+    ),
+    "select_rows": Case(
+        lambda g, t: (numbers(g, t, 6), whole(g, max(t, 1), t // 2)),
+        lambda x, rows: torch.stack([x[row] for row in rows.tolist()]) if len(rows) else x[:0],
+    ),
+    "silu": Case(lambda g, t: (numbers(g, t, 12) * 4,), naive_silu),
+    "silu_and_mul": Case(lambda g, t: (numbers(g, t, 24) * 2,), lambda x: naive_silu(x[:, :12]) * x[:, 12:]),
+    "embedding": Case(
+        lambda g, t: (numbers(g, 11, 6), whole(g, 11, t)),
+        lambda weight, ids: torch.nn.functional.one_hot(ids, 11).double() @ weight,
+    ),
+    "linear": Case(
+        lambda g, t: (numbers(g, t, 24), numbers(g, 10, 24) / 5, numbers(g, 10)),
+        lambda x, weight, bias: (x[:, None] * weight).sum(2) + bias,
+    ),
+    "rms_norm": Case(lambda g, t: (numbers(g, t, 24), numbers(g, 24), 1e-5), naive_rms_norm),
+    "add_rms_norm": Case(
+        lambda g, t: (numbers(g, t, 24), numbers(g, t, 24), numbers(g, 24), 1e-5),
+        lambda x, residual, weight, eps: [naive_rms_norm(x + residual, weight, eps), x + residual],
+    ),
+    "rope_cos_sin": Case(
+        lambda g, t: (whole(g, 4096, t), torch.rand(4, generator=g) / 100, 1.25),
+        lambda positions, frequencies, scale: [
+            f(positions.double()[:, None] * frequencies) * scale for f in (torch.cos, torch.sin)
+        ],
+    ),
+    "rope": Case(lambda g, t: (numbers(g, t, 24), *rope_inputs(g, t)), naive_rope),
+    "kv_write": Case(kv_write_inputs, naive_kv_write),
+    "rope_kv_write": Case(rope_kv_write_inputs, naive_rope_kv_write),
+    "attention": Case(lambda g, t: attention_inputs(g, chunks_of(t)), naive_attention),
+}
+FLOAT32_ONLY = {"rope_cos_sin"}  # angles are float32 whatever the engine's dtype
+
+
+# ----- the runner
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Arguments with floats in another dtype; always a copy."""
+    if isinstance(value, list) and value and isinstance(value[0], Tensor):
+        return [cast(each, dtype) for each in value]
+    if isinstance(value, Tensor):
+        return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
+    return value
+
+
+def as_list(result: Any) -> list[Tensor]:
+    return [] if result is None else [result] if isinstance(result, Tensor) else list(result)
+
+
+def mutated(op: Op, arguments: Iterable[Any]) -> list[Tensor]:
+    return [value for argument, value in zip(op.arguments, arguments, strict=False) if argument.is_mutated]
+
+
+def check(op: Op, function: Callable[..., Any], arguments: tuple[Any, ...], dtype: torch.dtype) -> None:
+    """The function's outputs, and what it mutates, are the naive ones."""
+    actual_arguments = [cast(value, dtype) for value in arguments]
+    naive_arguments = [cast(value, torch.float64) for value in (cast(value, dtype) for value in arguments)]
+    actual = as_list(function(*actual_arguments)) + mutated(op, actual_arguments)
+    expected = as_list(CASES[op.name].expected(*naive_arguments)) + mutated(op, naive_arguments)
+    assert len(actual) == len(expected)
+    for ours, naive in zip(actual, expected, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), naive, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
+
+
+def inputs_of(op: Op, num_tokens: int) -> tuple[Any, ...]:
+    assert op.name in CASES, f"the op {op.name} has no entry in CASES: write its inputs and its naive computation"
+    return CASES[op.name].inputs(torch.Generator().manual_seed(SEED + num_tokens), num_tokens)
+
+
+def every_kernel() -> list[Any]:
+    found = []
+    for op in known_ops().values():
+        for dtype in (torch.float32,) if op.name in FLOAT32_ONLY else TOLERANCE:
+            for name, kernel in op.candidates(CPU, dtype).items():
+                label = f"{op.name}-{name}-{str(dtype).removeprefix('torch.')}-seed{SEED}"
+                found.append(pytest.param(op, kernel.function, dtype, id=label))
+    return found
+
+
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+@pytest.mark.parametrize(("op", "function", "dtype"), every_kernel())
+def test_a_kernel_computes_what_its_op_means(
+    op: Op, function: Callable[..., Any], dtype: torch.dtype, num_tokens: int
+) -> None:
+    check(op, function, inputs_of(op, num_tokens), dtype)
+
+
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+@pytest.mark.parametrize(("op", "function", "dtype"), every_kernel())
+def test_a_kernel_reads_strided_views_as_it_reads_their_copies(
+    op: Op, function: Callable[..., Any], dtype: torch.dtype, num_tokens: int
+) -> None:
+    """Columns of a wider row, as `split` makes them, and columns first, as linear's weight_first makes them."""
+    arguments = [cast(value, dtype) for value in inputs_of(op, num_tokens)]
+
+    def columns_of_wider(x: Tensor) -> Tensor:
+        return torch.cat([torch.full_like(x[:, :3], math.nan), x, torch.full_like(x[:, :2], math.nan)], 1)[:, 3:-2]
+
+    def columns_first(x: Tensor) -> Tensor:
+        return x.t().contiguous().t()
+
+    expected_arguments = [cast(value, dtype) for value in arguments]
+    expected = as_list(function(*expected_arguments)) + mutated(op, expected_arguments)
+    for layout in (columns_of_wider, columns_first):
+        viewed = [
+            layout(value) if isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point() else value
+            for value in (cast(value, dtype) for value in arguments)
+        ]
+        actual = as_list(function(*viewed)) + mutated(op, viewed)
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-6, atol=1e-6 if dtype == torch.float32 else 1e-2, equal_nan=True
+            )
+
+
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+@pytest.mark.parametrize("op", known_ops().values(), ids=lambda op: op.name)
+def test_shapes_are_those_of_the_real_outputs(op: Op, num_tokens: int) -> None:
+    arguments = inputs_of(op, num_tokens)
+    real = as_list(op(*(cast(value, torch.float32) for value in arguments)))
+
+    def to_meta(value: Any) -> Any:
+        if isinstance(value, list):
+            return [to_meta(each) for each in value]
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+    for function in (op.shapes, op):
+        on_meta = as_list(function(*map(to_meta, arguments)))
+        assert [(each.shape, each.dtype) for each in on_meta] == [(each.shape, each.dtype) for each in real]
+        assert all(each.is_meta for each in on_meta)
+
+
+def test_every_case_belongs_to_an_op() -> None:
+    assert set(CASES) == set(known_ops())
+
+
+# ----- attention in particular
+
+ATTENTION = known_ops()["attention"]
+BATCHES = {
+    "one generation row": [(1, 9)],
+    "generation rows of one length": [(1, 6), (1, 6), (1, 6)],
+    "generation rows of many lengths": [(1, 0), (1, 21), (1, 3), (1, 4)],
+    "context rows": [(3, 0), (8, 0), (1, 0)],
+    "a chunk in the middle": [(4, 5), (3, 8)],
+    "all kinds": [(5, 0), (1, 12), (4, 5), (1, 0), (1, 3)],
+    "a sequence without rows": [(0, 5), (1, 2), (0, 0), (2, 2)],
+}
+
+
+def attention_kernels() -> list[Any]:
+    return [each for each in every_kernel() if each.values[0] is ATTENTION]
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("chunks", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize(("op", "function", "dtype"), attention_kernels())
+def test_attention_reads_nothing_that_a_sequence_does_not_own(
+    op: Op, function: Callable[..., Any], dtype: torch.dtype, chunks: list[tuple[int, int]], poison: float
+) -> None:
+    arguments = attention_inputs(torch.Generator().manual_seed(SEED), chunks, poison=poison)
+    assert function(*(cast(value, dtype) for value in arguments)).isfinite().all()
+    check(op, function, arguments, dtype)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1), (1, 1)], ids=["MHA", "GQA", "MQA", "one"])
+@pytest.mark.parametrize(("op", "function", "dtype"), attention_kernels())
+def test_attention_shares_kv_heads(
+    op: Op, function: Callable[..., Any], dtype: torch.dtype, heads: tuple[int, int]
+) -> None:
+    check(op, function, attention_inputs(torch.Generator().manual_seed(SEED), BATCHES["all kinds"], heads), dtype)
+
+
+@pytest.mark.parametrize("name", ["kv_write", "rope_kv_write"])
+def test_a_write_leaves_the_other_slots_alone(name: str) -> None:
+    for kernel in known_ops()[name].candidates(CPU, torch.float32).values():
+        arguments = inputs_of(known_ops()[name], 7)
+        kv, slots = arguments[-2:]
+        before = kv.flatten(1, 2).clone()
+        others = sorted(set(range(before.shape[1])) - set(slots.tolist()))
+        kernel.function(*arguments)
+        assert torch.equal(kv.flatten(1, 2)[:, others], before[:, others])
+        assert not torch.equal(kv.flatten(1, 2)[:, slots], before[:, slots])
+
+
+def test_a_write_to_a_cache_that_is_no_whole_tensor_is_refused_rather_than_lost() -> None:
+    kv = torch.zeros(2, 3, BLOCK_SIZE, 2, 8)[:, :, :3]
+    with pytest.raises(RuntimeError):
+        known_ops()["kv_write"].reference(torch.ones(1, 16), torch.ones(1, 16), kv, torch.tensor([1]))
+
+
+def test_rms_norm_of_each_head() -> None:
+    generator = torch.Generator().manual_seed(SEED)
+    for num_tokens in NUM_TOKENS:
+        check(known_ops()["rms_norm"], known_ops()["rms_norm"].reference,
+              (numbers(generator, num_tokens, 24), numbers(generator, 8), 1e-5), torch.float32)  # fmt: skip
+
+
+def test_linear_without_a_bias() -> None:
+    for kernel in known_ops()["linear"].candidates(CPU, torch.float32).values():
+        x, weight, _ = inputs_of(known_ops()["linear"], 7)
+        torch.testing.assert_close(kernel.function(x, weight, None), x @ weight.t())
