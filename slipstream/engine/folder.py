@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slipstream.engine.bounded_json import read_json
-from slipstream.engine.graph import Graph, graph_from_json
+from slipstream.engine.graph import Graph, TensorType, graph_from_json
 from slipstream.engine.manifest import Manifest
 from slipstream.engine.tensor_file import TensorFile, write_tensor_file
 from slipstream.errors import EngineError, SlipstreamError
@@ -82,6 +82,12 @@ def _check(path: Path, manifest: Manifest, graph: Graph, weights: TensorFile) ->
         if found != (kind.shape, kind.dtype):
             raise EngineError(f"{path}/{RANK_FILE}: {name} is {found[1]}{list(found[0])}; the graph asks for {kind}.")
     kv_shape = (2, "N", manifest.tokens_per_block, manifest.num_kv_heads, manifest.head_dim)
-    caches = [graph.inputs.get(f"kv.{layer}") for layer in range(min(manifest.num_layers, len(graph.inputs)))]
-    if len(caches) != manifest.num_layers or any(kind is None or kind.shape != kv_shape for kind in caches):
+    cache = TensorType(kv_shape, manifest.dtype)
+    if any(graph.inputs.get(f"kv.{layer}") != cache for layer in range(manifest.num_layers)):
         raise EngineError(f"{path}: the graph's KV caches are not those of config.json; build the engine again.")
+    rows = "R" if manifest.logits == "selected" else "T"
+    made = [graph.types[name].shape for name in graph.outputs]
+    if made != [(rows, manifest.vocab_size)]:
+        raise EngineError(
+            f"{path}: the graph's outputs are not the {manifest.logits} logits of config.json; build the engine again."
+        )

@@ -17,7 +17,12 @@ from slipstream.errors import EngineError
 Attribute = bool | int | float | list[int] | list[float] | None
 
 _NAME = re.compile(r"[A-Za-z_][\w.+-]{0,255}", re.ASCII)
-MAX_NODES = 1_000_000
+MAX_NODES = 100_000  # ten a layer are usual
+MAX_VALUES = 1_000_000
+_FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+DTYPES = frozenset((*_FLOATS, "int64", "int32", "int16", "int8", "uint8", "bool"))
+# T tokens, S sequences (S1: one more), B blocks a sequence, R logit rows, N blocks in the cache
+DIMENSIONS = frozenset(("T", "S", "S1", "B", "R", "N"))
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,8 @@ class Graph:
     def check(self) -> None:
         """Raise EngineError unless every value is written once, before it is read."""
         written = set(self.inputs) | set(self.weights)
+        if len(written) < len(self.inputs) + len(self.weights):
+            raise EngineError(f"graph: {min(set(self.inputs) & set(self.weights))!r} is both an input and a weight.")
         for node in self.nodes:
             for name in node.inputs:
                 if name is not None and name not in written:
@@ -120,8 +127,10 @@ def graph_from_json(text: str) -> Graph:
     """Read a stored graph; every name, number and type is checked, since the file may come from anyone."""
     try:
         values = json.loads(text)
-        if len(values["nodes"]) > MAX_NODES:
+        if len(_list(values["nodes"])) > MAX_NODES:
             raise EngineError(f"graph: {len(values['nodes'])} nodes; the most allowed is {MAX_NODES}.")
+        if len(values["types"]) > MAX_VALUES:
+            raise EngineError(f"graph: {len(values['types'])} values; the most allowed is {MAX_VALUES}.")
         graph = Graph(
             inputs=_types(values["inputs"]),
             weights=_types(values["weights"]),
@@ -129,23 +138,38 @@ def graph_from_json(text: str) -> Graph:
             outputs=_names(values["outputs"]),
             types=_types(values["types"]),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise EngineError(f"graph: not a stored graph ({reason}); build the engine again.") from None
     graph.check()
+    _check_types(graph)
     return graph
+
+
+def _check_types(graph: Graph) -> None:
+    """Every value has a type, and inputs and weights have one only."""
+    declared = graph.inputs | graph.weights
+    for name in (*declared, *(name for node in graph.nodes for name in node.outputs)):
+        if name not in graph.types or graph.types[name] != declared.get(name, graph.types[name]):
+            raise EngineError(f"graph: {name!r} has no type, or two; build the engine again.")
 
 
 def _types(entries: dict[str, list[Any]]) -> dict[str, TensorType]:
     return {
-        _name(name): TensorType(tuple(_size(size) for size in shape), _name(dtype))
+        _name(name): TensorType(tuple(_size(size) for size in shape), _dtype(dtype))
         for name, (dtype, *shape) in entries.items()
     }
 
 
+def _dtype(value: Any) -> str:
+    if not isinstance(value, str) or value not in DTYPES:
+        raise ValueError(f"dtype {value!r}")
+    return value
+
+
 def _size(size: Any) -> int | str:
-    if isinstance(size, str):
-        return _name(size)
+    if isinstance(size, str) and size in DIMENSIONS:
+        return size
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 2**48:
         raise ValueError(f"size {size!r}")
     return size
@@ -153,24 +177,29 @@ def _size(size: Any) -> int | str:
 
 def _node(entry: dict[str, Any]) -> Node:
     attributes = {_name(name): _attribute(value) for name, value in entry.get("attributes", {}).items()}
-    inputs = tuple(None if name is None else _name(name) for name in entry["in"])
+    inputs = tuple(None if name is None else _name(name) for name in _list(entry["in"]))
     return Node(_name(entry["op"]), inputs, _names(entry["out"]), attributes)
 
 
 def _attribute(value: Any) -> Attribute:
-    if isinstance(value, list):
-        if not all(type(item) in (int, float) for item in value):
-            raise ValueError(f"attribute {value!r}")
-    elif value is not None and type(value) not in (bool, int, float):
-        raise ValueError(f"attribute {value!r}")
+    for item in value if isinstance(value, list) else [value]:
+        is_number = type(item) in (int, float) and abs(item) < 2**63  # which NaN is not
+        if not is_number and (isinstance(value, list) or (item is not None and type(item) is not bool)):
+            raise ValueError(f"attribute {str(item)[:80]!r}")
     return value
 
 
-def _names(values: list[Any]) -> tuple[str, ...]:
-    return tuple(_name(value) for value in values)
+def _names(values: Any) -> tuple[str, ...]:
+    return tuple(_name(value) for value in _list(values))
+
+
+def _list(values: Any) -> list[Any]:
+    if not isinstance(values, list):
+        raise TypeError(f"{str(values)[:80]!r} is not a list")
+    return values
 
 
 def _name(value: Any) -> str:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise ValueError(f"name {value!r}")
+        raise ValueError(f"name {str(value)[:80]!r}")
     return value

@@ -4,7 +4,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from slipstream.errors import EngineError
-from slipstream.schema.build import DTYPES
+from slipstream.schema.build import DTYPES, MAX_BATCH_SIZE
+from slipstream.schema.model import MAX_LAYERS
+
+_LARGEST = {"max_batch_size": MAX_BATCH_SIZE, "num_layers": MAX_LAYERS}  # these many things are made at once
 
 FORMAT = "slipstream-engine"
 VERSION = 1
@@ -42,7 +45,7 @@ class Manifest:
     def eos_token_ids(self) -> frozenset[int]:
         value = self.generation.get("eos_token_id")
         values = value if isinstance(value, list) else [] if value is None else [value]
-        return frozenset(int(token_id) for token_id in values)
+        return frozenset(values)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -75,18 +78,18 @@ class Manifest:
             raise EngineError(f"{where}/config.json: dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
         if self.logits not in ("selected", "all"):
             raise EngineError(f"{where}/config.json: logits is {self.logits!r}; it must be selected or all.")
-        try:
-            ok = all(0 <= token_id < self.vocab_size for token_id in self.eos_token_ids)
-        except (TypeError, ValueError):
-            ok = False
-        if not ok:
+        eos = self.generation.get("eos_token_id")
+        token_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(token_id) is int and 0 <= token_id < self.vocab_size for token_id in token_ids):
             eos = self.generation["eos_token_id"]
             raise EngineError(f"{where}/config.json: eos_token_id is {eos!r}; it must be token ids.")
 
 
 def _check(where: str, name: str, value: Any, kind: Any) -> None:
     if kind is int:
-        ok = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+        ok = type(value) is int and 0 < value <= _LARGEST.get(name, 2**31)
+    elif name == "memory":
+        ok = isinstance(value, dict) and all(type(size) is int and 0 <= size < 2**63 for size in value.values())
     elif kind is str:
         ok = isinstance(value, str) and len(value) < 4096
     else:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from slipstream.kernels.attention.metadata import StepTensors
 from slipstream.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm, RotaryTable
-from slipstream.schema.model import MAX_LAYERS, DecoderConfig, Options, RopeConfig, read_rope
+from slipstream.schema.model import MAX_HEAD_DIM, MAX_LAYERS, DecoderConfig, Options, RopeConfig, read_rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class Config(DecoderConfig):
     def from_options(cls, options: Options) -> Self:
         hidden_size = options.integer("hidden_size")
         num_heads = options.integer("num_attention_heads")
+        head_dim = options.integer("head_dim", hidden_size // num_heads, high=MAX_HEAD_DIM)
         options.choice("hidden_act", ("silu",), "silu")
         return cls(
             vocab_size=options.integer("vocab_size"),
@@ -30,11 +31,11 @@ class Config(DecoderConfig):
             num_layers=options.integer("num_hidden_layers", high=MAX_LAYERS),
             num_heads=num_heads,
             num_kv_heads=options.integer("num_key_value_heads", num_heads),
-            head_dim=options.integer("head_dim", hidden_size // num_heads),
+            head_dim=head_dim,
             max_position_embeddings=options.integer("max_position_embeddings", 2048),
             intermediate_size=options.integer("intermediate_size"),
             rms_norm_eps=options.real("rms_norm_eps", 1e-6),
-            rope=read_rope(options),
+            rope=read_rope(options, head_dim),
             tie_word_embeddings=options.boolean("tie_word_embeddings"),
             attention_bias=options.boolean("attention_bias"),
             mlp_bias=options.boolean("mlp_bias"),

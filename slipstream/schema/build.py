@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_BATCH_SIZE = 1 << 16  # a slot of sampling state each
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ _SILENT_OPTIONS = frozenset(
 
 
 MAX_LAYERS = 1024  # a config.json that asks for more is not a model; each layer costs time before any weight is read
+MAX_HEAD_DIM = 8192  # the rotary table, half as long, is made before any weight is read
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,19 @@ class Options:
             raise UnsupportedModel(f"{self._source}: {known} does not know the option {left[0]!r} ({value!r}).")
 
 
-def read_rope(options: Options) -> RopeConfig:
+def read_rope(options: Options, head_dim: int) -> RopeConfig:
     """RoPE from either spelling: rope_theta + rope_scaling, or transformers 5's rope_parameters."""
+    rope = _read_rope(options)
+    if not rope.theta or not rope.factor or (rope.kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor):
+        raise CorruptFile(f"RoPE is {rope}; theta and factor must be positive, low_freq_factor below high_freq_factor.")
+    if rope.kind == "factors" and len(rope.factors) != head_dim // 2:
+        raise CorruptFile(
+            f"rope_freq_factors has {len(rope.factors)} numbers; a head_dim of {head_dim} takes {head_dim // 2}."
+        )
+    return rope
+
+
+def _read_rope(options: Options) -> RopeConfig:
     parameters = options.section("rope_parameters")
     scaling = options.section("rope_scaling")
     theta = options.real("rope_theta", 10000.0)

@@ -51,7 +51,7 @@ class _Writer:
             dead = [self._names[name] for name in done if last_use.get(name, index) == index]
             if dead:
                 lines.append(f"    del {', '.join(dead)}")
-        lines.append(f"    return ({', '.join(self._names[name] for name in self._graph.outputs)},)")
+        lines.append(f"    return ({''.join(f'{self._names[name]}, ' for name in self._graph.outputs)})")
         return "\n".join(lines)
 
     def _call(self, index: int, node: Node) -> str:
