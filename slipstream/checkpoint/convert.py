@@ -1,6 +1,5 @@
 """Opening any model as a Checkpoint: rename by the model's table, and prove that nothing is missing or left over."""
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 
 from slipstream.checkpoint.folder import FORMAT, TOKENIZER_FOLDER, VERSION, WEIGHTS_FILE, Checkpoint
 from slipstream.checkpoint.gguf import GGUFModel
+from slipstream.checkpoint.names import pattern, translator
 from slipstream.checkpoint.source import Source, resolve
 from slipstream.checkpoint.tensors import ShardedTensors, TensorSource
 from slipstream.checkpoint.tokenizer_files import copy_tokenizer, write_gguf_tokenizer
@@ -99,12 +99,16 @@ def _open_ours(source: Source, dtype: str) -> Checkpoint:
     if not isinstance(options, dict) or not isinstance(generation, dict):
         raise CorruptFile(f"{source.path}/config.json: model and generation must be objects.")
     model, config = read_config(options, f"{source.path}/config.json")
+    stored = description.get("dtype")
+    if not isinstance(stored, str) or stored not in DTYPES:
+        raise CorruptFile(f"{source.path}/config.json: dtype is {stored!r}; it must be one of {', '.join(DTYPES)}.")
     tensors = TensorFile.open(source.path / WEIGHTS_FILE)
     names = {name: name for name in tensors.names()}
-    check_shapes(model, config, names, tensors, source.path)
-    stored = description.get("dtype")
-    if stored not in DTYPES:
-        raise CorruptFile(f"{source.path}/config.json: dtype is {stored!r}; it must be one of {', '.join(DTYPES)}.")
+    try:
+        check_shapes(model, config, names, tensors, source.path)
+    except BaseException:
+        tensors.close()
+        raise
     chosen = stored if dtype == "auto" else dtype
     tokenizer = source.path / TOKENIZER_FOLDER
     return Checkpoint(
@@ -120,15 +124,15 @@ def published_dtype(options: dict[str, Any]) -> str:
 
 def rename(model: ModelFile, config: DecoderConfig, found: Iterable[str], where: Path) -> dict[str, str]:
     """Our name → the source's, for every tensor the model's table knows; the others are an error."""
-    table = [(_pattern(theirs), ours) for theirs, ours in model.WEIGHTS.items()]
-    ignored = [_pattern(name) for name in model.IGNORED_WEIGHTS]
+    translate = translator(model.WEIGHTS)
+    ignored = [pattern(name) for name in model.IGNORED_WEIGHTS]
     is_tied = getattr(config, "tie_word_embeddings", False)
     names: dict[str, str] = {}
     left_over: list[str] = []
     for name in found:
-        ours = next((ours.format(**m.groupdict()) for pattern, ours in table if (m := pattern.fullmatch(name))), None)
+        ours = translate(name)
         if ours is None:
-            if not any(pattern.fullmatch(name) for pattern in ignored):
+            if not any(each.fullmatch(name) for each in ignored):
                 left_over.append(name)
         elif ours in names:
             raise CorruptFile(f"{where} holds both {names[ours]} and {name}, which are the same weight.")
@@ -140,18 +144,15 @@ def rename(model: ModelFile, config: DecoderConfig, found: Iterable[str], where:
     return names
 
 
-def _pattern(name: str) -> re.Pattern[str]:
-    """model.layers.{i}.mlp.{p}_proj.weight → a regular expression with the groups i (a number) and p (a word)."""
-    text = re.escape(name).replace(r"\{i\}", r"(?P<i>\d{1,5})").replace(r"\{p\}", r"(?P<p>[a-z]{1,32})")
-    return re.compile(text, re.ASCII)
-
-
 def check_shapes(
     model: ModelFile, config: DecoderConfig, names: dict[str, str], tensors: TensorSource, where: Path
 ) -> None:
     """Raise CorruptFile unless the tensors are exactly the model's parameters."""
-    with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in model.Model(config).named_parameters()}
+    try:
+        with torch.device("meta"):
+            expected = {name: tuple(p.shape) for name, p in model.Model(config).named_parameters()}
+    except RuntimeError:  # torch multiplies the sizes out even where it stores nothing
+        raise CorruptFile(f"{where}: the config asks for tensors larger than any memory.") from None
     for name, shape in expected.items():
         if name not in names:
             raise CorruptFile(f"{where} lacks the tensor for {name} {list(shape)}.")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slipstream.checkpoint.tensors import TensorSource
+from slipstream.engine.bounded_json import read_json
 from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.errors import ModelError
 from slipstream.models import ModelFile
@@ -69,14 +70,12 @@ def new_folder(folder: Path, file_format: str) -> Iterator[dict[str, Any]]:
     Refuses a folder that holds something else, so that --output_dir cannot land in a user's own files.
     """
     config_path = folder / "config.json"
-    if folder.exists() and any(folder.iterdir()):
-        try:
-            found = json.loads(config_path.read_bytes()).get("format") if config_path.is_file() else None
-        except (ValueError, AttributeError):
-            found = None
-        if found != file_format:
-            raise ModelError(f"{folder} is not empty and holds no {file_format}; give an empty --output_dir.")
     try:
+        is_in_use = folder.exists() and any(folder.iterdir())
+        if is_in_use and _format_of(config_path) != file_format:
+            raise ModelError(
+                f"{folder} is not empty and holds no {file_format}; give an --output_dir that is new or empty."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         config_path.unlink(missing_ok=True)
     except OSError as error:
@@ -86,3 +85,10 @@ def new_folder(folder: Path, file_format: str) -> Iterator[dict[str, Any]]:
     partial = folder / "config.json.partial"
     partial.write_text(json.dumps(description, indent=1) + "\n")
     partial.replace(config_path)
+
+
+def _format_of(config_path: Path) -> object:
+    try:
+        return read_json(config_path).get("format")
+    except ModelError:
+        return None

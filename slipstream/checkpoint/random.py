@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from slipstream.checkpoint.names import to_hugging_face
 from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.models import read_config
 
@@ -35,13 +36,3 @@ def write_random_model(folder: Path, options: dict[str, Any], *, seed: int = 0, 
     write_tensor_file(folder / "model.safetensors", entries, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(options | {"dtype": dtype}, indent=1) + "\n")
     return folder
-
-
-def to_hugging_face(table: dict[str, str], ours: str) -> str:
-    """The way back through a WEIGHTS table."""
-    from slipstream.checkpoint.convert import _pattern
-
-    for theirs, pattern in table.items():
-        if match := _pattern(pattern).fullmatch(ours):
-            return theirs.format(**match.groupdict())
-    raise KeyError(ours)
