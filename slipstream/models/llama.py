@@ -5,8 +5,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from slipstream.kernels.attention.metadata import StepTensors
-from slipstream.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm, RotaryTable
+from slipstream.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm, RotaryTable, StepTensors
 from slipstream.schema.model import MAX_HEAD_DIM, MAX_LAYERS, DecoderConfig, Options, RopeConfig, read_rope
 
 

@@ -57,7 +57,7 @@ class EngineLoop:
                 events = self._engine.step()
                 self._stats = self._engine.stats
                 for event in events:
-                    self._deliver(event)
+                    self._deliver(self._engine, event)
         except Exception as error:  # a defect of ours: say so to everyone rather than let them wait
             self._is_closed = True
             self._end_all(FinishReason.ERROR, f"the engine stopped: {type(error).__name__}: {error}")
@@ -84,20 +84,30 @@ class EngineLoop:
         try:
             engine.add(request)
         except SlipstreamError as error:
-            sink(TokenEvent(request.request_id, finish_reason=FinishReason.ERROR, error=str(error)))
+            _tell(sink, TokenEvent(request.request_id, finish_reason=FinishReason.ERROR, error=str(error)))
         else:
             self._sinks[request.request_id] = sink
 
-    def _deliver(self, event: TokenEvent) -> None:
+    def _deliver(self, engine: Engine, event: TokenEvent) -> None:
         sink = self._sinks.get(event.request_id)
         if event.finish_reason is not None:
             self._sinks.pop(event.request_id, None)
-        if sink is not None:
-            sink(event)
+        if sink is not None and not _tell(sink, event):
+            self._sinks.pop(event.request_id, None)
+            engine.abort(event.request_id)
 
     def _end_all(self, reason: FinishReason, error: str | None) -> None:
         waiting = [(message[0].request_id, message[1]) for message in self._inbox if not isinstance(message, str)]
         for request_id, sink in [*self._sinks.items(), *waiting]:
-            sink(TokenEvent(request_id, finish_reason=reason, error=error))
+            _tell(sink, TokenEvent(request_id, finish_reason=reason, error=error))
         self._sinks.clear()
         self._inbox.clear()
+
+
+def _tell(sink: Sink, event: TokenEvent) -> bool:
+    """False where the listener is gone (its asyncio loop was closed, say): that must not end everyone else's engine."""
+    try:
+        sink(event)
+    except Exception:
+        return False
+    return True

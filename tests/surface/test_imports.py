@@ -20,7 +20,15 @@ TABLE: dict[str, tuple[str, ...]] = {
     "engine/*": ("schema",),
     "layers/*": ("kernels", "schema"),
     "models/*": ("layers", "schema"),
-    "checkpoint/*": ("models", "engine/tensor_file", "engine/bounded_json", "engine/mapping", "schema"),
+    # A GGUF carries its vocabulary; converting it means writing a tokenizer.json.
+    "checkpoint/*": (
+        "models",
+        "engine/tensor_file",
+        "engine/bounded_json",
+        "engine/mapping",
+        "text/vocabulary",
+        "schema",
+    ),
     "quantize/*": ("checkpoint", "models", "kernels", "schema"),
     "speculative/*/head": ("layers", "models", "schema"),
     "speculative/*": ("kernels", "schema"),

@@ -45,7 +45,7 @@ class Sampler:
             self._penalties.add(slot, state)
 
     def remove(self, slot: int) -> None:
-        del self._states[slot]
+        self._states.pop(slot, None)  # absent where the step that would have added it failed
 
     def asks_prompt_logprobs(self, slot: int) -> bool:
         """Whether this sequence's prefill needs the logits of every position."""

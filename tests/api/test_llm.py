@@ -1,0 +1,232 @@
+"""LLM as a caller meets it: prompts in several forms, streams, coroutines, beams, scores, and refusals in one sentence."""
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slipstream import LLM, SamplingParams
+from slipstream.api.llm import default_sampling
+from slipstream.errors import CapacityError, ModelError, RequestError, SlipstreamError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPT = [3, 14, 15, 92, 65]
+
+
+def test_one_prompt_gives_one_output_and_a_list_a_list(tiny_llm: LLM) -> None:
+    one = tiny_llm.generate(PROMPT, GREEDY)
+    assert one.finished and one.prompt_token_ids == PROMPT
+    assert len(one.outputs[0].token_ids) == 12 and one.outputs[0].finish_reason == "length"
+    many = tiny_llm.generate([PROMPT, [1]], [GREEDY, SamplingParams(max_tokens=2, temperature=0)])
+    assert many[0].outputs[0].token_ids == one.outputs[0].token_ids
+    assert len(many[1].outputs[0].token_ids) == 2
+
+
+def test_stream_grows_to_what_generate_gives(tiny_llm: LLM) -> None:
+    lengths = [len(output.outputs[0].token_ids) for output in tiny_llm.stream(PROMPT, GREEDY)]
+    assert lengths == list(range(1, 13))
+
+
+def test_leaving_a_stream_aborts_its_request(tiny_llm: LLM) -> None:
+    for _ in tiny_llm.stream(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True)):
+        break
+    tiny_llm.generate(PROMPT, GREEDY)  # one more step at least has passed
+    assert tiny_llm.stats.num_running == 0 and tiny_llm.stats.num_blocks_used == 0
+
+
+def test_coroutines_share_the_batch(tiny_llm: LLM) -> None:
+    async def several() -> list[Any]:
+        return await asyncio.gather(*(tiny_llm.generate_async([index], GREEDY) for index in range(6)))
+
+    outputs = asyncio.run(several())
+    assert [output.outputs[0].token_ids for output in outputs] == [
+        tiny_llm.generate([index], GREEDY).outputs[0].token_ids for index in range(6)
+    ]
+
+
+def test_cancelling_a_coroutine_frees_its_blocks(tiny_llm: LLM) -> None:
+    async def cancelled() -> None:
+        task = asyncio.create_task(tiny_llm.generate_async(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True)))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled())
+    tiny_llm.generate(PROMPT, GREEDY)
+    assert tiny_llm.stats.num_blocks_used == 0
+
+
+def test_threads_share_the_engine(tiny_llm: LLM) -> None:
+    found: dict[int, list[int]] = {}
+
+    def work(token_id: int) -> None:
+        found[token_id] = tiny_llm.generate([token_id], GREEDY).outputs[0].token_ids
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {index: tiny_llm.generate([index], GREEDY).outputs[0].token_ids for index in range(8)}
+
+
+def test_n_completions_differ_and_repeat_with_the_seed(tiny_llm: LLM) -> None:
+    sampling = SamplingParams(n=4, temperature=1.0, seed=11, max_tokens=10, ignore_eos=True)
+    first = [output.token_ids for output in tiny_llm.generate(PROMPT, sampling).outputs]
+    assert len({tuple(token_ids) for token_ids in first}) == 4
+    assert first == [output.token_ids for output in tiny_llm.generate(PROMPT, sampling).outputs]
+
+
+def test_best_of_returns_the_most_likely(tiny_llm: LLM) -> None:
+    sampling = SamplingParams(n=8, temperature=1.0, seed=5, max_tokens=6, logprobs=0, ignore_eos=True)
+    everything = tiny_llm.generate(PROMPT, sampling).outputs
+    best = tiny_llm.generate(
+        PROMPT, SamplingParams(n=2, best_of=8, temperature=1.0, seed=5, max_tokens=6, ignore_eos=True)
+    )
+    ranked = sorted(everything, key=lambda output: -output.cumulative_logprob)
+    assert [output.token_ids for output in best.outputs] == [output.token_ids for output in ranked[:2]]
+
+
+def test_beams_are_at_least_as_likely_as_greedy(tiny_llm: LLM) -> None:
+    greedy = tiny_llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=6, logprobs=0)).outputs[0]
+    beams = tiny_llm.generate(PROMPT, SamplingParams(use_beam_search=True, best_of=4, n=2, max_tokens=6)).outputs
+    assert len(beams) == 2 and beams[0].cumulative_logprob >= beams[1].cumulative_logprob
+    assert beams[0].cumulative_logprob >= greedy.cumulative_logprob - 1e-5
+
+
+def test_prefix_reuse_is_counted_and_changes_nothing(tiny_llm: LLM) -> None:
+    prompt = list(range(40))
+    cold = tiny_llm.generate(prompt, GREEDY, cache_salt="a")
+    warm = tiny_llm.generate(prompt, GREEDY, cache_salt="a")
+    other = tiny_llm.generate(prompt, GREEDY, cache_salt="b")
+    assert (cold.num_cached_tokens, warm.num_cached_tokens, other.num_cached_tokens) == (0, 39, 0)
+    assert cold.outputs[0].token_ids == warm.outputs[0].token_ids == other.outputs[0].token_ids
+
+
+def test_score_is_the_logprob_of_each_token(tiny_llm: LLM) -> None:
+    output = tiny_llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=5, logprobs=0, ignore_eos=True))
+    score = tiny_llm.score(PROMPT + output.outputs[0].token_ids)
+    assert score.logprobs[0] is None and len(score.logprobs) == 10
+    expected = [entry.logprob for entry in output.outputs[0].logprobs]
+    assert score.logprobs[5:] == pytest.approx(expected, abs=1e-4)
+    assert [each.token_ids for each in tiny_llm.score([[1, 2], [3, 4]])] == [[1, 2], [3, 4]]
+
+
+def test_logits_processor_decides(tiny_llm: LLM) -> None:
+    def only_seven(token_ids: list[int], logits: Any) -> Any:
+        assert token_ids[:5] == PROMPT
+        logits[:] = float("-inf")
+        logits[7] = 0
+        return logits
+
+    output = tiny_llm.generate(PROMPT, SamplingParams(max_tokens=3, logits_processors=[only_seven], ignore_eos=True))
+    assert output.outputs[0].token_ids == [7, 7, 7]
+
+
+def test_stop_token_ids_and_min_tokens(tiny_llm: LLM) -> None:
+    free = tiny_llm.generate(PROMPT, GREEDY).outputs[0].token_ids
+    stop = free[3]
+    output = tiny_llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[stop])).outputs[0]
+    assert output.finish_reason == "stop" and output.stop_reason == stop
+    assert output.token_ids == free[: free.index(stop) + 1]
+    later = SamplingParams(temperature=0, max_tokens=12, min_tokens=8, stop_token_ids=[stop])
+    assert len(tiny_llm.generate(PROMPT, later).outputs[0].token_ids) >= 8
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "words"),
+    [
+        ([[]], GREEDY, "empty"),
+        ([5, 128], GREEDY, "128"),
+        ([-1], GREEDY, "-1"),
+        (["x"], GREEDY, "tokenizer"),
+        (list(range(100)) * 3, GREEDY, "300 tokens"),
+        ([1], SamplingParams(stop_token_ids=[500]), "500"),
+        ([1], SamplingParams(logit_bias={400: 1.0}), "400"),
+    ],
+)
+def test_a_bad_prompt_is_one_sentence(tiny_llm: LLM, prompt: Any, sampling: SamplingParams, words: str) -> None:
+    with pytest.raises(SlipstreamError, match=words) as caught:
+        raise_error_of(tiny_llm.generate(prompt[0] if prompt == ["x"] else prompt, sampling))
+    assert "\n" not in str(caught.value)
+
+
+def raise_error_of(outputs: Any) -> None:
+    """A list comes back whole, with the error inside."""
+    raise RequestError(outputs[0].error)
+
+
+def test_a_bad_prompt_in_a_list_stops_no_other(tiny_llm: LLM) -> None:
+    good, empty, outside = tiny_llm.generate([PROMPT, [], [999]], GREEDY)
+    assert len(good.outputs[0].token_ids) == 12 and good.error is None
+    assert "empty" in empty.error and "999" in outside.error
+    assert outside.outputs[0].finish_reason == "error"
+
+
+def test_a_kv_cache_that_does_not_fit_names_one_that_does(tiny_model: Path) -> None:
+    with pytest.raises(CapacityError, match="--kv_cache_max_tokens to [1-9]"):
+        LLM(tiny_model, kv_cache_max_tokens=10**12)
+
+
+def test_limits_above_the_engine_are_refused(tiny_llm: LLM) -> None:
+    with pytest.raises(CapacityError, match="max_batch_size is 9"):
+        LLM(tiny_llm._folder.path, max_batch_size=9)
+
+
+def test_a_request_larger_than_the_pool_is_refused_and_says_what_fits(tiny_model: Path) -> None:
+    with LLM(tiny_model, max_batch_size=8, max_num_tokens=64, kv_cache_max_tokens=32) as llm:
+        with pytest.raises(SlipstreamError, match="max_tokens"):
+            llm.generate([1, 2, 3], SamplingParams(max_tokens=100))
+        assert len(llm.generate([1, 2, 3], SamplingParams(max_tokens=8, ignore_eos=True)).outputs[0].token_ids) == 8
+
+
+def test_nothing_runs_after_close(tiny_model: Path) -> None:
+    llm = LLM(tiny_model, max_batch_size=8, max_num_tokens=64, kv_cache_max_tokens=32)
+    llm.close()
+    llm.close()
+    with pytest.raises(SlipstreamError, match="closed"):
+        llm.generate([1], GREEDY)
+
+
+def test_unknown_choices_list_the_known_ones(tiny_model: Path) -> None:
+    with pytest.raises(RequestError, match="max_utilization"):
+        LLM(tiny_model, max_batch_size=8, max_num_tokens=64, capacity_scheduler_policy="greedy")
+    with pytest.raises(ModelError, match="bfloat16"):
+        LLM(tiny_model, dtype="float8")
+
+
+def test_generation_config_means_what_it_means_in_hugging_face() -> None:
+    assert default_sampling({}).is_greedy
+    assert default_sampling({"temperature": 0.6, "top_p": 0.9}).is_greedy
+    sampling = default_sampling({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 40, "max_new_tokens": 9})
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens) == (0.6, 0.9, 40, 9)
+
+
+@pytest.mark.real_model
+def test_stop_strings_cut_the_text_wherever_tokens_end(smollm2_llm: LLM) -> None:
+    free = smollm2_llm.generate("Count: one, two, three,", SamplingParams(temperature=0, max_tokens=40)).outputs[0].text
+    stop = free[11:16]
+    sampling = SamplingParams(temperature=0, max_tokens=40, stop=stop)
+    output = smollm2_llm.generate("Count: one, two, three,", sampling).outputs[0]
+    assert output.text == free[: free.index(stop)] and (output.finish_reason, output.stop_reason) == ("stop", stop)
+    pieces = [o.outputs[0].text_diff for o in smollm2_llm.stream("Count: one, two, three,", sampling)]
+    assert "".join(pieces) == output.text
+
+
+@pytest.mark.real_model
+def test_chat_answers(smollm2_llm: LLM) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    output = smollm2_llm.chat(question, SamplingParams(temperature=0, max_tokens=30))
+    assert "Paris" in output.outputs[0].text and output.outputs[0].finish_reason == "stop"
+    again = smollm2_llm.chat(question, SamplingParams(temperature=0, max_tokens=30))
+    assert again.num_cached_tokens == len(again.prompt_token_ids) - 1
+
+
+@pytest.mark.real_model
+def test_bad_words_are_not_said(smollm2_llm: LLM) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    sampling = SamplingParams(temperature=0, max_tokens=20, bad_words=["Paris"])
+    assert "Paris" not in smollm2_llm.chat(question, sampling).outputs[0].text

