@@ -14,6 +14,7 @@ There is no list of verbs to keep: the folder is walked (names with a leading un
 verb that was called is imported. For `slipstream --help` all are, so a verb imports heavy things inside its function.
 """
 
+import io
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ def verbs() -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script. Ends with SystemExit, as command lines do."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without é shows ?, which beats a traceback
     with plain_errors():
         from slipstream.cli._app import make_app  # after plain_errors, so that Ctrl-C during imports is quiet, too
 

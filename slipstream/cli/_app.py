@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 
 from slipstream import __version__
 from slipstream.cli._errors import plain_errors
+from slipstream.errors import UsageError
 
 
 class VerbCommand(TyperCommand):
@@ -24,6 +25,16 @@ class VerbCommand(TyperCommand):
         for option in self.params:
             option.opts = [_underscored_option(name) for name in option.opts]
             option.secondary_opts = [_underscored_option(name) for name in option.secondary_opts]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        typed = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            sentence = _name_the_value(error, typed)
+            if sentence is None:
+                raise
+            raise UsageError(sentence) from None
 
     def invoke(self, ctx: Any) -> Any:
         # Inside typer's own handlers, which would turn Ctrl-C and a closed pipe into messages of theirs.
@@ -67,6 +78,20 @@ def _split_example(docstring: str) -> tuple[str, str | None]:
     """Help text and epilog: the docstring's "Example:" goes below the options, its lines kept as they are."""
     text, found, example = inspect.cleandoc(docstring).partition("Example:")
     return text.strip(), f"\b\nExample:{example.rstrip()}" if found else None
+
+
+def _name_the_value(error: Any, typed: list[str]) -> str | None:
+    """A sentence with the value in it, which typer's "Input should be a valid integer, …" lacks; None for others."""
+    what, found, rule = error.message.partition("Input should be ")
+    if not found or what or error.param is None:
+        return None
+    names = error.param.opts
+    for argument, following in zip(typed, [*typed[1:], ""], strict=True):
+        name, is_joined, value = argument.partition("=")
+        if _underscored_option(name) in names:
+            rule = rule.partition(",")[0].removesuffix(".")
+            return f"{names[0]} is {value if is_joined else following}; it must be {rule}."
+    return None
 
 
 def _underscored(name: str) -> str:

@@ -1,0 +1,38 @@
+"""Options that several verbs share, spelled and explained once. Where TensorRT-LLM has one, its name is used."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16 or float16. auto: float32 on a CPU, the model's own on a GPU.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto: the GPU where there is one.")]
+TokenizerDir = Annotated[
+    Path | None, typer.Option(help="Folder of the tokenizer, where it is not the model's or engine's own.")
+]
+SystemPrompt = Annotated[str | None, typer.Option(help="What the model is told before the conversation.")]
+ChatTemplate = Annotated[Path | None, typer.Option(help="File with a jinja template that replaces the model's own.")]
+
+MaxBatchSize = Annotated[int | None, typer.Option(min=1, help="Most sequences in one step.")]
+MaxNumTokens = Annotated[int | None, typer.Option(min=1, help="Most tokens in one step, over all sequences.")]
+MaxSeqLen = Annotated[
+    int | None, typer.Option(min=1, help="Most tokens of one sequence, prompt and output.  [default: the model's own]")
+]
+KvCacheMaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="Size of the KV cache in tokens.  [default: what fits]")
+]
+KvCacheFraction = Annotated[
+    float,
+    typer.Option(
+        "--kv_cache_free_memory_fraction",
+        "--kv_cache_free_gpu_memory_fraction",
+        help="Part of the free memory that the KV cache may take.",
+    ),
+]
+BlockReuse = Annotated[bool, typer.Option(help="Prompts that begin alike share their KV blocks.")]
+ChunkedContext = Annotated[bool, typer.Option(help="Long prompts are computed piece by piece, beside other work.")]
+CapacityPolicy = Annotated[
+    str, typer.Option(help="When a waiting request may start: guaranteed_no_evict, max_utilization or static_batch.")
+]

@@ -1,0 +1,56 @@
+"""A progress bar on stderr while something takes long; nothing where stderr is not a terminal."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+STAGES = {
+    "capture": "Capturing the model",
+    "tune": "Measuring kernels",
+    "write": "Writing the engine",
+    "convert": "Writing the checkpoint",
+    "generate": "Generating",
+}
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Yields what to call as (stage, done, total). The bar appears with the first call and goes at the end."""
+    if not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    bar = _Bar()
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+class _Bar:
+    def __init__(self) -> None:
+        self._progress: Any = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._progress is None:
+            self._open()
+        description = STAGES.get(stage, stage)
+        self._progress.update(self._task, description=description, completed=done, total=max(total, 1))
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _open(self) -> None:
+        # Here, because most starts find everything built, and rich takes longer to import than they have.
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+            console=Console(stderr=True), transient=True,
+        )  # fmt: skip
+        self._progress.start()
+        self._task = self._progress.add_task("", total=None)

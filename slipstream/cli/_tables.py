@@ -1,0 +1,61 @@
+"""Tables and sizes on stdout."""
+
+import sys
+from collections.abc import Iterable, Sequence
+
+WIDTH_OF_A_FILE = 140  # where stdout is no terminal: wide enough for every table of ours, so that nothing wraps
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table; a column whose values are all numbers is aligned to the right. No columns: the first is the label."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [[_cell(value) for value in row] for row in rows]
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=bool(columns)
+    )
+    for index in range(len(columns) or max(map(len, cells), default=0)):
+        name = columns[index] if columns else ""
+        is_number = bool(cells) and all(row[index].replace(" ", "").isdigit() for row in cells)
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*(Text(value) for value in row))
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+    console.print(table)
+    console.print()
+
+
+def _cell(value: object) -> str:
+    return f"{value:,}".replace(",", " ") if isinstance(value, int) else str(value)
+
+
+def human_bytes(count: float) -> str:
+    """ "512 B", "1.5 KiB", "256.6 MiB"."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
+        count /= 1024
+        del units[0]
+    return f"{count:.0f} B" if units[0] == "B" else f"{count:.1f} {units[0]}"
+
+
+def print_memory_plan(
+    memory: dict[str, int], *, max_batch_size: int, max_seq_len: int, more: Iterable[Sequence[object]] = ()
+) -> None:
+    """What an engine will take, before any of it is allocated."""
+    per_token = memory.get("kv_per_token", 0)
+    rows: list[Sequence[object]] = [
+        ("weights", human_bytes(memory.get("weights", 0))),
+        ("activations of the largest step", human_bytes(memory.get("activations", 0))),
+        ("KV cache, one token", human_bytes(per_token)),
+        (f"KV cache, one sequence of {max_seq_len} tokens", human_bytes(per_token * max_seq_len)),
+        (f"KV cache, {max_batch_size} such sequences", human_bytes(per_token * max_seq_len * max_batch_size)),
+        *more,
+    ]
+    print_table("Memory plan", (), rows)
+
+
+def print_passes(passes: Iterable[Sequence[object]]) -> None:
+    """Rows of (name, matches, ops before, ops after, benefit)."""
+    print_table("Passes", ("pass", "matches", "ops before", "ops after", "benefit"), passes)

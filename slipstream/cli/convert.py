@@ -1,0 +1,35 @@
+"""slipstream convert: a model as it was published becomes a checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slipstream.cli._progress import progress_bar
+from slipstream.cli._tables import human_bytes
+
+
+def convert(
+    model_dir: Annotated[str, typer.Option(help="Hugging Face folder, .gguf file, Hub id or smollm2.")],
+    output_dir: Annotated[Path, typer.Option(help="Checkpoint folder to write; new, empty, or an older checkpoint.")],
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16. auto: the one the model was published in.")
+    ] = "auto",
+) -> None:
+    """Convert a model to a checkpoint: one dtype, our names, its tokenizer beside it.
+
+    Example:
+        slipstream convert --model_dir models/SmolLM2-135M-Instruct --output_dir checkpoints/smollm2 --dtype bfloat16
+    """
+    from slipstream.checkpoint import convert as convert_model
+    from slipstream.checkpoint import open_checkpoint, resolve
+
+    with progress_bar() as progress:
+        convert_model(model_dir, output_dir, dtype=dtype, progress=progress)
+    written = open_checkpoint(resolve(output_dir))
+    tokenizer = "with" if any((output_dir / "tokenizer").iterdir()) else "without"
+    print(
+        f"{output_dir}: {written.options['model_type']}, {len(written.names)} tensors, "
+        f"{human_bytes(written.num_bytes)} in {written.dtype}, {tokenizer} tokenizer"
+    )
+    written.close()

@@ -1,0 +1,155 @@
+"""slipstream chat, fed by a pipe: a turn a line."""
+
+import io
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from slipstream.cli import chat as chat_verb
+from slipstream.cli.chat import Conversation
+from tests.cli.conftest import Call
+
+
+@pytest.fixture
+def say(call: Call, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def run(text: str, *arguments: object) -> Any:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        return call("chat", *arguments)
+
+    return run
+
+
+def test_each_line_is_a_turn(say: Any, engine: Path) -> None:
+    alone = say("Hello\n", engine, "--max_output_len", 6)
+    assert (alone.code, alone.err) == (0, "")
+    twice = say("Hello\n\nHello\n", engine, "--max_output_len", 6)
+    assert twice.out.startswith(alone.out)
+    assert twice.out != alone.out * 2  # the second turn knows the first
+    reset = say("Hello\n/reset\nHello\n/exit\nHello\n", engine, "--max_output_len", 6)
+    assert reset.out == alone.out * 2
+
+
+def test_commands(say: Any, engine: Path) -> None:
+    done = say("/help\n/what\n", engine)
+    assert done.out == chat_verb.HELP + "\n"
+    assert done.err == "error: /what is no command; /help lists them.\n"
+
+
+def test_flags_change_the_answer(say: Any, engine: Path) -> None:
+    usual = say("Hello\n", engine, "--max_output_len", 6).out
+    assert say("Hello\n", engine, "--max_output_len", 6, "--system_prompt", "You are a cat.").out != usual
+    drawn = ("--max_output_len", 6, "--temperature", 1, "--random_seed", 3)
+    assert say("Hello\n", engine, *drawn).out == say("Hello\n", engine, *drawn).out != usual
+    refused = say("Hello\n", engine, "--top_p", 0.5)
+    assert (refused.code, refused.out) == (2, "")
+    assert "--top_p has no effect on this model" in refused.err
+
+
+def test_the_oldest_turns_are_dropped(say: Any, engine: Path) -> None:
+    done = say("How do I count to nine?\n" * 6, engine, "--max_seq_len", 96, "--max_output_len", 12)
+    assert done.code == 0
+    assert done.err.splitlines()[0] == "note: the conversation no longer fits; the oldest turn is dropped."
+    assert done.out.count("\n") >= 6
+
+
+def test_a_message_that_cannot_fit_is_refused_and_forgotten(say: Any, engine: Path) -> None:
+    done = say("x " * 500 + "\nHello\n", engine, "--max_output_len", 6)
+    assert done.code == 2
+    assert done.err.startswith("error: The prompt has ")
+    assert done.out == say("Hello\n", engine, "--max_output_len", 6).out
+
+
+def test_the_conversation_keeps_what_fits() -> None:
+    def chat_prompt(messages: list[dict[str, str]]) -> list[int]:
+        return [0] * sum(len(message["content"]) for message in messages)
+
+    llm: Any = SimpleNamespace(chat_prompt=chat_prompt, runtime_config=SimpleNamespace(max_seq_len=40))
+    conversation = Conversation(llm, "sys", max_output_len=100)  # a quarter, 10, is kept for the answer
+    assert conversation.ask("a" * 10) == ([0] * 13, 0)
+    conversation.answer("b" * 10)
+    assert conversation.ask("c" * 10) == ([0] * 13, 1)
+    conversation.take_back()
+    assert conversation.ask("d" * 27) == ([0] * 30, 0)
+    conversation.answer("e")
+    assert conversation.ask("f" * 50) == ([0] * 53, 1)
+
+
+def test_ctrl_c_ends_the_answer_only(capsys: pytest.CaptureFixture[str]) -> None:
+    closed = []
+
+    def stream(prompt: list[int], sampling: Any) -> Any:
+        try:
+            yield SimpleNamespace(outputs=[SimpleNamespace(text="Half", text_diff="Half")])
+            raise KeyboardInterrupt
+        finally:
+            closed.append(True)
+
+    llm: Any = SimpleNamespace(stream=stream)
+    assert chat_verb._stream_answer(llm, [1], None) == "Half"  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "Half\n"
+    assert closed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["./nowhere"], "No such folder or file"),
+        (["{engine}", "--chat_template", "./nowhere"], "cannot be read"),
+        (["{engine}", "--temperature", "-2"], "temperature is -2.0"),
+        (["{engine}", "--max_output_len", "0"], "--max_output_len is 0; it must be greater than or equal to 1."),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: list[str], sentence: str, say: Any, engine: Path) -> None:
+    done = say("Hello\n", *(argument.replace("{engine}", str(engine)) for argument in arguments))
+    assert (done.code, done.out) == (2, "")
+    assert sentence in done.err
+
+
+def test_a_model_without_a_tokenizer_cannot_talk(say: Any, tiny_model: Path) -> None:
+    done = say("Hello\n", tiny_model)
+    assert done.code == 2
+    assert "has no tokenizer" in done.err
+
+
+@pytest.mark.real_model
+def test_a_person_interrupts_and_leaves(smollm2_gguf: Path) -> None:
+    """In a terminal of its own: Ctrl-C stops the answer, Ctrl-D ends the conversation."""
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-c", "import slipstream.cli; slipstream.cli.main()", "chat", "smollm2"]
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    os.close(terminal)
+    try:
+        seen = read_until(master, "> ")
+        assert "SmolLM2-135M-Instruct, 8192 tokens of context" in seen
+        os.write(master, b"Tell me a long story of dragons.\n")
+        read_until(master, " the ")
+        process.send_signal(signal.SIGINT)
+        read_until(master, "> ", seconds=5)  # the whole story would take longer
+        time.sleep(0.5)  # readline misses a signal that comes while it prints its prompt
+        process.send_signal(signal.SIGINT)
+        read_until(master, "(Ctrl-D or /exit leaves)")
+        read_until(master, "> ")
+        os.write(master, b"\x04")
+        assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+def read_until(terminal: int, text: str, seconds: float = 120) -> str:
+    seen, deadline = "", time.monotonic() + seconds
+    while text.lower() not in seen.lower():
+        ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"{text!r} did not come within {seconds:.0f} s of: {seen!r}"
+        seen += os.read(terminal, 4096).decode(errors="replace")
+    return seen
