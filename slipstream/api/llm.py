@@ -33,6 +33,8 @@ from slipstream.text.tokenizer import Tokenizer
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
+_SCORING = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+
 
 class LLM:
     """A model ready to generate. Close it, or use it in a `with`, to free its memory."""
@@ -222,11 +224,26 @@ class LLM:
         finally:
             handle.abort()
 
+    async def chat_async(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        cache_salt: str = "",
+        **template_values: Any,
+    ) -> RequestOutput:
+        """Like chat(), from a coroutine."""
+        prompt = self.chat_prompt(messages, **template_values)
+        return await self.generate_async(prompt, sampling_params, cache_salt=cache_salt)
+
+    async def score_async(self, prompt: Prompt) -> ScoreOutput:
+        """Like score() for one prompt, from a coroutine."""
+        return _score(await self.generate_async(prompt, _SCORING))
+
     def score(self, prompts: Prompt | Sequence[Prompt]) -> Any:
         """Logprobs of given texts: a ScoreOutput for one prompt, a list of them for a list."""
-        sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
         is_one = _is_one_prompt(prompts)
-        outputs = self.generate([prompts] if is_one else list(prompts), sampling)
+        outputs = self.generate([prompts] if is_one else list(prompts), _SCORING)
         scores = [_score(_raise_error(output)) for output in outputs]
         return scores[0] if is_one else scores
 

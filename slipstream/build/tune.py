@@ -16,8 +16,9 @@ from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.kernels.registry import Kernel, Op, known_ops
 
 _COLD_BYTES = 96 << 20  # weights cycled through while timing, so that no cache level holds them as none will in a step
-_ROUNDS = 3
-_SECONDS = 0.01  # of calls, at least, for one timing
+# Many short rounds, of which the best counts: on a shared machine a neighbour spoils some, rarely all.
+_ROUNDS = 7
+_SECONDS = 0.004  # of calls, at least, for one timing
 
 
 def describe_device(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""LLM as a caller meets it: prompts in several forms, streams, coroutines, beams, scores, and refusals in one sentence."""
+"""LLM as a caller meets it: prompts in several forms, streams, coroutines, beams, scores; refusals in a sentence."""
 
 import asyncio
 import threading
@@ -44,6 +44,10 @@ def test_coroutines_share_the_batch(tiny_llm: LLM) -> None:
     assert [output.outputs[0].token_ids for output in outputs] == [
         tiny_llm.generate([index], GREEDY).outputs[0].token_ids for index in range(6)
     ]
+
+
+def test_score_async_equals_score(tiny_llm: LLM) -> None:
+    assert asyncio.run(tiny_llm.score_async(PROMPT)) == tiny_llm.score(PROMPT)
 
 
 def test_cancelling_a_coroutine_frees_its_blocks(tiny_llm: LLM) -> None:
@@ -167,7 +171,7 @@ def test_a_bad_prompt_in_a_list_stops_no_other(tiny_llm: LLM) -> None:
 
 
 def test_a_kv_cache_that_does_not_fit_names_one_that_does(tiny_model: Path) -> None:
-    with pytest.raises(CapacityError, match="--kv_cache_max_tokens to [1-9]"):
+    with pytest.raises(CapacityError, match=r"--kv_cache_max_tokens to [1-9]"):
         LLM(tiny_model, kv_cache_max_tokens=10**12)
 
 
