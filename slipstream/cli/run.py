@@ -202,25 +202,25 @@ def _run_one(
     (prompt,) = prompts
     if look.streaming:
         _ = llm.tokenizer  # without one there is no text to show: say so now
-    started = first = time.perf_counter()
-    output: RequestOutput | None = None
+    started = time.perf_counter()
+    last: RequestOutput | None = None
     for output in llm.stream(_wrapped(llm, prompt, look), sampling):
-        if not first > started:
-            first = time.perf_counter()
+        if last is None:
             if clock is not None:
                 clock.lap("first token")
-            if look.streaming and not look.is_bare:
+            if look.streaming and not look.is_bare:  # not earlier: a prompt that is refused leaves stdout empty
                 print(_input_line(llm, 0, prompt), 'Output [Text 0 Beam 0]: "', sep="\n", end="")
+        last = output
         if look.streaming:
             print(output.outputs[0].text_diff, end="", flush=True)
-    assert output is not None
+    assert last is not None
     if look.streaming:
         print("" if look.is_bare else '"')
     else:
-        _print_output(llm, 0, prompt, output)
+        _print_output(llm, 0, prompt, last)
     if clock is not None:
         clock.report()
-        _report_speed([output], time.perf_counter() - started)
+        _report_speed([last], time.perf_counter() - started)
     return False
 
 
