@@ -28,7 +28,7 @@ class Handle:
         self._request, self._sampling, self._sink = request, sampling, sink
         self._running: set[str] = set()  # ids the loop knows
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
-        self._num_cached_tokens = 0
+        self._num_cached_tokens: int | None = None
         self.has_news = False  # something to stream since the last output()
 
     def start(self) -> None:
@@ -57,7 +57,8 @@ class Handle:
     def _note(self, event: TokenEvent) -> None:
         if event.prompt_logprobs is not None:
             self._prompt_logprobs = list(event.prompt_logprobs)
-        self._num_cached_tokens = max(self._num_cached_tokens, event.num_cached_tokens)
+        if self._num_cached_tokens is None:  # of the first sequence: the others find what that one computed
+            self._num_cached_tokens = event.num_cached_tokens
         if event.finish_reason is not None:
             self._running.discard(event.request_id)
 
@@ -69,7 +70,7 @@ class Handle:
             outputs=outputs,
             prompt_logprobs=self._prompt_logprobs,
             finished=self.finished,
-            num_cached_tokens=self._num_cached_tokens,
+            num_cached_tokens=self._num_cached_tokens or 0,
             error=error,
         )
 

@@ -12,6 +12,7 @@ import queue
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -22,6 +23,7 @@ from slipstream.build.cache import cached_engine, device_for, tuned_choices
 from slipstream.checkpoint.source import resolve
 from slipstream.engine.folder import TOKENIZER_FOLDER, open_engine
 from slipstream.errors import EngineError, ModelError, RequestError
+from slipstream.progress import progress_bar
 from slipstream.runtime.engine import start_engine
 from slipstream.runtime.loop import EngineLoop
 from slipstream.schema.build import BuildConfig, CapacityPolicy, QueuePolicy
@@ -57,7 +59,7 @@ class LLM:
         queue_policy: str = "fifo",
         chat_template: str | None = None,
         disabled_passes: Sequence[str] = (),
-        progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+        show_progress: bool = True,
     ) -> None:
         """
         model: a Hugging Face folder, a .gguf file, a checkpoint or engine folder, a Hub id, or "smollm2".
@@ -66,18 +68,17 @@ class LLM:
         kv_cache_max_tokens: size of the KV cache; by default what fits in kv_cache_free_memory_fraction of free memory.
         capacity_scheduler_policy: guaranteed_no_evict, max_utilization or static_batch. queue_policy: fifo or priority.
         chat_template: a jinja template that replaces the model's own.
-        progress: told of the build's stages as (stage, done, total).
+        show_progress: a bar on stderr while an engine is built, where stderr is a terminal.
         """
         watch = _Stopwatch()
         where = device_for(device)
         source = resolve(model)
         limits = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "max_seq_len": max_seq_len}
         if source.kind == "engine":
-            path = source.path
+            path = _given_engine(source.path, disabled_passes)
         else:
-            given = {name: value for name, value in limits.items() if value is not None}
-            config = BuildConfig(dtype=dtype, disabled_passes=tuple(disabled_passes), **given)
-            path = cached_engine(source, config, where, progress)
+            with progress_bar(show_progress) as progress:
+                path = cached_engine(source, _build_config(dtype, disabled_passes, limits), where, progress)
         watch.lap("find or build the engine")
         self._folder = open_engine(path)
         self.manifest = self._folder.manifest
@@ -112,14 +113,14 @@ class LLM:
     @overload
     def generate(
         self, prompts: str, sampling_params: SamplingParams | None = ..., *,
-        priority: int = ..., cache_salt: str = ..., on_finish: Callable[[RequestOutput], None] = ...,
+        priority: int = ..., cache_salt: str = ..., show_progress: bool = ...,
     ) -> RequestOutput: ...  # fmt: skip
 
     @overload
     def generate(
         self, prompts: Sequence[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = ..., *,
-        priority: int = ..., cache_salt: str = ..., on_finish: Callable[[RequestOutput], None] = ...,
+        priority: int = ..., cache_salt: str = ..., show_progress: bool = ...,
     ) -> Any: ...  # fmt: skip
 
     def generate(
@@ -129,16 +130,16 @@ class LLM:
         *,
         priority: int = 0,
         cache_salt: str = "",
-        on_finish: Callable[[RequestOutput], None] = lambda output: None,
+        show_progress: bool = False,
     ) -> RequestOutput | list[RequestOutput]:
         """Complete one prompt (a string or token ids), or a list of prompts all at once.
 
         sampling_params: one for all, or one a prompt; None takes the model's own defaults (generation_config.json).
         One prompt that cannot be run raises RequestError; in a list it comes back with `error` set, the others run on.
-        on_finish is called with each output as it ends, in the order they end.
+        show_progress: a bar on stderr that counts the prompts done, where stderr is a terminal.
         """
         if _is_one_prompt(prompts):
-            (output,) = self._run([prompts], [self._params(sampling_params)], priority, cache_salt, on_finish)  # type: ignore[list-item]
+            (output,) = self._run([prompts], [self._params(sampling_params)], priority, cache_salt, show_progress)  # type: ignore[list-item]
             return _raise_error(output)
         if isinstance(sampling_params, Sequence):
             if len(sampling_params) != len(prompts):
@@ -148,7 +149,7 @@ class LLM:
             params = list(sampling_params)
         else:
             params = [self._params(sampling_params)] * len(prompts)
-        return self._run(list(prompts), params, priority, cache_salt, on_finish)  # type: ignore[arg-type]
+        return self._run(list(prompts), params, priority, cache_salt, show_progress)  # type: ignore[arg-type]
 
     def chat(
         self,
@@ -295,7 +296,7 @@ class LLM:
         params: list[SamplingParams],
         priority: int,
         cache_salt: str,
-        on_finish: Callable[[RequestOutput], None],
+        show_progress: bool,
     ) -> list[RequestOutput]:
         events: queue.SimpleQueue[tuple[int, TokenEvent]] = queue.SimpleQueue()
         handles: dict[int, Handle] = {}
@@ -309,15 +310,15 @@ class LLM:
                 handles[index] = self._start(prompt, sampling, priority, cache_salt, sink)
             except RequestError as error:
                 outputs[index] = _refused(prompt, str(error))
-                on_finish(outputs[index])
         try:
-            while len(outputs) < len(prompts):
-                index, event = events.get()
-                handle = handles[index]
-                handle.push(event)
-                if handle.finished and index not in outputs:
-                    outputs[index] = handle.output()
-                    on_finish(outputs[index])
+            with progress_bar(show_progress) as progress:
+                while len(outputs) < len(prompts):
+                    index, event = events.get()
+                    handle = handles[index]
+                    handle.push(event)
+                    if handle.finished and index not in outputs:
+                        outputs[index] = handle.output()
+                        progress("generate", len(outputs), len(prompts))
         finally:
             for handle in handles.values():
                 handle.abort()
@@ -382,6 +383,22 @@ class LLM:
 
     def _params(self, sampling_params: Any) -> SamplingParams:
         return self.default_sampling_params if sampling_params is None else sampling_params
+
+
+def _given_engine(path: Path, disabled_passes: Sequence[str]) -> Path:
+    if disabled_passes:
+        raise EngineError(f"{path} is built already, so no pass can be disabled; leave it out or build again.")
+    return path
+
+
+def _build_config(dtype: str, disabled_passes: Sequence[str], limits: Mapping[str, int | None]) -> BuildConfig:
+    """Only limits above the default ones make another engine; a run may always stay below what was built."""
+    default = BuildConfig(dtype=dtype, disabled_passes=tuple(disabled_passes))
+    return replace(
+        default,
+        max_batch_size=max(default.max_batch_size, limits["max_batch_size"] or 0),
+        max_num_tokens=max(default.max_num_tokens, limits["max_num_tokens"] or 0, limits["max_batch_size"] or 0),
+    )
 
 
 class _Stopwatch:

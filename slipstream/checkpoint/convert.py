@@ -112,7 +112,7 @@ def _open_ours(source: Source, dtype: str) -> Checkpoint:
     chosen = stored if dtype == "auto" else dtype
     tokenizer = source.path / TOKENIZER_FOLDER
     return Checkpoint(
-        source.name, options, config, model, chosen, generation, tensors, names,
+        str(description.get("name", source.name))[:256], options, config, model, chosen, generation, tensors, names,
         lambda folder: copy_tokenizer(tokenizer, folder),
     )  # fmt: skip
 

@@ -60,7 +60,8 @@ class Checkpoint:
             entries = [(name, self.shape(name), dtype, lambda name=name: self.read(name)) for name in self.names]
             write_tensor_file(folder / WEIGHTS_FILE, entries, {"format": "pt"}, progress)
             self.write_tokenizer(folder / TOKENIZER_FOLDER)
-            description |= {"dtype": self.dtype, "model": self.options, "generation": self.generation}
+            description |= {"name": self.name, "dtype": self.dtype}
+            description |= {"model": self.options, "generation": self.generation}
 
 
 @contextmanager
@@ -78,13 +79,13 @@ def new_folder(folder: Path, file_format: str) -> Iterator[dict[str, Any]]:
             )
         folder.mkdir(parents=True, exist_ok=True)
         config_path.unlink(missing_ok=True)
-    except OSError as error:
+        description: dict[str, Any] = {"format": file_format, "version": VERSION}
+        yield description
+        partial = folder / "config.json.partial"
+        partial.write_text(json.dumps(description, indent=1) + "\n")
+        partial.replace(config_path)
+    except OSError as error:  # a read-only place, a full disk
         raise ModelError(f"{folder} cannot be written ({error.strerror}); give another --output_dir.") from None
-    description: dict[str, Any] = {"format": file_format, "version": VERSION}
-    yield description
-    partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(description, indent=1) + "\n")
-    partial.replace(config_path)
 
 
 def _format_of(config_path: Path) -> object:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slipstream.cli import _options as options
-from slipstream.cli._progress import progress_bar
 from slipstream.cli._tables import human_bytes, print_memory_plan, print_passes, print_table
 from slipstream.errors import UsageError
+from slipstream.progress import progress_bar
 from slipstream.schema.build import BuildConfig
 
 if TYPE_CHECKING:

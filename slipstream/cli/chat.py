@@ -10,7 +10,6 @@ import typer
 
 from slipstream.cli import _options as options
 from slipstream.cli._errors import USER_ERROR
-from slipstream.cli._progress import progress_bar
 from slipstream.cli._prompts import read_text
 from slipstream.errors import RequestError, UsageError
 
@@ -59,18 +58,16 @@ def chat(
     template = None if chat_template is None else read_text(chat_template, "--chat_template")
     from slipstream.api import LLM
 
-    with progress_bar() as progress:
-        llm = LLM(
-            model,
-            tokenizer=tokenizer_dir,
-            dtype=dtype,
-            device=device,
-            max_seq_len=max_seq_len,
-            kv_cache_max_tokens=kv_cache_max_tokens,
-            kv_cache_free_memory_fraction=kv_cache_free_memory_fraction,
-            chat_template=template,
-            progress=progress,
-        )
+    llm = LLM(
+        model,
+        tokenizer=tokenizer_dir,
+        dtype=dtype,
+        device=device,
+        max_seq_len=max_seq_len,
+        kv_cache_max_tokens=kv_cache_max_tokens,
+        kv_cache_free_memory_fraction=kv_cache_free_memory_fraction,
+        chat_template=template,
+    )
     given = {
         "temperature": temperature,
         "top_k": top_k,

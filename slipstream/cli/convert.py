@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from slipstream.cli._progress import progress_bar
 from slipstream.cli._tables import human_bytes
+from slipstream.progress import progress_bar
 
 
 def convert(

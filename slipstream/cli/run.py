@@ -11,7 +11,6 @@ import typer
 from slipstream.cli import _options as options
 from slipstream.cli._engine import choose_model
 from slipstream.cli._errors import USER_ERROR
-from slipstream.cli._progress import progress_bar
 from slipstream.cli._prompts import Prompt, gather_prompts, read_text
 from slipstream.cli._sampling import RunSampling
 from slipstream.cli._startup import StartupClock
@@ -132,23 +131,21 @@ def run(
     from slipstream.api import LLM
 
     clock.lap("import slipstream")
-    with progress_bar() as progress:
-        llm = LLM(
-            path,
-            tokenizer=tokenizer_dir,
-            dtype=dtype,
-            device=device,
-            max_batch_size=max_batch_size,
-            max_num_tokens=max_num_tokens,
-            max_seq_len=max_seq_len,
-            kv_cache_max_tokens=kv_cache_max_tokens,
-            kv_cache_free_memory_fraction=kv_cache_free_memory_fraction,
-            enable_block_reuse=kv_cache_enable_block_reuse,
-            enable_chunked_prefill=enable_chunked_context,
-            capacity_scheduler_policy=capacity_scheduler_policy,
-            chat_template=template,
-            progress=progress,
-        )
+    llm = LLM(
+        path,
+        tokenizer=tokenizer_dir,
+        dtype=dtype,
+        device=device,
+        max_batch_size=max_batch_size,
+        max_num_tokens=max_num_tokens,
+        max_seq_len=max_seq_len,
+        kv_cache_max_tokens=kv_cache_max_tokens,
+        kv_cache_free_memory_fraction=kv_cache_free_memory_fraction,
+        enable_block_reuse=kv_cache_enable_block_reuse,
+        enable_chunked_prefill=enable_chunked_context,
+        capacity_scheduler_policy=capacity_scheduler_policy,
+        chat_template=template,
+    )
     clock.add(llm.startup_seconds)
     with llm:
         generate = _run_one if len(prompts) == 1 else _run_batch
@@ -230,15 +227,7 @@ def _run_batch(
     """Several prompts at once; returns whether one failed."""
     wrapped = [_wrapped(llm, prompt, look) for prompt in prompts]
     started = time.perf_counter()
-    with progress_bar() as progress:
-        num_done = 0
-
-        def note(output: "RequestOutput") -> None:
-            nonlocal num_done
-            num_done += 1
-            progress("generate", num_done, len(prompts))
-
-        outputs = llm.generate(wrapped, sampling, on_finish=note)
+    outputs = llm.generate(wrapped, sampling, show_progress=True)
     for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         _print_output(llm, index, prompt, output)
     if clock is not None:

@@ -176,8 +176,8 @@ def test_a_kv_cache_that_does_not_fit_names_one_that_does(tiny_model: Path) -> N
 
 
 def test_limits_above_the_engine_are_refused(tiny_llm: LLM) -> None:
-    with pytest.raises(CapacityError, match="max_batch_size is 9"):
-        LLM(tiny_llm._folder.path, max_batch_size=9)
+    with pytest.raises(CapacityError, match="max_batch_size is 65"):
+        LLM(tiny_llm._folder.path, max_batch_size=65)
 
 
 def test_a_request_larger_than_the_pool_is_refused_and_says_what_fits(tiny_model: Path) -> None:

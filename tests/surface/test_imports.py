@@ -15,6 +15,7 @@ EVERYTHING = ("*",)
 TABLE: dict[str, tuple[str, ...]] = {
     "__init__": ("api", "schema"),  # the public names
     "errors": (),
+    "progress": (),
     "schema/*": (),
     "kernels/*": ("schema",),
     "engine/*": ("schema",),
@@ -36,7 +37,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "runtime/*": ("engine", "kernels", "speculative/*/drafter", "schema"),
     "text/*": ("schema",),
     "serve/*": ("runtime/engine", "text", "schema"),  # the engine's face only
-    "api/*": ("build", "checkpoint", "runtime", "engine", "text", "schema"),
+    "api/*": ("build", "checkpoint", "runtime", "engine", "text", "schema", "progress"),
     "bench/*": EVERYTHING,
     "cli/*": EVERYTHING,
 }

@@ -17,9 +17,9 @@ STAGES = {
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
+def progress_bar(is_wanted: bool = True) -> Iterator[Progress]:
     """Yields what to call as (stage, done, total). The bar appears with the first call and goes at the end."""
-    if not sys.stderr.isatty():
+    if not is_wanted or not sys.stderr.isatty():
         yield lambda stage, done, total: None
         return
     bar = _Bar()
