@@ -30,7 +30,7 @@ def test_convert_build_inspect_run(call: Call, talker: Path, tmp_path: Path) -> 
     done = call("inspect", engine)
     assert done.code == 0
     for part in (
-        "checkpoint (llama, float32)",
+        f"{talker.name} (llama, float32)",
         "3 of width 64",
         "one sequence  at most 128 tokens",
         "Passes",
