@@ -1,5 +1,6 @@
 """EngineLoop: the thread that steps an engine for as long as it has work."""
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -33,8 +34,9 @@ class EngineLoop:
         self._send((request, sink))
 
     def abort(self, request_id: str) -> None:
-        """Stop a request; its sink hears no more. Unknown and ended ids are ignored."""
-        self._send(request_id)
+        """Stop a request; its sink hears no more. Unknown and ended ids are ignored, as is all after close()."""
+        with contextlib.suppress(SlipstreamError):
+            self._send(request_id)
 
     def close(self) -> None:
         """Stop after the current step; requests still running end with an ABORT event."""
@@ -52,18 +54,20 @@ class EngineLoop:
 
     def _run(self) -> None:
         assert self._engine is not None
+        reason, error = FinishReason.ABORT, ""
         try:
             while self._receive(self._engine):
                 events = self._engine.step()
                 self._stats = self._engine.stats
                 for event in events:
                     self._deliver(self._engine, event)
-        except Exception as error:  # a defect of ours: say so to everyone rather than let them wait
-            self._is_closed = True
-            self._end_all(FinishReason.ERROR, f"the engine stopped: {type(error).__name__}: {error}")
+        except BaseException as failure:  # a defect of ours: say so to everyone rather than let them wait
+            reason, error = FinishReason.ERROR, f"the engine stopped: {type(failure).__name__}: {failure}"
             raise
         finally:
-            self._end_all(FinishReason.ABORT, None)
+            with self._wake:
+                self._is_closed = True  # from here on nothing enters the inbox, where nobody would read it
+            self._end_all(reason, error)
             self._engine = None  # weights and KV cache go with it
 
     def _receive(self, engine: Engine) -> bool:
@@ -71,13 +75,14 @@ class EngineLoop:
         with self._wake:
             while not (self._inbox or engine.has_work or self._is_closed):
                 self._wake.wait()
-            messages, self._inbox = self._inbox, deque()
-        for message in messages:
+        for _ in range(len(self._inbox)):
+            message = self._inbox[0]
             if isinstance(message, str):
                 self._sinks.pop(message, None)
                 engine.abort(message)
             else:
                 self._add(engine, *message)
+            self._inbox.popleft()  # not earlier: if that raised, _end_all still finds the sender here
         return not self._is_closed
 
     def _add(self, engine: Engine, request: GenerateRequest, sink: Sink) -> None:
@@ -96,10 +101,10 @@ class EngineLoop:
             self._sinks.pop(event.request_id, None)
             engine.abort(event.request_id)
 
-    def _end_all(self, reason: FinishReason, error: str | None) -> None:
+    def _end_all(self, reason: FinishReason, error: str) -> None:
         waiting = [(message[0].request_id, message[1]) for message in self._inbox if not isinstance(message, str)]
         for request_id, sink in [*self._sinks.items(), *waiting]:
-            _tell(sink, TokenEvent(request_id, finish_reason=reason, error=error))
+            _tell(sink, TokenEvent(request_id, finish_reason=reason, error=error or None))
         self._sinks.clear()
         self._inbox.clear()
 
