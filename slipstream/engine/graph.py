@@ -18,7 +18,7 @@ Attribute = bool | int | float | list[int] | list[float] | None
 
 _NAME = re.compile(r"[A-Za-z_][\w.+-]{0,255}", re.ASCII)
 MAX_NODES = 100_000  # ten a layer are usual
-MAX_VALUES = 1_000_000
+MAX_VALUES = 200_000
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 DTYPES = frozenset((*_FLOATS, "int64", "int32", "int16", "int8", "uint8", "bool"))
 # T tokens, S sequences (S1: one more), B blocks a sequence, R logit rows, N blocks in the cache

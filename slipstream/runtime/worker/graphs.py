@@ -75,13 +75,12 @@ class _Writer:
         op = self._ops.get(node.op)
         if op is None:
             raise EngineError(f"the engine's graph calls {node.op!r}, which is no op of this version; build it again.")
-        takes_list = any(argument.kind == "Tensor[]" for argument in op.arguments)
-        ok = takes_list or len(node.inputs) == len(op.tensor_arguments)
-        ok &= takes_list or all(
-            name is not None or argument.kind == "Tensor?"
-            for name, argument in zip(node.inputs, op.tensor_arguments, strict=True)
+        attributes = {argument.name for argument in op.attributes}
+        ok = (
+            _takes(op, node.inputs)
+            and op.num_outputs in (None, len(node.outputs))
+            and set(node.attributes) == attributes
         )
-        ok &= op.num_outputs in (None, len(node.outputs)) and set(node.attributes) == {a.name for a in op.attributes}
         if not ok or not all(_fits(argument, node.attributes[argument.name]) for argument in op.attributes):
             raise EngineError(f"the engine's graph calls {node.op} in a way it cannot be called: {str(node)[:200]}.")
         return op
@@ -97,6 +96,16 @@ class _Writer:
         if len(set(functions)) == 1:
             return functions[0]
         return lambda x, *rest: functions[bucket_of(x.shape[0])](x, *rest)
+
+
+def _takes(op: Op, inputs: tuple[str | None, ...]) -> bool:
+    """As many tensors as the op has arguments, and each where one must be."""
+    if any(argument.kind == "Tensor[]" for argument in op.arguments):
+        return len(inputs) > 0 and None not in inputs
+    arguments = op.tensor_arguments
+    return len(inputs) == len(arguments) and all(
+        name is not None or argument.kind == "Tensor?" for name, argument in zip(inputs, arguments, strict=True)
+    )
 
 
 def _fits(argument: Argument, value: Any) -> bool:
