@@ -1,0 +1,35 @@
+"""plan_memory against numbers counted by hand."""
+
+from slipstream.build.capture import capture
+from slipstream.build.memory import plan_memory
+from slipstream.build.pipeline import run_pipeline
+from slipstream.models import llama, read_config
+
+
+def test_the_plan_of_the_tiny_llama_is_the_hand_count() -> None:
+    _, config = read_config(llama.TINY, "tiny")
+    graph = capture(llama.Model, config, "float32", 16).graph
+    run_pipeline(graph, promised=llama.PROMISED_PASSES, disabled=())
+    plan = plan_memory(graph, max_num_tokens=100, max_batch_size=5)
+
+    attention, mlp, norms = 64 * (64 + 2 * 32) + 64 * 64, 3 * 96 * 64, 2 * 64
+    weights = 3 * (attention + mlp + norms) + 64 + 2 * 128 * 64 + 8  # layers, last norm, embedding and head, rotary
+    # The widest moment is silu_and_mul: its input and output, the residual, cos and sin (8 columns each).
+    activations = 100 * (2 * 96 + 96 + 64 + 8 + 8)
+    assert plan == {
+        "weights": 4 * weights,
+        "kv_per_token": 4 * 3 * 2 * 2 * 16,  # layers, K and V, heads, numbers a head
+        "activations": 4 * activations,
+    }
+
+
+def test_half_the_bytes_in_bfloat16() -> None:
+    _, config = read_config(llama.TINY, "tiny")
+    plans = []
+    for dtype in ("float32", "bfloat16"):
+        graph = capture(llama.Model, config, dtype, 16).graph
+        run_pipeline(graph, promised=llama.PROMISED_PASSES, disabled=())
+        plans.append(plan_memory(graph, max_num_tokens=100, max_batch_size=5))
+    full, half = plans
+    assert full["kv_per_token"] == 2 * half["kv_per_token"]
+    assert full["weights"] - 2 * half["weights"] == -4 * 8  # the rotary table stays float32

@@ -1,0 +1,236 @@
+"""From a model file to an engine: what the passes find in a llama, and what a build refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slipstream.build import build, resolve_limits
+from slipstream.build.capture import capture
+from slipstream.build.example import trace
+from slipstream.build.pipeline import FUSIONS, run_pipeline
+from slipstream.build.rewrite import ops
+from slipstream.build.verify import CAPTURED, FINAL, REWRITTEN, verify
+from slipstream.checkpoint import open_checkpoint, resolve
+from slipstream.checkpoint.random import write_random_model
+from slipstream.engine.folder import open_engine
+from slipstream.engine.graph import Graph, graph_from_json
+from slipstream.errors import BuildError
+from slipstream.models import llama, read_config
+from slipstream.schema.build import BuildConfig
+from tests.build.support import assert_same, copied
+
+SMALL = BuildConfig(max_batch_size=4, max_num_tokens=32, max_seq_len=64)
+NUM_LAYERS = llama.TINY["num_hidden_layers"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "attention bias": {"attention_bias": True},
+    "mlp bias": {"mlp_bias": True},
+    "both biases, tied, MQA": {
+        "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1,
+    },
+    "MHA of one layer": {"num_key_value_heads": 4, "num_hidden_layers": 1},
+}  # fmt: skip
+every_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+
+
+def captured(options: dict[str, Any] = {}, model: Any = llama.Model) -> Graph:  # noqa: B006 - only read
+    _, config = read_config(llama.TINY | options, "tiny")
+    return capture(model, config, "float32", 16).graph
+
+
+def built(folder: Path, options: dict[str, Any] = {}) -> Path:  # noqa: B006 - only read
+    model = write_random_model(folder / "model", llama.TINY | options)
+    build(open_checkpoint(resolve(model)), folder / "engine", SMALL)
+    return folder / "engine"
+
+
+@every_variant
+def test_every_promised_pass_finds_each_of_its_places(options: dict[str, Any]) -> None:
+    graph = captured(options)
+    reports = run_pipeline(graph, promised=llama.PROMISED_PASSES, disabled=())
+    layers = options.get("num_hidden_layers", NUM_LAYERS)
+    found = {report.name: report.matches for report in reports}
+    biases = int(options.get("attention_bias", False)) + int(options.get("mlp_bias", False))
+    assert {name: found[name] for name in (*llama.PROMISED_PASSES, "fold_constants", "dead_code")} == {
+        "fuse_qkv": layers,
+        "fuse_gate_up": layers,
+        "fuse_rope_kv_write": layers,
+        "fuse_add_norm": 2 * layers,
+        "last_token": 1,
+        "fold_constants": (2 + biases) * layers,
+        "dead_code": 0,
+    }
+    assert len(graph.nodes) == 5 + 10 * layers
+
+
+@every_variant
+def test_the_rewritten_model_computes_what_the_captured_one_did(options: dict[str, Any]) -> None:
+    before = captured(options)
+    after = copied(before)
+    run_pipeline(after, promised=llama.PROMISED_PASSES, disabled=())
+    assert_same(before, after, select=True)
+
+
+@every_variant
+def test_every_variant_becomes_an_engine(options: dict[str, Any], tmp_path: Path) -> None:
+    engine = open_engine(built(tmp_path, options))
+    assert engine.manifest.logits == "selected"
+    assert set(engine.weights.names()) == set(engine.graph.weights)
+    assert ("lm_head.weight" in engine.graph.weights) != bool(options.get("tie_word_embeddings"))
+    engine.close()
+
+
+def test_values_are_named_after_the_ops_that_make_them() -> None:
+    graph = captured()
+    run_pipeline(graph, promised=llama.PROMISED_PASSES, disabled=())
+    for node in graph.nodes:
+        for name in node.outputs:
+            assert name.partition(".")[0].rstrip("0123456789").removesuffix("_") == node.op
+
+
+@pytest.mark.parametrize("name", [each.name for each in FUSIONS])
+def test_a_disabled_pass_does_not_run(name: str) -> None:
+    before = captured()
+    after = copied(before)
+    promised = tuple(each for each in llama.PROMISED_PASSES if each != name)
+    reports = run_pipeline(after, promised=promised, disabled=(name,))
+    assert name not in [report.name for report in reports]
+    assert_same(before, after, select=name != "last_token")
+
+
+def test_disabling_a_promised_pass_is_allowed() -> None:
+    run_pipeline(captured(), promised=llama.PROMISED_PASSES, disabled=llama.PROMISED_PASSES)
+
+
+def test_without_last_token_an_engine_gives_all_logits(tmp_path: Path) -> None:
+    model = write_random_model(tmp_path / "model", llama.TINY)
+    config = BuildConfig(max_batch_size=4, max_num_tokens=32, disabled_passes=("last_token",))
+    build(open_checkpoint(resolve(model)), tmp_path / "engine", config)
+    assert open_engine(tmp_path / "engine").manifest.logits == "all"
+
+
+def test_a_promised_pass_that_finds_nothing_is_an_error_that_names_it_and_the_flag() -> None:
+    graph = trace(lambda x, rows, w: ops.linear(x, w), {"x": ("T", 8), "step.logit_rows": ("R",)}, {"w": (4, 8)})
+    with pytest.raises(BuildError, match=r"fuse_qkv found nothing .*--disable_pass fuse_qkv"):
+        run_pipeline(graph, promised=("last_token", "fuse_qkv"), disabled=())
+
+
+def test_an_unknown_pass_to_disable_lists_the_known_ones() -> None:
+    with pytest.raises(BuildError, match=r"'fuse_everything'; the passes are fuse_qkv, .*last_token"):
+        run_pipeline(captured(), promised=(), disabled=("fuse_everything",))
+
+
+def test_the_same_checkpoint_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    first, second = built(tmp_path / "a"), built(tmp_path / "b")
+    assert (first / "rank0.engine").read_bytes() == (second / "rank0.engine").read_bytes()
+    assert open_engine(first).manifest.graph_sha256 == open_engine(second).manifest.graph_sha256
+
+
+def test_a_failed_build_leaves_no_engine(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(resolve(write_random_model(tmp_path / "model", llama.TINY)))
+    with pytest.raises(BuildError):
+        build(checkpoint, tmp_path / "engine", BuildConfig(max_seq_len=10**6))
+    assert not (tmp_path / "engine" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BuildConfig(max_batch_size=0), "max_batch_size is 0; it must be from 1"),
+        (BuildConfig(max_batch_size=2**20, max_num_tokens=2**20), "max_batch_size is 1048576"),
+        (BuildConfig(tokens_per_block=-1), "tokens_per_block is -1"),
+        (BuildConfig(max_seq_len=0), "max_seq_len is 0"),
+        (BuildConfig(max_seq_len=257), "max_seq_len is 257; model takes 1 to 256"),
+        (BuildConfig(max_batch_size=64, max_num_tokens=63), "raise it to 64"),
+    ],
+)
+def test_limits_out_of_range_are_named(config: BuildConfig, message: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(resolve(write_random_model(tmp_path / "model", llama.TINY)))
+    with pytest.raises(BuildError, match=message):
+        resolve_limits(config, checkpoint)
+
+
+# ----- verify
+
+
+def test_verify_refuses_what_a_stage_may_not_hold() -> None:
+    fused = trace(lambda x, w: ops.silu_and_mul(ops.linear(x, w)), {"x": ("T", 8)}, {"w": (8, 8)})
+    with pytest.raises(BuildError, match="captured graph: silu_and_mul may not appear"):
+        verify(fused, CAPTURED)
+    verify(fused, REWRITTEN)
+    joined = trace(lambda x, a: ops.linear(x, ops.concat(a, a)), {"x": ("T", 8)}, {"a": (8, 8)})
+    verify(joined, REWRITTEN)
+    with pytest.raises(BuildError, match="final graph: concat may not appear"):
+        verify(joined, FINAL)
+
+
+def test_verify_refuses_unknown_ops_wrong_attributes_and_changed_outputs() -> None:
+    def graph() -> Graph:
+        return trace(lambda x, w: ops.rms_norm(x, w, eps=1e-5), {"x": ("T", 8)}, {"w": (8,)})
+
+    for change, message in (
+        ({"op": "magic"}, "no op is called 'magic'"),
+        ({"attributes": {}}, r"attributes \[\], not \['eps'\]"),
+    ):
+        broken = graph()
+        vars_of = {"op": "rms_norm", "inputs": broken.nodes[0].inputs, "outputs": broken.nodes[0].outputs}
+        broken.nodes[0] = type(broken.nodes[0])(**(vars_of | {"attributes": broken.nodes[0].attributes} | change))
+        with pytest.raises(BuildError, match=message):
+            verify(broken, FINAL)
+    other = graph()
+    other.types[other.outputs[0]] = type(other.types["x"])(("T", 9), "float32")
+    with pytest.raises(BuildError, match=r"the output .* became float32\[T, 8\], it was float32\[T, 9\]"):
+        verify(other, FINAL)
+
+
+def test_shapes_that_do_not_fit_are_a_build_error_that_names_the_node() -> None:
+    with pytest.raises(BuildError, match=r"add\(x, y\).* does not take \(float32\[T, 8\], float32\[T, 9\]\)"):
+        trace(lambda x, y: ops.add(x, y), {"x": ("T", 8), "y": ("T", 9)}, {})
+
+
+# ----- capture
+
+
+def model_calling(function: Any) -> Any:
+    class Model(llama.Model):
+        def forward(self, step: Any, kv: list[Tensor]) -> Tensor:
+            return function(super().forward(step, kv))
+
+    return Model
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: x.cosh(), r"the model calls aten\.cosh\.default, which no op stands for; .*aten\.add\.Tensor"),
+        (lambda x: nn.functional.gelu(x), r"aten\.gelu\.default"),
+        (lambda x: x + 1, "a number to add where a tensor belongs"),
+        (lambda x: torch.add(x, x, alpha=2), r"aten\.add\.Tensor with 'alpha', which the op add does not take"),
+    ],
+)
+def test_capture_refuses_what_no_op_stands_for(function: Any, message: str) -> None:
+    with pytest.raises(BuildError, match=message):
+        captured(model=model_calling(function))
+
+
+def test_capture_takes_plain_sums_and_products() -> None:
+    graph = captured(model=model_calling(lambda x: x * x + x))
+    assert [node.op for node in graph.nodes[-2:]] == ["mul", "add"]
+
+
+# ----- the graph as text
+
+
+def test_a_graph_survives_its_json() -> None:
+    for graph in (captured(), captured(VARIANTS["both biases, tied, MQA"])):
+        run_pipeline(graph, promised=llama.PROMISED_PASSES, disabled=())
+        again = graph_from_json(graph.to_json())
+        graph.prologue = []  # runs at build time only
+        graph.weights = dict(sorted(graph.weights.items()))
+        assert again == graph
+        assert again.digest() == graph.digest()
+        assert again.text() == graph.text()

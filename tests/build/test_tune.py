@@ -1,0 +1,103 @@
+"""tune() takes what is faster, and a table of choices counts only where it was measured."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from slipstream.build import build
+from slipstream.build.cache import tuned_choices
+from slipstream.build.example import trace
+from slipstream.build.rewrite import ops
+from slipstream.build.tune import describe_device, tune
+from slipstream.checkpoint import open_checkpoint, resolve
+from slipstream.engine.choices import ROW_BUCKETS, Choices, bucket_of, load_choices
+from slipstream.engine.folder import CACHE_FILE, open_engine
+from slipstream.kernels import activation
+from slipstream.kernels.registry import kernel
+from slipstream.schema.build import BuildConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def fake_kernels() -> Iterator[None]:
+    """silu has a kernel that sleeps, one that returns at once, and one for another device."""
+    before = dict(activation.silu.kernels)
+    activation.silu.kernels.clear()
+
+    @kernel(activation.silu, "slow", lambda device, dtype: True)
+    def slow(x: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return x
+
+    @kernel(activation.silu, "fast", lambda device, dtype: True)
+    def fast(x: Tensor) -> Tensor:
+        return x
+
+    @kernel(activation.silu, "elsewhere", lambda device, dtype: device.type == "cuda")
+    def elsewhere(x: Tensor) -> Tensor:
+        raise AssertionError("not on this device")
+
+    yield
+    activation.silu.kernels.clear()
+    activation.silu.kernels.update(before)
+
+
+def test_tune_picks_the_faster_kernel_at_every_number_of_rows(fake_kernels: None) -> None:
+    graph = trace(lambda x: ops.silu(x), {"x": ("T", 4096)}, {})
+    seen: list[tuple[int, int]] = []
+    choices = tune(graph, CPU, max_num_tokens=8, max_batch_size=8, progress=lambda *done: seen.append(done))
+    assert choices == Choices(describe_device(CPU), {"silu(float32[T, 4096])": ["fast"] * len(ROW_BUCKETS)})
+    assert seen == [(0, 1), (1, 1)]
+
+
+def test_equal_ops_are_measured_once_and_ops_without_a_choice_never(fake_kernels: None) -> None:
+    def block(x, y):  # type: ignore[no-untyped-def]
+        return ops.add(ops.silu(x), ops.silu(y))
+
+    choices = tune(trace(block, {"x": ("T", 8), "y": ("T", 8)}, {}), CPU, max_num_tokens=2, max_batch_size=2)
+    assert list(choices.kernels) == ["silu(float32[T, 8])"]
+
+
+def test_a_step_takes_the_smallest_bucket_that_holds_its_rows() -> None:
+    assert [ROW_BUCKETS[bucket_of(rows)] for rows in (0, 1, 2, 3, 5, 256, 257, 10**6)] == [1, 1, 2, 4, 8, 256, 256, 256]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "null", "[]", "{", '{"device": "here"}', '{"kernels": {}}', '{"device": "there", "kernels": {}}',
+        '{"device": "here", "kernels": []}', '{"device": "here", "kernels": {"silu()": ["fast"]}}',
+        '{"device": "here", "kernels": {"silu()": [1, 2, 3, 4, 5, 6, 7, 8, 9]}}',
+        '{"device": "here", "kernels": {"silu()": "fastfastf"}}',
+    ],
+)  # fmt: skip
+def test_choices_that_are_damaged_or_of_another_device_are_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / CACHE_FILE).write_text(text)
+    assert load_choices(tmp_path / CACHE_FILE, "here") is None
+
+
+def test_choices_survive_their_file(tmp_path: Path) -> None:
+    choices = Choices("here", {"silu()": ["fast"] * len(ROW_BUCKETS)})
+    choices.save(tmp_path / CACHE_FILE)
+    assert load_choices(tmp_path / CACHE_FILE, "here") == choices
+    assert load_choices(tmp_path / CACHE_FILE, "there") is None
+    assert load_choices(tmp_path / "none", "here") is None
+
+
+def test_choices_of_another_device_are_measured_again_and_stored(tiny_model: Path, tmp_path: Path) -> None:
+    build(open_checkpoint(resolve(tiny_model)), tmp_path / "engine", BuildConfig(max_batch_size=2, max_num_tokens=2))
+    engine = open_engine(tmp_path / "engine")
+    path = tmp_path / "engine" / CACHE_FILE
+    first = load_choices(path, describe_device(CPU))
+    assert first is not None
+    Choices("another device", first.kernels).save(path)
+    again = tuned_choices(engine, CPU)
+    assert again.device == describe_device(CPU)
+    assert set(again.kernels) == set(first.kernels)
+    assert load_choices(path, describe_device(CPU)) == again
+    assert tuned_choices(engine, CPU) == again  # stored, not measured a third time

@@ -1,0 +1,306 @@
+"""Engines written to do harm: opened and compiled they work or raise SlipstreamError, and run nothing but ops.
+
+The digest in config.json always matches, as it would if a stranger had made the engine. Budgets are fixed, and examples
+the same each time.
+"""
+
+import dis
+import json
+import re
+import shutil
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from slipstream.engine.choices import Choices
+from slipstream.engine.folder import open_engine
+from slipstream.engine.graph import MAX_NODES, graph_from_json
+from slipstream.errors import EngineError, SlipstreamError
+from slipstream.kernels.registry import known_ops
+from slipstream.runtime.engine import start_engine
+from slipstream.runtime.worker.graphs import compile_graph
+from slipstream.schema.request import FinishReason, GenerateRequest
+from slipstream.schema.sampling import SamplingParams
+from tests.engine.support import changed_engine, read_header, stored_graph, write_header
+
+CPU = torch.device("cpu")
+BUDGET = settings(
+    max_examples=300,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+NAMES = [
+    "", "linear", "attention", "kv_write", "concat", "magic", "__import__('os')", "os.system", "x; import os", "a\nb",
+    "kv.0", "step.slots", "step.token_ids", "norm.weight", "x" * 300, "v0", "k0", "inputs", "é", "eval", "__builtins__",
+]  # fmt: skip
+NUMBERS = [0, 1, -1, 2, 0.5, 2**31, 2**62, 2**63, 10**400, float("nan"), float("inf"), 1e308, True, None]
+HOSTILE = st.one_of(
+    st.sampled_from(NAMES),
+    st.sampled_from(NUMBERS),
+    st.lists(st.sampled_from([*NAMES, *NUMBERS]), max_size=4),
+    st.dictionaries(st.sampled_from(NAMES), st.sampled_from([*NAMES, *NUMBERS]), max_size=3),
+)
+
+
+@st.composite
+def edits(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Callable[[dict[str, Any]], None]:
+    """A function that changes up to three places of a JSON value: replaced, removed, doubled or swapped."""
+    plan = draw(
+        st.lists(
+            st.tuples(st.sampled_from("rrdmsn"), st.lists(st.integers(0, 99), min_size=2, max_size=6), HOSTILE),
+            min_size=1, max_size=3,
+        )
+    )  # fmt: skip
+
+    def apply(values: Any) -> None:
+        for kind, path, hostile in plan:
+            _edit(values, kind, path, hostile)
+
+    return apply
+
+
+def _edit(values: Any, kind: str, path: list[int], hostile: Any) -> None:
+    owner, key = values, None
+    for step in path:
+        keys = list(owner) if isinstance(owner, dict) else range(len(owner))
+        if not keys:
+            break
+        key = keys[step % len(keys)]
+        if kind == "n" and isinstance(owner[key], str):
+            break
+        if not isinstance(owner[key], dict | list) or step == path[-1]:
+            break
+        owner = owner[key]
+    if key is None or key not in (owner if isinstance(owner, dict) else range(len(owner))):
+        return
+    if kind == "m":
+        del owner[key]
+    elif kind == "d" and isinstance(owner, list):
+        owner.insert(key, owner[key])
+    elif kind == "s" and isinstance(owner, list):
+        other = path[-1] % len(owner)
+        owner[key], owner[other] = owner[other], owner[key]
+    elif kind == "n":
+        owner[key] = NAMES[path[-1] % len(NAMES)]
+    else:
+        owner[key] = hostile
+
+
+def open_and_compile(folder: Path) -> Any:
+    """The step function, or None where the engine was refused as it should be."""
+    try:
+        engine = open_engine(folder)
+    except SlipstreamError:
+        return None
+    try:
+        weights = {name: engine.weights.read(name) for name in engine.graph.weights}
+        step = compile_graph(engine.graph, weights, Choices("none"), CPU)
+    except SlipstreamError:
+        return None
+    finally:
+        engine.close()
+    assert_calls_only_ops(step)
+    return step
+
+
+def assert_calls_only_ops(step: Any) -> None:
+    """The generated function looks nothing up but its own constants, and calls nothing but kernels."""
+    assert isinstance(step, FunctionType)
+    scope = {name: value for name, value in step.__globals__.items() if name not in ("step", "__builtins__")}
+    assert all(re.fullmatch(r"[wka]\d+(_\d+)?", name) for name in scope)
+    assert set(step.__code__.co_names) <= set(scope)
+    opcodes = {instruction.opname for instruction in dis.get_instructions(step)}
+    assert not {name for name in opcodes if "IMPORT" in name or "ATTR" in name or "METHOD" in name or "CLOSURE" in name}
+    kernels = {each.function for op in known_ops().values() for each in op.candidates(CPU, torch.float32).values()}
+    assert all(value in kernels for name, value in scope.items() if name.startswith("k"))
+    assert not any(callable(value) for name, value in scope.items() if not name.startswith("k"))
+
+
+def test_the_engine_itself_compiles_to_calls_of_ops(tiny_engine: Path) -> None:
+    assert open_and_compile(tiny_engine) is not None
+
+
+@BUDGET
+@given(edits())
+def test_a_changed_config_opens_or_is_refused(tiny_engine: Path, tmp_path: Path, edit: Any) -> None:
+    folder = tmp_path / "engine"
+    shutil.rmtree(folder, ignore_errors=True)
+    open_and_compile(changed_engine(tiny_engine, folder, manifest=edit))
+
+
+@BUDGET
+@given(edits())
+def test_a_changed_header_opens_or_is_refused(tiny_engine: Path, tmp_path: Path, edit: Any) -> None:
+    folder = tmp_path / "engine"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(tiny_engine, folder)
+    header, data = read_header(folder / "rank0.engine")
+    edit(header)
+    write_header(folder / "rank0.engine", header, data)
+    open_and_compile(folder)
+
+
+@settings(BUDGET, max_examples=1000)
+@given(edits())
+def test_a_changed_graph_compiles_to_calls_of_ops_or_is_refused(tiny_engine: Path, tmp_path: Path, edit: Any) -> None:
+    folder = tmp_path / "engine"
+    shutil.rmtree(folder, ignore_errors=True)
+    open_and_compile(changed_engine(tiny_engine, folder, graph=edit))
+
+
+def node(index: int, **changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda graph: graph["nodes"][index].update(changes)
+
+
+def rename_everywhere(old: str, new: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda graph: json.loads(json.dumps(graph).replace(json.dumps(old), json.dumps(new)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (node(0, op="magic"), "calls 'magic', which is no op of this version"),
+        (node(0, op="__import__"), "calls '__import__', which is no op"),
+        (node(0, op="__import__('os')"), "not a stored graph"),
+        (node(0, **{"in": ["embed.weight"]}), "embedding in a way it cannot be called"),
+        (node(0, **{"in": ["embed.weight", None]}), "embedding in a way it cannot be called"),
+        (node(0, **{"in": "embed.weight"}), "is not a list"),
+        (node(0, **{"in": ["embed.weight", "linear_3"]}), "'linear_3', which nothing before it writes"),
+        (node(0, **{"in": ["embedding", "step.token_ids"]}), "'embedding', which nothing before it writes"),
+        (node(0, out=["embedding", "embedding"]), "'embedding' is written twice"),
+        (node(0, out=["kv.0"]), r"'kv\.0' is written twice"),
+        (node(0, out=["norm.weight"]), r"'norm\.weight' is written twice"),
+        (node(0, out=[]), "which nothing before it writes"),
+        (node(0, attributes={"eps": 1}), "embedding in a way it cannot be called"),
+        (node(1, attributes={"scale": "1.0"}), "not a stored graph"),
+        (node(1, attributes={"scale": [1.0]}), "rope_cos_sin in a way it cannot be called"),
+        (node(1, attributes={"scale": None}), "rope_cos_sin in a way it cannot be called"),
+        (node(1, attributes={"scale": True}), "rope_cos_sin in a way it cannot be called"),
+        (node(1, attributes={"scale": float("nan")}), "not a stored graph"),
+        (node(1, attributes={"scale": float("inf")}), "not a stored graph"),
+        (node(1, attributes={"scale": 10**400}), "not a stored graph"),
+        (node(1, attributes={"__class__": 1}), "rope_cos_sin in a way it cannot be called"),
+        (node(4, attributes={"sizes": [64.0, 32, 32]}), "split in a way it cannot be called"),
+        (node(4, attributes={"sizes": [[64], 32, 32]}), "not a stored graph"),
+        (lambda graph: graph.update(outputs=[]), "outputs are not the selected logits"),
+        (lambda graph: graph.update(outputs=graph["outputs"] * 2), "outputs are not the selected logits"),
+        (lambda graph: graph.update(outputs=["embedding"]), "outputs are not the selected logits"),
+        (lambda graph: graph.update(outputs=["nothing"]), "the output 'nothing' is never written"),
+        (lambda graph: graph.update(types={}), "has no type, or two"),
+        (lambda graph: graph["types"].update(embedding=["load", 1]), "dtype 'load'"),
+        (lambda graph: graph["types"].update(embedding=["float32", "Z"]), "size 'Z'"),
+        (lambda graph: graph["types"].update(embedding=["float32", -1]), "size -1"),
+        (lambda graph: graph["types"].update({"kv.0": ["float32", 1]}), r"'kv\.0' has no type, or two"),
+        (lambda graph: graph["inputs"].update({"norm.weight": ["float32", 64]}), "both an input and a weight"),
+        (lambda graph: graph["nodes"].reverse(), "which nothing before it writes"),
+        (lambda graph: graph["nodes"].append(None), "not a stored graph"),
+        (lambda graph: graph.pop("weights"), "not a stored graph"),
+        (rename_everywhere("embedding", "__import__('os')"), "not a stored graph"),
+    ],
+)
+def test_a_graph_that_no_build_writes_is_named(tiny_engine: Path, tmp_path: Path, change: Any, message: str) -> None:
+    folder = changed_engine(tiny_engine, tmp_path / "engine", graph=change)
+    with pytest.raises(EngineError, match=message):
+        engine = open_engine(folder)
+        weights = {name: engine.weights.read(name) for name in engine.graph.weights}
+        compile_graph(engine.graph, weights, Choices("none"), CPU)
+
+
+@pytest.mark.parametrize(
+    "name", ["__import__", "exec", "inputs", "step_", "k0", "a1_0", "w0", "lambda", "None", "v-1+2"]
+)
+def test_names_that_look_like_code_are_names(tiny_engine: Path, tmp_path: Path, name: str) -> None:
+    """A value may be called anything the pattern allows; the generated source uses names of its own."""
+
+    def change(graph: dict[str, Any]) -> Any:
+        text = json.dumps(graph)
+        for old in ("rope_kv_write", "silu_and_mul"):  # their values, not the ops
+            text = text.replace(f'"out": ["{old}"]', f'"out": ["{name}"]').replace(
+                f'"in": ["{old}"', f'"in": ["{name}"'
+            )
+            text = text.replace(f'"{old}": ["float32"', f'"{name}": ["float32"')
+            break
+        return json.loads(text)
+
+    step = open_and_compile(changed_engine(tiny_engine, tmp_path / "engine", graph=change))
+    assert step is not None
+
+
+def test_an_input_s_name_reaches_the_source_only_as_a_string() -> None:
+    text = {"inputs": {"eval.x": ["float32", "T", 8]}, "weights": {}, "outputs": ["silu"], "types": {}}
+    text["nodes"] = [{"op": "silu", "in": ["eval.x"], "out": ["silu"]}]
+    text["types"] = {"eval.x": ["float32", "T", 8], "silu": ["float32", "T", 8]}
+    step = compile_graph(graph_from_json(json.dumps(text)), {}, Choices("none"), CPU)
+    assert_calls_only_ops(step)
+    assert torch.equal(step({"eval.x": torch.zeros(1, 8)})[0], torch.zeros(1, 8))
+
+
+def test_a_million_nodes_are_refused_before_anything_is_made_of_them(tiny_engine: Path, tmp_path: Path) -> None:
+    graph = stored_graph(tiny_engine)
+    graph["nodes"] = []
+    many = json.dumps(graph).replace('"nodes": []', '"nodes": [' + ",".join(["{}"] * 1_000_000) + "]")
+    with pytest.raises(EngineError, match=f"1000000 nodes; the most allowed is {MAX_NODES}"):
+        graph_from_json(many)
+
+
+def test_a_deep_graph_is_refused() -> None:
+    with pytest.raises(EngineError, match="not a stored graph"):
+        graph_from_json('{"inputs": ' + "[" * 100_000)
+
+
+def test_a_long_chain_within_the_limit_compiles(tiny_engine: Path) -> None:
+    kind = ["float32", "T", 8]
+    names = [f"v{i}" for i in range(5000)]
+    text = json.dumps({
+        "inputs": {"x": kind}, "weights": {}, "outputs": names[-1:],
+        "nodes": [{"op": "silu", "in": [a], "out": [b]} for a, b in zip(["x", *names], names, strict=False)],
+        "types": dict.fromkeys(["x", *names], kind),
+    })  # fmt: skip
+    step = compile_graph(graph_from_json(text), {}, Choices("none"), CPU)
+    assert_calls_only_ops(step)
+    assert step({"x": torch.ones(2, 8)})[0].shape == (2, 8)
+
+
+def test_opening_allocates_in_proportion_to_the_file(tiny_engine: Path, tmp_path: Path) -> None:
+    """Sizes in the thousands of billions are read, compared and refused; nothing is made of them."""
+
+    def enlarge(graph: dict[str, Any]) -> None:
+        graph["weights"]["norm.weight"] = graph["types"]["norm.weight"] = ["float32", 2**40]
+
+    folder = changed_engine(tiny_engine, tmp_path / "engine", graph=enlarge)
+    tracemalloc.start()
+    with pytest.raises(EngineError, match="norm"):
+        open_engine(folder)
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+def test_shapes_that_do_not_fit_at_run_time_end_the_requests_of_the_step(tiny_engine: Path, tmp_path: Path) -> None:
+    """Legal ops on values of other shapes than they take: the requests fail with a sentence, the engine goes on."""
+
+    def unfit(graph: dict[str, Any]) -> None:
+        (gate,) = [each for each in graph["nodes"] if each["op"] == "silu_and_mul"]
+        gate["in"] = ["embedding"]
+
+    engine = start_engine(
+        open_engine(changed_engine(tiny_engine, tmp_path / "engine", graph=unfit)),
+        Choices("none"), CPU, kv_cache_max_tokens=64,
+    )  # fmt: skip
+    for round_number in range(2):
+        for request in range(2):
+            name = f"{round_number}-{request}"
+            engine.add(GenerateRequest(name, (1, 2, 3), SamplingParams(temperature=0), seed=0, max_tokens=4))
+        events = engine.step()
+        assert {event.finish_reason for event in events} == {FinishReason.ERROR}
+        assert all(event.error is not None and "the step failed" in event.error for event in events)
+        assert not engine.has_work
+        assert engine.stats.num_blocks_used == 0
