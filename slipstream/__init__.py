@@ -9,6 +9,7 @@ The stations have their own packages: `slipstream.checkpoint.convert`, `slipstre
 loaded when first used, so that `import slipstream` stays light: no torch, no numpy.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,10 @@ from slipstream import errors
 if TYPE_CHECKING:
     from slipstream.api import LLM, CompletionOutput, RequestOutput
     from slipstream.schema.sampling import SamplingParams
+
+# How long an idle thread of torch's pool spins before it sleeps; read once, when torch is first imported. The
+# default is milliseconds: with a busy neighbour on the machine, every small product then waits for a time slice.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
 

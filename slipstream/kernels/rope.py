@@ -31,8 +31,8 @@ def rope(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     first, second = x_T12F[:, :, 0], x_T12F[:, :, 1]
     cos, sin = cos_TF[:, None].to(x_TX.dtype), sin_TF[:, None].to(x_TX.dtype)
     out = torch.empty(x_T12F.shape, dtype=x_TX.dtype, device=x_TX.device)
-    torch.sub(first * cos, second * sin, out=out[:, :, 0])
-    torch.add(second * cos, first * sin, out=out[:, :, 1])
+    torch.mul(first, cos, out=out[:, :, 0]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[:, :, 1]).addcmul_(first, sin)
     return out.flatten(1)
 
 

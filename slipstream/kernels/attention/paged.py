@@ -97,15 +97,18 @@ def _attend_single_rows(
     k_SLKD, v_SLKD = (
         pages.index_select(0, table).view(num_sequences, -1, num_kv_heads, head_dim)[:, :longest] for pages in kv_2NBKD
     )
-    q_SKGD = q_SX.view(num_sequences, num_kv_heads, -1, head_dim)
-    scores_SKGL = torch.matmul(q_SKGD, k_SLKD.permute(0, 2, 3, 1)).float() * scale
+    mask_S11L = None
     if shortest != longest:
         is_padding_SL = torch.arange(longest) >= kv_lens[:, None]
-        scores_SKGL.masked_fill_(is_padding_SL[:, None, None], float("-inf"))
-        # Pages are recycled unwiped: a probability of zero would not silence another request's infinity.
+        # Pages are recycled unwiped, and no mask silences another request's infinity or NaN: 0 · inf is NaN.
+        k_SLKD.masked_fill_(is_padding_SL[:, :, None, None], 0)
         v_SLKD.masked_fill_(is_padding_SL[:, :, None, None], 0)
-    probs_SKGL = scores_SKGL.softmax(-1).to(q_SX.dtype)
-    return torch.matmul(probs_SKGL, v_SLKD.transpose(1, 2)).reshape(num_sequences, -1)
+        mask_S11L = ~is_padding_SL[:, None, None]
+    # The query heads of one KV head take the place of query positions: they share its keys, and none masks another.
+    q_SKGD = q_SX.view(num_sequences, num_kv_heads, -1, head_dim)
+    k_SKLD, v_SKLD = k_SLKD.transpose(1, 2), v_SLKD.transpose(1, 2)
+    out_SKGD = functional.scaled_dot_product_attention(q_SKGD, k_SKLD, v_SKLD, mask_S11L, scale=scale)
+    return out_SKGD.reshape(num_sequences, -1)
 
 
 def _attend_flash(q_QX: Tensor, kv_2NBKD: Tensor, block_ids_B: Tensor, kv_len: int, scale: float) -> Tensor:
