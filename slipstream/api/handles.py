@@ -76,13 +76,15 @@ class Handle:
 
 
 class SamplingHandle(Handle):
-    """best_of sequences, each a request of its own; the first computes the prompt, the others share its blocks."""
+    """best_of sequences, each a request of its own; the first computes the prompt, the others share its blocks.
+
+    Where best_of is above n there is nothing to stream: which of them are the best shows at the end.
+    """
 
     def start(self) -> None:
         first = self._request
-        # Choosing the best of several needs their likelihood.
-        ranks = self._sampling.num_sequences > self._sampling.n
-        if ranks and self._sampling.logprobs is None:
+        self._ranks = self._sampling.num_sequences > self._sampling.n
+        if self._ranks and self._sampling.logprobs is None:  # choosing the best of several needs their likelihood
             first = replace(first, sampling=replace(self._sampling, logprobs=0))
         self._completions: dict[str, Completion] = {}
         self._news: dict[str, str] = {}
@@ -98,7 +100,7 @@ class SamplingHandle(Handle):
         completion = self._completions[event.request_id]
         new_text = completion.push(event)
         self._news[event.request_id] = self._news.get(event.request_id, "") + new_text
-        self.has_news |= bool(new_text or event.token_ids)
+        self.has_news |= not self._ranks and bool(new_text or event.token_ids)
         if completion.stopped_by_text and event.request_id in self._running:
             self._running.discard(event.request_id)
             self._loop.abort(event.request_id)
@@ -122,7 +124,7 @@ class SamplingHandle(Handle):
             for index, (request_id, completion) in enumerate(self._completions.items())
         ]
         self.has_news = False
-        if self.finished and self._sampling.num_sequences > self._sampling.n:
+        if self.finished and self._ranks:
             best = sorted(outputs, key=lambda output: output.cumulative_logprob or 0.0, reverse=True)
             outputs = [replace(output, index=index) for index, output in enumerate(best[: self._sampling.n])]
         errors = [completion.error for completion in self._completions.values() if completion.error]

@@ -7,11 +7,12 @@ A folder, a GGUF file or a Hub id is built into an engine on first use and found
 opened as it is. One thread steps the engine; any number of callers add requests to the running batch.
 """
 
+import contextlib
 import itertools
 import queue
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -72,6 +73,8 @@ class LLM:
         """
         watch = _Stopwatch()
         where = device_for(device)
+        capacity = _choice(CapacityPolicy, "capacity_scheduler_policy", capacity_scheduler_policy)
+        order = _choice(QueuePolicy, "queue_policy", queue_policy)
         source = resolve(model)
         limits = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "max_seq_len": max_seq_len}
         if source.kind == "engine":
@@ -92,8 +95,8 @@ class LLM:
             self._folder, choices, where, **limits,
             kv_cache_max_tokens=kv_cache_max_tokens,
             kv_cache_free_memory_fraction=kv_cache_free_memory_fraction,
-            capacity_policy=_choice(CapacityPolicy, "capacity_scheduler_policy", capacity_scheduler_policy),
-            queue_policy=_choice(QueuePolicy, "queue_policy", queue_policy),
+            capacity_policy=capacity,
+            queue_policy=order,
             enable_block_reuse=enable_block_reuse,
             enable_chunked_prefill=enable_chunked_prefill,
         )  # fmt: skip
@@ -146,7 +149,7 @@ class LLM:
                 raise RequestError(
                     f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; give one or one each."
                 )
-            params = list(sampling_params)
+            params = [self._params(each) for each in sampling_params]
         else:
             params = [self._params(sampling_params)] * len(prompts)
         return self._run(list(prompts), params, priority, cache_salt, show_progress)  # type: ignore[arg-type]
@@ -190,11 +193,11 @@ class LLM:
         cache_salt: str = "",
     ) -> RequestOutput:
         """Like generate() for one prompt, from a coroutine; cancelling it aborts the request."""
-        last = None
-        async for output in self.stream_async(prompt, sampling_params, priority=priority, cache_salt=cache_salt):
-            last = output
-        assert last is not None
-        return last
+        async with contextlib.aclosing(self._follow(prompt, sampling_params, priority, cache_salt)) as steps:
+            async for handle in steps:
+                if handle.finished:
+                    return _raise_error(handle.output())
+        raise AssertionError("a request ended without its last event")
 
     async def stream_async(
         self,
@@ -205,25 +208,10 @@ class LLM:
         cache_salt: str = "",
     ) -> AsyncIterator[RequestOutput]:
         """Like stream(), from a coroutine."""
-        import asyncio
-
-        here = asyncio.get_running_loop()
-        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-
-        def sink(event: TokenEvent) -> None:
-            here.call_soon_threadsafe(events.put_nowait, event)
-
-        handle = self._start(
-            prompt, self._params(sampling_params), priority, cache_salt,
-            sink,
-        )  # fmt: skip
-        try:
-            while not handle.finished:
-                handle.push(await events.get())
+        async with contextlib.aclosing(self._follow(prompt, sampling_params, priority, cache_salt)) as steps:
+            async for handle in steps:
                 if handle.has_news or handle.finished:
                     yield _raise_error(handle.output())
-        finally:
-            handle.abort()
 
     async def chat_async(
         self,
@@ -301,16 +289,16 @@ class LLM:
         events: queue.SimpleQueue[tuple[int, TokenEvent]] = queue.SimpleQueue()
         handles: dict[int, Handle] = {}
         outputs: dict[int, RequestOutput] = {}
-        for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
-
-            def sink(event: TokenEvent, index: int = index) -> None:
-                events.put((index, event))
-
-            try:
-                handles[index] = self._start(prompt, sampling, priority, cache_salt, sink)
-            except RequestError as error:
-                outputs[index] = _refused(prompt, str(error))
         try:
+            for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+
+                def sink(event: TokenEvent, index: int = index) -> None:
+                    events.put((index, event))
+
+                try:
+                    handles[index] = self._start(prompt, sampling, priority, cache_salt, sink)
+                except RequestError as error:
+                    outputs[index] = _refused(prompt, str(error))
             with progress_bar(show_progress) as progress:
                 while len(outputs) < len(prompts):
                     index, event = events.get()
@@ -324,6 +312,26 @@ class LLM:
                 handle.abort()
         return [outputs[index] for index in range(len(prompts))]
 
+    async def _follow(
+        self, prompt: Prompt, sampling_params: SamplingParams | None, priority: int, cache_salt: str
+    ) -> AsyncGenerator[Handle, None]:
+        """Start a request and yield its handle after each of its events; closed early, it aborts the request."""
+        import asyncio
+
+        here = asyncio.get_running_loop()
+        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+
+        def sink(event: TokenEvent) -> None:
+            here.call_soon_threadsafe(events.put_nowait, event)
+
+        handle = self._start(prompt, self._params(sampling_params), priority, cache_salt, sink)
+        try:
+            while not handle.finished:
+                handle.push(await events.get())
+                yield handle
+        finally:
+            handle.abort()
+
     def _start(
         self,
         prompt: Prompt,
@@ -331,7 +339,7 @@ class LLM:
         priority: int,
         cache_salt: str,
         sink: Callable[[TokenEvent], None],
-    ) -> "Handle":
+    ) -> Handle:
         """Validate at the edge, once, and hand the request to the engine."""
         token_ids = self._encode(prompt)
         request = self._request(token_ids, sampling, priority, cache_salt)
@@ -342,6 +350,8 @@ class LLM:
         return handle
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        if not isinstance(prompt, Iterable):
+            raise RequestError(f"The prompt is {prompt!r}; it must be a string or a list of token ids.")
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not token_ids:
             raise RequestError("The prompt is empty; give at least one character or token id.")
@@ -361,6 +371,10 @@ class LLM:
             raise RequestError(
                 f"The prompt has {len(token_ids)} tokens and a sequence holds {self.runtime_config.max_seq_len}; "
                 f"shorten it to {self.runtime_config.max_seq_len - 1} or raise max_seq_len."
+            )
+        if type(priority) is not int or not isinstance(cache_salt, str):
+            raise RequestError(
+                f"priority is {priority!r} and cache_salt {cache_salt!r}; they must be a whole number and a string."
             )
         if sampling.stop:
             _ = self.tokenizer  # without one there is no text to find a stop string in: say so
@@ -382,7 +396,12 @@ class LLM:
         )
 
     def _params(self, sampling_params: Any) -> SamplingParams:
-        return self.default_sampling_params if sampling_params is None else sampling_params
+        """Those of one request. Raises RequestError for what is no SamplingParams."""
+        if sampling_params is None:
+            return self.default_sampling_params
+        if not isinstance(sampling_params, SamplingParams):
+            raise RequestError(f"sampling_params is {sampling_params!r}; it must be SamplingParams(...), or one each.")
+        return sampling_params
 
 
 def _given_engine(path: Path, disabled_passes: Sequence[str]) -> Path:
@@ -443,9 +462,9 @@ def _open_tokenizer(engine_path: Path, given: str | Path | None) -> Tokenizer | 
 def _is_one_prompt(prompts: Any) -> bool:
     if isinstance(prompts, str):
         return True
-    if not isinstance(prompts, Iterable):
+    if not isinstance(prompts, Sequence):
         raise RequestError(f"The prompt is {prompts!r}; it must be a string, token ids, or a list of those.")
-    return len(prompts) > 0 and all(isinstance(each, int) for each in prompts)  # type: ignore[arg-type]
+    return len(prompts) > 0 and all(isinstance(each, int) for each in prompts)
 
 
 def _token(tokenizer: Tokenizer, token_id: int | None) -> str | None:
@@ -454,7 +473,7 @@ def _token(tokenizer: Tokenizer, token_id: int | None) -> str | None:
 
 def _refused(prompt: Any, error: str) -> RequestOutput:
     text = prompt if isinstance(prompt, str) else None
-    token_ids = [] if isinstance(prompt, str) else list(prompt)
+    token_ids = list(prompt) if isinstance(prompt, Iterable) and text is None else []
     failed = CompletionOutput(0, "", [], finish_reason=str(FinishReason.ERROR))
     return RequestOutput("", text, token_ids, [failed], finished=True, error=error)
 

@@ -20,6 +20,7 @@ class Completion:
         self.text = ""
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.cumulative_logprob: float | None = None  # sum over the tokens, where logprobs were asked for
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None  # the token id or string that ended it, where one did
         self.error: str | None = None
@@ -30,16 +31,14 @@ class Completion:
             self._detokenizer = Detokenizer(tokenizer, prompt_token_ids, sampling.skip_special_tokens)
         self._matcher = StopMatcher(tuple(sampling.stop), sampling.include_stop_str_in_output)
 
-    @property
-    def cumulative_logprob(self) -> float | None:
-        """Sum over the tokens, where logprobs were asked for."""
-        return sum(entry.logprob for entry in self.logprobs) if self.logprobs else None
-
     def push(self, event: TokenEvent) -> str:
         """Take in one step; returns the text that became final with it."""
         if self.finish_reason is not None:
             return ""  # the engine was a step ahead of a stop string
         self.logprobs += event.logprobs
+        if event.logprobs:
+            new_logprob = sum(entry.logprob for entry in event.logprobs)
+            self.cumulative_logprob = (self.cumulative_logprob or 0.0) + new_logprob
         new_text = ""
         for token_id in event.token_ids:
             self.token_ids.append(token_id)

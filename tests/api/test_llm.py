@@ -170,6 +170,81 @@ def test_a_bad_prompt_in_a_list_stops_no_other(tiny_llm: LLM) -> None:
     assert outside.outputs[0].finish_reason == "error"
 
 
+@pytest.mark.parametrize(
+    ("prompts", "sampling", "words"),
+    [
+        (5, GREEDY, "5"),
+        ((token_id for token_id in PROMPT), GREEDY, "generator"),
+        (PROMPT, [GREEDY], "sampling_params"),
+        (PROMPT, {"max_tokens": 3}, "max_tokens"),
+        ([PROMPT, PROMPT], [GREEDY, 5], "5"),
+    ],
+)
+def test_what_is_no_prompt_or_sampling_is_said_so(tiny_llm: LLM, prompts: Any, sampling: Any, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        tiny_llm.generate(prompts, sampling)
+
+
+def test_what_is_no_prompt_in_a_list_stops_no_other(tiny_llm: LLM) -> None:
+    nothing, good = tiny_llm.generate([None, PROMPT], [None, GREEDY])
+    assert "None" in nothing.error and good.error is None and len(good.outputs[0].token_ids) == 12
+
+
+@pytest.mark.parametrize("fields", [{"priority": "high"}, {"cache_salt": ["a"]}])
+def test_a_value_of_the_wrong_type_does_not_reach_the_engine(tiny_llm: LLM, fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="priority is"):
+        tiny_llm.generate(PROMPT, GREEDY, **fields)
+    assert len(tiny_llm.generate(PROMPT, GREEDY).outputs[0].token_ids) == 12
+
+
+def test_a_top_k_past_any_integer_keeps_all(tiny_llm: LLM) -> None:
+    def sampled(top_k: int) -> list[int]:
+        sampling = SamplingParams(top_k=top_k, temperature=1.0, seed=1, max_tokens=8, ignore_eos=True)
+        return tiny_llm.generate(PROMPT, sampling).outputs[0].token_ids
+
+    assert sampled(2**63) == sampled(0)
+
+
+def test_a_list_that_cannot_be_sent_whole_leaves_nothing_running(tiny_llm: LLM) -> None:
+    with pytest.raises(ModelError, match="tokenizer"):
+        tiny_llm.generate([PROMPT, "text"], SamplingParams(max_tokens=200, ignore_eos=True))
+    tiny_llm.generate(PROMPT, GREEDY)
+    assert tiny_llm.stats.num_running == 0 and tiny_llm.stats.num_blocks_used == 0
+
+
+def test_the_best_of_several_are_streamed_once_they_are_known(tiny_llm: LLM) -> None:
+    sampling = SamplingParams(n=2, best_of=4, temperature=1.0, seed=5, max_tokens=6, ignore_eos=True)
+    (only,) = tiny_llm.stream(PROMPT, sampling)
+    assert only.finished
+    assert [each.token_ids for each in only.outputs] == [
+        each.token_ids for each in tiny_llm.generate(PROMPT, sampling).outputs
+    ]
+
+
+def test_a_stream_left_open_outlives_its_llm(tiny_model: Path) -> None:
+    with LLM(tiny_model, max_batch_size=8, max_num_tokens=64, kv_cache_max_tokens=512) as llm:
+        stream = llm.stream([1], SamplingParams(max_tokens=200, ignore_eos=True))
+        next(stream)
+    stream.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_does_what_float32_does(tiny_model: Path, dtype: str) -> None:
+    prompts = [PROMPT, [index % 128 for index in range(100)]]  # the second in chunks
+    with LLM(tiny_model, dtype=dtype, max_batch_size=8, max_num_tokens=64, kv_cache_max_tokens=2048) as llm:
+        sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=2, prompt_logprobs=0)
+        outputs = llm.generate(prompts, sampling)
+        for output in outputs:
+            first = output.outputs[0]
+            tokens = output.prompt_token_ids + first.token_ids
+            assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+            # Logprobs are float32 of the rounded logits: they agree whichever way the KV came about, to its rounding.
+            scored = llm.score(tokens).logprobs[len(output.prompt_token_ids) :]
+            assert [entry.logprob for entry in first.logprobs] == pytest.approx(scored, abs=0.1)
+        beams = llm.generate(PROMPT, SamplingParams(use_beam_search=True, n=3, max_tokens=6)).outputs
+        assert beams[0].cumulative_logprob >= beams[1].cumulative_logprob
+
+
 def test_a_kv_cache_that_does_not_fit_names_one_that_does(tiny_model: Path) -> None:
     with pytest.raises(CapacityError, match=r"--kv_cache_max_tokens to [1-9]"):
         LLM(tiny_model, kv_cache_max_tokens=10**12)
