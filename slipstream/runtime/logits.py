@@ -47,6 +47,10 @@ class SequenceState:
         return self.token_ids[len(self.request.prompt_token_ids) :]
 
     @property
+    def has_output(self) -> bool:
+        return len(self.token_ids) > len(self.request.prompt_token_ids)
+
+    @property
     def is_edited(self) -> bool:
         """Whether the next token's logits need anything done to them."""
         return self._always_edited or self._may_not_stop

@@ -372,7 +372,7 @@ class Scheduler:
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=len(self._running),
-            num_waiting=sum(1 for sequence in self._sequences.values() if sequence.slot is None),
+            num_waiting=len(self._sequences) - sum(not sequence.is_finished for sequence in self._running),
             num_blocks_used=self._kv.num_total - self._kv.num_available,
             num_blocks_total=self._kv.num_total,
             num_preemptions=self._num_preemptions,

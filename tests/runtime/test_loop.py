@@ -39,6 +39,12 @@ class FakeEngine:
         return [TokenEvent(id_, finish_reason=FinishReason.LENGTH) for id_ in ended]
 
 
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread's traceback is expected."""
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+
+
 def fail(*_: Any) -> None:
     raise TypeError("a defect")
 
@@ -53,7 +59,7 @@ def submit(loop: EngineLoop, name: str) -> "SimpleQueue[TokenEvent]":
     return events
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("engine", [FakeEngine(on_add=fail), FakeEngine(on_step=fail), FakeEngine(on_step=leave)])
 def test_when_the_engine_dies_its_callers_are_told_and_later_ones_refused(engine: Any) -> None:
     loop = EngineLoop(engine)
@@ -64,7 +70,7 @@ def test_when_the_engine_dies_its_callers_are_told_and_later_ones_refused(engine
         submit(loop, "b")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.usefixtures("quiet")
 def test_when_adding_one_fails_those_behind_it_are_told() -> None:
     first, go = threading.Event(), threading.Event()
 
@@ -79,6 +85,7 @@ def test_when_adding_one_fails_those_behind_it_are_told() -> None:
     streams += [submit(loop, "b"), submit(loop, "c")]
     go.set()
     assert [stream.get(timeout=5).finish_reason for stream in streams] == [FinishReason.ERROR] * 3
+    loop.close()
 
 
 def test_closing_ends_what_runs_and_an_abort_after_it_is_ignored() -> None:

@@ -349,11 +349,12 @@ def test_prompt_logprobs_describe_the_token_after_each_row(monkeypatch: pytest.M
     sampler.add(0, request_of(prompt, prompt_logprobs=2))
     sampler.add(1, request_of(prompt))
     assert sampler.asks_prompt_logprobs(0) and not sampler.asks_prompt_logprobs(1)
-    assert sampler.prompt_logprobs(1, 0, logits_TV) == ()
 
     chunks = [sampler.prompt_logprobs(0, 0, logits_TV[:2]), sampler.prompt_logprobs(0, 2, logits_TV[2:])]
     assert [len(chunk) for chunk in chunks] == [2, 5]  # the last row predicts the first output token
     assert sampler.prompt_logprobs(0, len(prompt) - 1, logits_TV[-1:]) == ()
+    sampler.add(2, sampler._states[0].request, output_token_ids=(3,))  # back from a preemption: they were sent before
+    assert not sampler.asks_prompt_logprobs(2)
     for position, described in enumerate([*chunks[0], *chunks[1]]):
         logprobs_V = logits_TV[position].log_softmax(dim=0)
         assert described.token_id == prompt[position + 1]

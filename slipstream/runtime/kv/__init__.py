@@ -127,7 +127,7 @@ class KVCacheManager:
         for index in range(len(table.path), num_computed // size):
             tokens = tuple(token_ids[index * size : (index + 1) * size])
             parent = table.path[-1] if table.path else None
-            table._enter(self._tree.insert(table.salt, parent, tokens, table.block_ids[index]))
+            table._enter(self._tree.insert(table.salt, parent, tokens, table._block_ids[index]))
 
     def release(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
         """Empty the table after its last commit; what was computed stays findable, down to the last, partial block."""

@@ -48,8 +48,10 @@ class Sampler:
         self._states.pop(slot, None)  # absent where the step that would have added it failed
 
     def asks_prompt_logprobs(self, slot: int) -> bool:
-        """Whether this sequence's prefill needs the logits of every position."""
-        return self._states[slot].sampling.prompt_logprobs is not None
+        """Whether this sequence's prefill needs the logits of every position; one come back from a preemption has had
+        its prompt logprobs."""
+        state = self._states[slot]
+        return state.sampling.prompt_logprobs is not None and not state.has_output
 
     def sample(self, slots: Sequence[int], logits_RV: Tensor) -> list[SequenceResult]:
         """The next token of each slot, recorded as known. Row i of logits_RV belongs to slots[i]; no slot comes twice.
@@ -77,11 +79,10 @@ class Sampler:
 
     def prompt_logprobs(self, slot: int, first_position: int, logits_TV: Tensor) -> tuple[TokenLogprobs, ...]:
         """Logprobs of prompt tokens first_position + 1, +2, ...: row i of logits_TV predicts the token after position
-        first_position + i. Rows that predict past the prompt are skipped; empty where none were asked for."""
+        first_position + i. Rows that predict past the prompt are skipped."""
         state = self._states[slot]
         num_top = state.sampling.prompt_logprobs
-        if num_top is None:
-            return ()
+        assert num_top is not None
         token_ids = state.request.prompt_token_ids[first_position + 1 : first_position + 1 + len(logits_TV)]
         result: list[TokenLogprobs] = []
         for start in range(0, len(token_ids), _PROMPT_ROWS_AT_ONCE):
@@ -117,9 +118,10 @@ def _choose(logits_RV: Tensor, states: Sequence[SequenceState]) -> Tensor:
 
 def _draw(logits_RV: Tensor, states: Sequence[SequenceState]) -> Tensor:
     samplings = [state.sampling for state in states]
+    vocab_size = logits_RV.shape[1]
     filters = Filters(
         temperature=torch.tensor([sampling.temperature for sampling in samplings], dtype=torch.float64),
-        top_k=torch.tensor([sampling.top_k for sampling in samplings]),
+        top_k=torch.tensor([min(sampling.top_k, vocab_size) for sampling in samplings]),
         typical_p=torch.tensor([sampling.typical_p for sampling in samplings], dtype=torch.float64),
         top_p=torch.tensor([sampling.top_p for sampling in samplings], dtype=torch.float64),
         min_p=torch.tensor([sampling.min_p for sampling in samplings], dtype=torch.float64),

@@ -37,7 +37,7 @@ class Worker:
         # A prompt whose logprobs were asked for needs the logits of every token; the others only of their last.
         wants_all_rows = [self._sampler.asks_prompt_logprobs(sequence.slot) for sequence in plan.sequences]
         inputs = make_inputs(plan, wants_all_rows, self._manifest.tokens_per_block, self._device)
-        return self._finish(plan, inputs, self._run(inputs))
+        return self._finish(plan, inputs, wants_all_rows, self._run(inputs))
 
     def _run(self, inputs: StepInputs) -> Tensor:
         """Logits of the wanted rows, [R, vocab_size]."""
@@ -45,7 +45,7 @@ class Worker:
         (logits_RV,) = self._step({f"step.{name}": tensor for name, tensor in vars(step).items()} | self._kv_inputs)
         return logits_RV if self._manifest.logits == "selected" else logits_RV[step.logit_rows]
 
-    def _finish(self, plan: StepPlan, inputs: StepInputs, logits_RV: Tensor) -> StepResult:
+    def _finish(self, plan: StepPlan, inputs: StepInputs, wants_all_rows: list[bool], logits_RV: Tensor) -> StepResult:
         """Sample the last row of each sequence that is at its last known token; add the prompt logprobs asked for."""
         chunks = logits_RV.split(list(inputs.logit_counts))
         sampled = [index for index, sequence in enumerate(plan.sequences) if sequence.sample]
@@ -55,10 +55,12 @@ class Worker:
         slots = [plan.sequences[index].slot for index in sampled]
         drawn = iter(self._sampler.sample(slots, rows_RV) if sampled else ())
         results = []
-        for sequence, chunk in zip(plan.sequences, chunks, strict=True):
+        for sequence, chunk, is_asked in zip(plan.sequences, chunks, wants_all_rows, strict=True):
             result = next(drawn) if sequence.sample else SequenceResult()
-            prompt_logprobs = self._sampler.prompt_logprobs(sequence.slot, sequence.start, chunk)
-            results.append(replace(result, prompt_logprobs=prompt_logprobs) if prompt_logprobs else result)
+            if is_asked:
+                prompt_logprobs = self._sampler.prompt_logprobs(sequence.slot, sequence.start, chunk)
+                result = replace(result, prompt_logprobs=prompt_logprobs)
+            results.append(result)
         return StepResult(tuple(results))
 
     def _copy(self, copy: BlockCopy) -> None:
