@@ -16,9 +16,9 @@ from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.kernels.registry import Kernel, Op, known_ops
 
 _COLD_BYTES = 96 << 20  # weights cycled through while timing, so that no cache level holds them as none will in a step
-# Many short rounds, of which the best counts: on a shared machine a neighbour spoils some, rarely all.
+# The fastest of many single calls counts: on a shared machine a neighbour spoils most, rarely all.
 _ROUNDS = 7
-_SECONDS = 0.004  # of calls, at least, for one timing
+_ROUND_SECONDS = 0.004
 
 
 def describe_device(device: torch.device) -> str:
@@ -129,17 +129,15 @@ def _arguments(
 def _seconds(
     function: Callable[..., Any], calls: Iterator[list[Any]], attributes: dict[str, Any], device: torch.device
 ) -> float:
-    """Seconds a call; each call takes the next of the cold weights."""
+    """Seconds of the fastest call in one round; each call takes the next of the cold weights."""
     function(*next(calls), **attributes)
     _synchronize(device)
-    start, count = time.perf_counter(), 0
-    while True:
+    fastest, end = float("inf"), time.perf_counter() + _ROUND_SECONDS
+    while (start := time.perf_counter()) < end:
         function(*next(calls), **attributes)
-        count += 1
         _synchronize(device)
-        elapsed = time.perf_counter() - start
-        if elapsed >= _SECONDS:
-            return elapsed / count
+        fastest = min(fastest, time.perf_counter() - start)
+    return fastest
 
 
 def _synchronize(device: torch.device) -> None:
