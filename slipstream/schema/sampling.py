@@ -1,7 +1,6 @@
 """SamplingParams: how to choose the next token, validated once, here."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,8 @@ LogitsProcessor = Callable[[list[int], Any], Any]
 MAX_LOGPROBS = 100
 MAX_SEQUENCES = 256
 MIN_TEMPERATURE = 1e-5  # below this, logits divided by it would overflow, and only the largest could win: greedy
+
+_SWITCHES = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "use_beam_search", "early_stopping")
 
 # A beam search compares whole sequences by the model's own logprobs: nothing edits, cuts or draws from them. Stop
 # strings would need text; stop_token_ids work.
@@ -55,7 +56,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # subtracted once per occurrence in the output
     no_repeat_ngram_size: int = 0  # no n-gram of this size occurs twice; 0 is off
     logit_bias: Mapping[int, float] | None = None
-    bad_words: Sequence[str] = ()
+    bad_words: str | Sequence[str] = ()
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     include_stop_str_in_output: bool = False
@@ -72,9 +73,8 @@ class SamplingParams:
     early_stopping: bool = False  # stop a beam search once best_of beams have ended
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        for name in ("bad_words", "stop_token_ids", "logits_processors"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("stop", "bad_words", "stop_token_ids", "logits_processors"):
+            object.__setattr__(self, name, _tuple(name, getattr(self, name)))
         if self.top_k == -1:  # vLLM's spelling of "keep all"
             object.__setattr__(self, "top_k", 0)
         if self.best_of is None:
@@ -113,6 +113,9 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; it must be True or False.")
 
     def _check_lists(self) -> None:
         for name in ("stop", "bad_words"):
@@ -121,6 +124,8 @@ class SamplingParams:
                     raise RequestError(f"{name} holds {word!r}; each entry must be a string that is not empty.")
         for token_id in self.stop_token_ids:
             _integer("stop_token_ids", token_id, 0, None)
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise RequestError(f"logit_bias is {self.logit_bias!r}; it must be a dict such as {{token_id: bias}}.")
         for token_id, bias in (self.logit_bias or {}).items():
             _integer("logit_bias token id", token_id, 0, None)
             _real(f"logit_bias[{token_id}]", bias, -1000.0, 1000.0)
@@ -149,6 +154,17 @@ class SamplingParams:
             )
 
 
+def _tuple(name: str, value: Any) -> tuple[Any, ...]:
+    """None is an empty list, and one word is a list of it, as in vLLM."""
+    if value is None:
+        return ()
+    if isinstance(value, str) and name in ("stop", "bad_words"):
+        return (value,)
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise RequestError(f"{name} is {value!r}; it must be a list.")
+    return tuple(value)
+
+
 def _integer(name: str, value: Any, low: int, high: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         upper = "" if high is None else f" and at most {high}"
@@ -156,7 +172,7 @@ def _integer(name: str, value: Any, low: int, high: int | None) -> None:
 
 
 def _real(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value > high or value < low or (open_low and value == low):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high or (open_low and value == low):  # NaN is not between anything
         word = "above" if open_low else "at least"
         raise RequestError(f"{name} is {value!r}; it must be a number {word} {low:g} and at most {high:g}.")

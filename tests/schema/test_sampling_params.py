@@ -26,6 +26,17 @@ BAD = [
     *[("seed", value) for value in (-1, 2**63, 0.5)],
     *[("logprobs", value) for value in (-1, 101, True)],
     *[("prompt_logprobs", value) for value in (-1, 101, 1.0)],
+    *[("length_penalty", value) for value in ("long", 10**400)],
+    *[("ignore_eos", value) for value in ("no", None, 0)],
+    *[("skip_special_tokens", value) for value in (1, "yes")],
+    *[("include_stop_str_in_output", value) for value in ([], 1)],
+    *[("use_beam_search", value) for value in ("yes", 4)],
+    *[("early_stopping", value) for value in ("never", 1)],
+    *[("stop", value) for value in (5, b"end")],
+    *[("bad_words", value) for value in (5, 1.5)],
+    *[("stop_token_ids", value) for value in (5, "12")],
+    *[("logits_processors", value) for value in (5, len)],
+    *[("logit_bias", value) for value in ([1, 2], "5", 0)],
 ]
 
 
@@ -118,6 +129,9 @@ def test_spellings_are_made_uniform() -> None:
     assert params.bad_words == ("x",)
     assert params.top_k == 0
     assert params.best_of == params.num_sequences == 3
+    assert SamplingParams(bad_words="abc").bad_words == ("abc",)  # one word, not three letters
+    nothing = SamplingParams(stop=None, bad_words=None, stop_token_ids=None, logits_processors=None)
+    assert nothing == SamplingParams()
 
 
 @pytest.mark.parametrize(
