@@ -88,6 +88,7 @@ class SamplingHandle(Handle):
             first = replace(first, sampling=replace(self._sampling, logprobs=0))
         self._completions: dict[str, Completion] = {}
         self._news: dict[str, str] = {}
+        self._unchanged: dict[str, CompletionOutput] = {}  # since the last output(), by request id
         for index in range(self._sampling.num_sequences):
             request = first if index == 0 else _follower(first, index)
             self._completions[request.request_id] = Completion(
@@ -99,6 +100,7 @@ class SamplingHandle(Handle):
         self._note(event)
         completion = self._completions[event.request_id]
         new_text = completion.push(event)
+        self._unchanged.pop(event.request_id, None)
         self._news[event.request_id] = self._news.get(event.request_id, "") + new_text
         self.has_news |= not self._ranks and bool(new_text or event.token_ids)
         if completion.stopped_by_text and event.request_id in self._running:
@@ -111,17 +113,8 @@ class SamplingHandle(Handle):
 
     def output(self) -> RequestOutput:
         outputs = [
-            CompletionOutput(
-                index=index,
-                text=completion.text,
-                token_ids=list(completion.token_ids),
-                cumulative_logprob=completion.cumulative_logprob,
-                logprobs=None if self._sampling.logprobs is None else list(completion.logprobs),
-                finish_reason=completion.finish_reason and str(completion.finish_reason),
-                stop_reason=completion.stop_reason,
-                text_diff=self._news.pop(request_id, ""),
-            )
-            for index, (request_id, completion) in enumerate(self._completions.items())
+            self._unchanged.get(request_id) or self._built(index, request_id)
+            for index, request_id in enumerate(self._completions)
         ]
         self.has_news = False
         if self.finished and self._ranks:
@@ -129,6 +122,21 @@ class SamplingHandle(Handle):
             outputs = [replace(output, index=index) for index, output in enumerate(best[: self._sampling.n])]
         errors = [completion.error for completion in self._completions.values() if completion.error]
         return self._describe(outputs, errors[0] if errors else None)
+
+    def _built(self, index: int, request_id: str) -> CompletionOutput:
+        completion = self._completions[request_id]
+        built = CompletionOutput(
+            index=index,
+            text=completion.text,
+            token_ids=list(completion.token_ids),
+            cumulative_logprob=completion.cumulative_logprob,
+            logprobs=None if self._sampling.logprobs is None else list(completion.logprobs),
+            finish_reason=completion.finish_reason and str(completion.finish_reason),
+            stop_reason=completion.stop_reason,
+            text_diff=self._news.pop(request_id, ""),
+        )
+        self._unchanged[request_id] = replace(built, text_diff="")
+        return built
 
 
 def _follower(first: GenerateRequest, index: int) -> GenerateRequest:

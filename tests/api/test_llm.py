@@ -29,6 +29,16 @@ def test_stream_grows_to_what_generate_gives(tiny_llm: LLM) -> None:
     assert lengths == list(range(1, 13))
 
 
+def test_streams_of_several_show_each_as_it_is(tiny_llm: LLM) -> None:
+    sampling = SamplingParams(n=3, temperature=1.0, seed=3, max_tokens=5, ignore_eos=True, logprobs=0)
+    seen = [0, 0, 0]
+    for output in tiny_llm.stream(PROMPT, sampling):
+        lengths = [len(each.token_ids) for each in output.outputs]
+        assert sum(lengths) == sum(seen) + 1 and all(new >= old for new, old in zip(lengths, seen, strict=True))
+        seen = lengths
+    assert seen == [5, 5, 5] and output.outputs == tiny_llm.generate(PROMPT, sampling).outputs
+
+
 def test_leaving_a_stream_aborts_its_request(tiny_llm: LLM) -> None:
     for _ in tiny_llm.stream(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True)):
         break
