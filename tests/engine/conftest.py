@@ -17,7 +17,7 @@ def tiny_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = write_random_model(folder / "model", llama.TINY | {"num_hidden_layers": 1, "eos_token_id": 2})
     tune = importlib.import_module("slipstream.build.tune")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tune, "_SECONDS", 1e-4)  # which kernel wins is not what these tests are about
+        patch.setattr(tune, "_ROUND_SECONDS", 1e-4)  # which kernel wins is not what these tests are about
         patch.setattr(tune, "_COLD_BYTES", 1)
         build(open_checkpoint(resolve(model)), folder / "engine", BuildConfig(max_batch_size=4, max_num_tokens=16))
     return folder / "engine"
