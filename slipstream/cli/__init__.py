@@ -15,9 +15,11 @@ verb that was called is imported. For `slipstream --help` all are, so a verb imp
 """
 
 import io
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from slipstream.cli._errors import plain_errors
 
@@ -30,6 +32,9 @@ def verbs() -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script. Ends with SystemExit, as command lines do."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever called, as in `slipstream … >&-`
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - open until the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without é shows ?, which beats a traceback

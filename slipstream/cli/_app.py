@@ -86,7 +86,7 @@ def _name_the_value(error: Any, typed: list[str]) -> str | None:
     if not found or what or error.param is None:
         return None
     names = error.param.opts
-    for argument, following in zip(typed, [*typed[1:], ""], strict=True):
+    for argument, following in reversed([*zip(typed, [*typed[1:], ""], strict=True)]):  # the last one counts
         name, is_joined, value = argument.partition("=")
         if _underscored_option(name) in names:
             rule = rule.partition(",")[0].removesuffix(".")

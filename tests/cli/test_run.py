@@ -222,6 +222,38 @@ def test_a_mistake_is_one_sentence(line: str, call: Call, engine: Path, talker: 
         assert done.err.count("\n") == 1
 
 
+def test_of_an_option_given_twice_the_last_is_named(call: Call, engine: Path) -> None:
+    done = call("run", "--engine_dir", engine, "--input_text", "a", "--max_output_len", 2, "--max_output_len", "many")
+    assert done.code == 2 and done.err == "error: --max_output_len is many; it must be a valid integer.\n"
+
+
+def test_a_sentence_about_a_megabyte_stays_short(call: Call) -> None:
+    done = call("run", "--model", "x" * 2**20, "--input_text", "a")
+    assert done.code == 2 and len(done.err) < 1100
+    assert done.err.startswith("error: No such folder or file 'xxx") and done.err.endswith("or smollm2.\n")
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "sentence"),
+    [
+        (">&-", 0, b""),
+        ("<&-", 0, b""),
+        (
+            ">/dev/full",
+            2,
+            b"error: The output cannot be written (No space left on device); send it elsewhere.\n",
+        ),
+    ],
+)
+def test_streams_that_are_closed_or_full(streams: str, code: int, sentence: bytes, engine: Path) -> None:
+    if "full" in streams and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    line = f'"{sys.executable}" -c "import slipstream.cli; slipstream.cli.main()" chat "{engine}" --max_output_len 2'
+    turns = "" if streams == "<&-" else "printf 'hi\\n' | "
+    done = subprocess.run(["sh", "-c", f"{turns}{line} {streams}"], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (code, sentence)
+
+
 def test_a_prompt_that_is_too_long(call: Call, engine: Path) -> None:
     done = call("run", "--engine_dir", engine, "--input_text", "a b " * 300)
     assert (done.code, done.out) == (2, "")
