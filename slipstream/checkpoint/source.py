@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,10 @@ class Source:
 
 def resolve(model: str | Path) -> Source:
     """Find a model, downloading it from the Hub where need be. Raises ModelError with the forms that would work."""
+    if not isinstance(model, str | os.PathLike):
+        raise ModelError(f"The model is {model!r}; it must be a path or a name, such as smollm2.")
     path = Path(model)
-    if _exists(path):
+    if str(model) and _exists(path):  # Path("") is the folder we are in
         return _folder(path, path.resolve().name) if path.is_dir() else _file(path)
     text = str(model)
     if text.lower() in ALIASES:

@@ -113,8 +113,14 @@ class Options:
 def read_rope(options: Options, head_dim: int) -> RopeConfig:
     """RoPE from either spelling: rope_theta + rope_scaling, or transformers 5's rope_parameters."""
     rope = _read_rope(options)
-    if not rope.theta or not rope.factor or (rope.kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor):
-        raise CorruptFile(f"RoPE is {rope}; theta and factor must be positive, low_freq_factor below high_freq_factor.")
+    for name in ("theta", "factor"):
+        if not getattr(rope, name):
+            raise CorruptFile(f"{name} of RoPE is {getattr(rope, name)}; it must be above 0.")
+    if rope.kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor:
+        raise CorruptFile(
+            f"low_freq_factor of RoPE is {rope.low_freq_factor}; it must be below high_freq_factor, "
+            f"{rope.high_freq_factor}."
+        )
     if rope.kind == "factors" and len(rope.factors) != head_dim // 2:
         raise CorruptFile(
             f"rope_freq_factors has {len(rope.factors)} numbers; a head_dim of {head_dim} takes {head_dim // 2}."

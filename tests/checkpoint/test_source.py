@@ -72,6 +72,18 @@ def test_nothing_of_that_name(model: str) -> None:
         resolve(model)
 
 
+@pytest.mark.parametrize("model", [None, 5, b"smollm2", ["smollm2"]])
+def test_what_is_no_name_is_refused(model: Any) -> None:
+    with pytest.raises(ModelError, match="it must be a path or a name"):
+        resolve(model)
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(make_folder(tmp_path / "here", model_type="llama"))
+    with pytest.raises(ModelError, match="No such folder or file ''"):
+        resolve("")
+
+
 def test_near_misses_are_suggested(tmp_path: Path) -> None:
     make_folder(tmp_path / "llama-3-8b")
     with pytest.raises(ModelError, match=r"did you mean .*llama-3-8b\?"):
