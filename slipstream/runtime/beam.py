@@ -52,7 +52,7 @@ class BeamSearch:
 
         while not search.done:
             for request in search.requests():
-                engine.add_request(request)
+                engine.add(request)
             search.observe(engine.step())
         search.results()
 
