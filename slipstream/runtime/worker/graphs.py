@@ -25,7 +25,8 @@ def compile_graph(graph: Graph, weights: dict[str, Tensor], choices: Choices, de
     writer = _Writer(graph, weights, choices, device)
     source = writer.source()
     exec(compile(source, "<engine graph>", "exec"), writer.scope)
-    return writer.scope["step"]
+    # Without this entry the function and its globals are no cycle: dropping it frees the weights at once.
+    return writer.scope.pop("step")
 
 
 class _Writer:
