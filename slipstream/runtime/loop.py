@@ -1,6 +1,8 @@
 """EngineLoop: the thread that steps an engine for as long as it has work."""
 
+import atexit
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +26,8 @@ class EngineLoop:
         self._stats = engine.stats
         self._thread = threading.Thread(target=self._run, name="slipstream-engine", daemon=True)
         self._thread.start()
+        self._process = os.getpid()
+        atexit.register(self.close)  # the interpreter must not end around a thread that is inside a kernel
 
     @property
     def stats(self) -> EngineStats:
@@ -40,12 +44,17 @@ class EngineLoop:
 
     def close(self) -> None:
         """Stop after the current step; requests still running end with an ABORT event."""
+        atexit.unregister(self.close)
+        if os.getpid() != self._process:  # a fork has no such thread, and may have inherited a lock that is held
+            return
         with self._wake:
             self._is_closed = True
             self._wake.notify()
         self._thread.join()
 
     def _send(self, message: tuple[GenerateRequest, Sink] | str) -> None:
+        if os.getpid() != self._process:
+            raise SlipstreamError("This engine runs in the process that opened it; open another one in each fork.")
         with self._wake:
             if self._is_closed:
                 raise SlipstreamError("The engine is closed; open it again to generate.")

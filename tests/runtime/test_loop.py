@@ -1,5 +1,8 @@
 """The engine's thread: whoever waits for a request hears how it ended, whatever happens to the engine."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -113,3 +116,39 @@ def test_a_listener_that_is_gone_ends_nobody_else() -> None:
     loop.submit(make_request("gone", (1,)), fail)
     assert submit(loop, "here").get(timeout=5).finish_reason is FinishReason.LENGTH
     loop.close()
+
+
+def test_a_fork_is_told_rather_than_left_waiting() -> None:
+    loop = EngineLoop(FakeEngine())  # type: ignore[arg-type]
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            submit(loop, "a")
+        except SlipstreamError as error:
+            loop.close()
+            code = 0 if "process that opened it" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert submit(loop, "b").get(timeout=5).finish_reason is FinishReason.LENGTH
+    loop.close()
+
+
+@pytest.mark.parametrize("ending", ["", "raise KeyboardInterrupt"])
+def test_the_interpreter_waits_for_the_step_where_nobody_closed(ending: str) -> None:
+    program = f"""
+import time
+from tests.runtime.test_loop import EngineLoop, FakeEngine, submit
+class Slow(FakeEngine):
+    def step(self):
+        time.sleep(0.3)
+        print("stepped", flush=True)
+        return super().step()
+submit(EngineLoop(Slow()), "a")
+time.sleep(0.1)
+{ending}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "stepped\n"
+    assert done.returncode == (-2 if ending else 0)
