@@ -3,11 +3,11 @@
 A verb is a module in this folder that holds a function of its own name, written for typer:
 
     # cli/inspect.py
-    def inspect(engine_dir: Annotated[Path, typer.Option(help="…")]) -> None:
+    def inspect(engine: Annotated[Path, typer.Argument(help="…")]) -> None:
         '''Show what is inside an engine.
 
         Example:
-            slipstream inspect --engine_dir engines/smollm2
+            slipstream inspect engines/smollm2
         '''
 
 There is no list of verbs to keep: the folder is walked (names with a leading underscore are not verbs), and only the
