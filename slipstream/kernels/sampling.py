@@ -1,9 +1,10 @@
-"""From logits to token ids: filters, a counter-based generator, inverse-CDF sampling, logprobs.
+"""From logits to token ids: filters, a counter-based generator, the Gumbel-max draw, logprobs.
 
-    logits_RV  apply_temperature → filter_top_k → filter_typical_p → filter_top_p → filter_min_p → softmax  probs_RV
-    seeds_R, positions_R  → uniform →  u_R          probs_RV, u_R → sample → token_ids_R
+    logits_RV  apply_temperature → filter_top_k → filter_typical_p → filter_top_p → filter_min_p → sample → token_ids_R
+    seeds_R, positions_R, token ids → uniform ──────────────────────────────────────────────────────↗
 
-Shape suffixes: R rows (one sequence each), V vocabulary, K alternatives reported, N a subset of the rows.
+Shape suffixes: R rows (one sequence each), V vocabulary, K alternatives (reported, or left by the filters), N a subset
+of the rows.
 
 Logits are float32 on any device. The parameters (temperature_R, top_k_R, ...) stay on the host, where the requests are:
 so whether any row needs a filter is known without waiting for the device, and a filter no row needs costs nothing. A
@@ -108,20 +109,30 @@ def greedy(logits_RV: Tensor) -> Tensor:
     return token_ids_R.where(largest_R.isfinite(), NOTHING_TO_SAMPLE)
 
 
-def sample(probs_RV: Tensor, u_R: Tensor) -> Tensor:
-    """Inverse CDF: the first token at which the running sum of probs_RV passes u_R of the total. -> token_ids_R.
+def sample(logits_RV: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
+    """Draw from softmax(logits) by the Gumbel-max trick: the largest of logit + noise wins. -> token_ids_R.
 
-    The sum is float64, so that in a vocabulary of 128k small probabilities are not lost. A token of probability 0 is
-    never returned, not even where u is 0, or rounding brings u * total to total, or a parallel scan lets the sum waver
-    between neighbours: only tokens with probability are candidates, and the target is below the largest sum.
+    Each token has noise of its own, so a rounding error in the logits (another batch size, another kernel) changes the
+    choice only where the two best are that close: about as often as the error is large. Inverting a cumulative sum
+    would let it shift every border of the vocabulary at once.
+
+    positions_R is the index of the token in its sequence (prompt and output), so that neither the batch nor a
+    preemption changes what a seed draws.
     """
-    possible_RV = probs_RV > 0
-    cdf_RV = probs_RV.cumsum(dim=1, dtype=torch.float64)
-    total_R1 = cdf_RV.where(possible_RV, 0).amax(dim=1, keepdim=True)
-    target_R1 = (u_R[:, None] * total_R1).minimum(total_R1.nextafter(torch.zeros_like(total_R1)))
-    reached_RV = possible_RV & (cdf_RV > target_R1)
-    first_R = reached_RV.to(torch.uint8).argmax(dim=1)
-    return first_R.where(reached_RV.any(dim=1), NOTHING_TO_SAMPLE)
+    vocab_size = logits_RV.shape[1]
+    largest_R = logits_RV.amax(dim=1)
+    num_candidates = int((logits_RV > -torch.inf).sum(dim=1).amax())
+    if num_candidates * 16 < vocab_size:  # after top-k or top-p: noise for the few that are left
+        candidates_RK, token_ids_RK = logits_RV.topk(max(1, num_candidates), dim=1)
+        u_RK4 = uniform(seeds_R, positions_R, token_ids_RK >> 2)
+        u_RK = u_RK4.gather(2, (token_ids_RK & 3)[:, :, None])[:, :, 0]
+        winner_R1 = (candidates_RK + _gumbel(u_RK)).argmax(dim=1, keepdim=True)
+        token_ids_R = token_ids_RK.gather(1, winner_R1)[:, 0]
+    else:
+        quads_1G = torch.arange(-(-vocab_size // 4), device=logits_RV.device)[None]
+        u_RV = uniform(seeds_R, positions_R, quads_1G).flatten(1)[:, :vocab_size]
+        token_ids_R = (logits_RV + _gumbel(u_RV)).argmax(dim=1)
+    return token_ids_R.where(largest_R.isfinite(), NOTHING_TO_SAMPLE)
 
 
 def gather_logprobs(logits_RV: Tensor, token_ids_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,18 +174,24 @@ def philox(counter_4R: Tensor, key_2R: Tensor) -> Tensor:
     return torch.stack((even_2R[0], odd_2R[0], even_2R[1], odd_2R[1]))
 
 
-def uniform(seeds_R: Tensor, positions_R: Tensor) -> Tensor:
-    """A float64 in [0, 1) for each (seed, position), the same on every device. -> u_R.
+def uniform(seeds_R: Tensor, positions_R: Tensor, quads_RG: Tensor) -> Tensor:
+    """Float64 in (0, 1), one for each of the token ids 4 * quad to 4 * quad + 3. -> u_RG4.
 
-    positions_R is the index of the token in its sequence (prompt and output), so that neither the batch nor a
-    preemption changes what a seed draws. 53 bits: a float32's step (2**-24) is wider than many a token's probability.
+    The same (seed, position, token id) gives the same number on every device; a Philox counter makes four. A single
+    row of quads serves all rows.
     """
-    zeros_R = torch.zeros_like(positions_R)
-    counter_4R = torch.stack((positions_R & _MASK, (positions_R >> 32) & _MASK, zeros_R, zeros_R))
-    key_2R = torch.stack((seeds_R & _MASK, (seeds_R >> 32) & _MASK))
-    words_4R = philox(counter_4R, key_2R)
-    bits_R = ((words_4R[0] >> 5) << 26) | (words_4R[1] >> 6)
-    return bits_R.to(torch.float64) * 2.0**-53
+    quads_RG = quads_RG.expand(len(seeds_R), -1)
+    zeros_RG = torch.zeros_like(quads_RG)
+    positions_R1, seeds_R1 = positions_R.to(quads_RG)[:, None], seeds_R.to(quads_RG)[:, None]
+    counter = torch.stack((quads_RG, zeros_RG, zeros_RG + (positions_R1 & _MASK), zeros_RG + (positions_R1 >> 32)))
+    key = torch.stack((zeros_RG + (seeds_R1 & _MASK), zeros_RG + ((seeds_R1 >> 32) & _MASK)))
+    words_4RG = philox(counter.flatten(1), key.flatten(1)).view(4, *quads_RG.shape)
+    return (words_4RG.permute(1, 2, 0).to(torch.float64) + 0.5) * 2.0**-32
+
+
+def _gumbel(u: Tensor) -> Tensor:
+    """Standard Gumbel noise: -log(u) is exponential, and the smallest exponential over p wins with probability p."""
+    return (-torch.log(-torch.log(u))).float()
 
 
 def _filter_rows(logits_RV: Tensor, needed_R: Tensor, remove: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

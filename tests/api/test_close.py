@@ -18,4 +18,6 @@ def test_close_frees_weights_and_thread(tiny_model: Path) -> None:
         assert is_mapped(weights)
     gc.collect()
     assert not is_mapped(weights)
-    assert not any(thread.name == "slipstream-engine" and thread is llm._loop._thread for thread in threading.enumerate())
+    assert not any(
+        thread.name == "slipstream-engine" and thread is llm._loop._thread for thread in threading.enumerate()
+    )

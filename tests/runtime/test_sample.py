@@ -295,7 +295,7 @@ def test_plain_greedy_rows_do_nothing_but_an_argmax(monkeypatch: pytest.MonkeyPa
         sampler.add(slot, request_of(temperature=0, eos_token_ids=frozenset({1})))
     for module, name in [
         (sample_module, "gather_logprobs"),
-        (sample_module, "uniform"),
+        (sample_module, "sample"),
         (sample_module, "apply_filters"),
         (logits_module, "_ban"),
         (Tensor, "clone"),

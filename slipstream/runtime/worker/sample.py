@@ -1,7 +1,7 @@
 """The Sampler: from a step's last logits to one token a sequence, with each slot's state between steps.
 
     logits_RV → edits (runtime/logits.py) → greedy rows: argmax                            → token_ids_R
-                                          → other rows: filters → softmax → inverse CDF    → token_ids_R
+                                          → other rows: filters → Gumbel-max draw          → token_ids_R
     logits_RV, before the edits           → logprobs, in the rows that ask for them
 
 A batch of greedy rows without edits or logprobs is one argmax.
@@ -21,7 +21,6 @@ from slipstream.kernels.sampling import (
     gather_logprobs,
     greedy,
     sample,
-    uniform,
 )
 from slipstream.runtime.logits import PenaltyTable, SequenceState, edit_logits
 from slipstream.schema.request import GenerateRequest, TokenLogprobs
@@ -126,12 +125,9 @@ def _draw(logits_RV: Tensor, states: Sequence[SequenceState]) -> Tensor:
         top_p=torch.tensor([sampling.top_p for sampling in samplings], dtype=torch.float64),
         min_p=torch.tensor([sampling.min_p for sampling in samplings], dtype=torch.float64),
     )
-    # On the host, where seeds and positions are: a hundred tiny integer operations would be as many kernel launches.
-    u_R = uniform(
-        torch.tensor([state.request.seed for state in states]),
-        torch.tensor([len(state.token_ids) for state in states]),
-    )
-    return sample(apply_filters(logits_RV, filters).softmax(dim=1), u_R.to(logits_RV.device))
+    seeds_R = torch.tensor([state.request.seed for state in states])
+    positions_R = torch.tensor([len(state.token_ids) for state in states])
+    return sample(apply_filters(logits_RV, filters), seeds_R, positions_R)
 
 
 def _why_nothing(model_logits_V: Tensor) -> str:
