@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
 
 from slipstream import SamplingParams
 
@@ -52,10 +51,10 @@ def test_greedy_tokens_equal_transformers(smollm2_llm: Any, smollm2_reference: A
 
 def test_greedy_tokens_equal_generate(smollm2_llm: Any, smollm2_reference: Any) -> None:
     """The same through transformers' own generation loop and KV cache, for one prompt."""
-    output = smollm2_llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=32, ignore_eos=True))
+    output = smollm2_llm.generate(PROMPTS[3], SamplingParams(temperature=0, max_tokens=32))
+    assert len(output.outputs[0].token_ids) == 32
     prompt = torch.tensor([output.prompt_token_ids])
-    config = GenerationConfig(max_new_tokens=32, do_sample=False, eos_token_id=None)
-    theirs = smollm2_reference.generate(prompt, generation_config=config)
+    theirs = smollm2_reference.generate(prompt, max_new_tokens=32, do_sample=False)
     assert output.outputs[0].token_ids == theirs[0, prompt.shape[1] :].tolist()
 
 
