@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,8 @@ RUNAWAYS = [
     "{% set s = 'a' * 100000 %}{% for i in range(100000) %}{{ s }}{% endfor %}",
     "{% for i in range(100000) %}{% set x = range(100000) | sum %}{% endfor %}",
     "{% for i in range(100000) %}{% set x = range(100000) | list | sort %}{% endfor %}",
+    "{% set ns = namespace(s=1) %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s | tojson }}",
+    "{% set ns = namespace(n=9) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
     "{{ " + "(" * 5000 + ")" * 5000 + " }}",
     "{{ " + "[" * 5000 + "]" * 5000 + " }}",
 ]
@@ -169,6 +172,74 @@ def test_runaways_are_stopped(template: str, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RequestError, match="cannot render"):
         render(template)
     assert time.monotonic() - begin < 20
+
+
+HUGE = [
+    "{{ ('a' * 10 ** 6).replace('a', 'b' * 10 ** 4) }}",
+    "{{ ('a' * 10 ** 6).replace('', 'b' * 10 ** 4) }}",
+    "{{ ('a' * 10 ** 6) | replace('a', 'b' * 10 ** 4) }}",
+    "{{ ('a' * 10 ** 6).translate({97: 'b' * 10 ** 4}) }}",
+    "{{ ('b' * 10 ** 6).join(['a'] * 10 ** 4) }}",
+    "{{ ('b' * 10 ** 6).join('a' * 10 ** 4) }}",
+    "{{ (['b' * 10 ** 6] * 10 ** 4) | join }}",
+    "{{ range(10000) | join('b' * 10 ** 6) }}",
+    "{{ ([{'a': 'b' * 10 ** 6}] * 10 ** 4) | join(attribute='a') }}",
+    *(f"{{{{ 'a'.{name}(10 ** 10) }}}}" for name in ("ljust", "rjust", "center", "zfill")),
+    "{% set f = 'a'.ljust %}{{ f(10 ** 10) }}",
+    "{{ 'a' | center(10 ** 10) }}",
+    "{{ 'a' | center(9999999999) }}",
+    "{{ ('\t' * 10 ** 5).expandtabs(10 ** 6) }}",
+    "{{ ('a\n' * 10 ** 5) | indent(10 ** 6) }}",
+    "{{ 'a' | indent(10 ** 10, first=True) }}",
+    "{{ ('a\n' * 10 ** 5) | indent('b' * 10 ** 6) }}",
+    "{{ '{:10000000000}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 10 ** 10) }}",
+    "{{ '{:.{w[0]}f}'.format(1.5, w=[10 ** 10]) }}",
+    "{{ ('{0}' * 10 ** 5).format('a' * 10 ** 6) }}",
+    "{{ ('{a}' * 10 ** 5).format_map({'a': 'a' * 10 ** 6}) }}",
+    "{{ (('{0}' * 10 ** 5) | safe).format('a' * 10 ** 6) }}",
+    "{{ '%09999999999d' % 1 }}",
+    "{{ '%*d' % (10 ** 9, 1) }}",
+    "{{ '%(a(b)c)999999999d' % {'a(b)c': 1} }}",
+    "{{ ('%(a)s' * 10 ** 5) % {'a': 'a' * 10 ** 6} }}",
+    "{{ '%.*f' | format(10 ** 9, 1.5) }}",
+    "{{ messages | tojson(indent=999999999) }}",
+    "{{ messages | tojson(indent='a' * 10 ** 7) }}",
+    "{{ (range(10000) | list) | tojson(separators=('a' * 10 ** 6, ':')) }}",
+    "{{ (1).to_bytes(10 ** 10, 'big') }}",
+    "{{ ('a' * 10 ** 6).encode().replace('a'.encode(), ('b' * 10 ** 4).encode()) }}",
+]
+
+
+@pytest.mark.parametrize("template", HUGE)
+def test_one_huge_operation_is_refused_before_it_runs(template: str) -> None:
+    render("")  # imports what it needs
+    tracemalloc.start()
+    begin = time.process_time()
+    try:
+        with pytest.raises(RequestError, match=r"above|unsafe"):
+            render(template)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 * sandbox.MAX_CHARACTERS
+    assert time.process_time() - begin < 1.5  # milliseconds without tracemalloc
+
+
+def test_what_is_bounded_does_what_it_did() -> None:
+    for expression, expected in [
+        ("'a-b-c'.replace('-', '+', 1) ~ ('a-b' | replace('-', '+')) ~ (12 | replace(1, 3))", "a+b-ca+b32"),
+        ("'a'.ljust(3, '.') ~ 'a'.rjust(2) ~ 'a'.center(3) ~ '7'.zfill(3) ~ ('a' | center(3))", "a.. a a 007 a "),
+        ("'\t'.expandtabs(2) ~ 'a'.translate({97: 'bc'})", "  bc"),
+        ("', '.join(['a', 'b']) ~ ([1, 2] | join('-')) ~ (messages | join(attribute='role'))", "a, b1-2user"),
+        ("'a\nb' | indent(2, first=True)", "  a\n  b"),
+        ("'{0:>3}{a[0]}{0!r}'.format('x', a=[5]) ~ '{a:{w}}'.format_map({'a': 1, 'w': 2})", "  x5'x' 1"),
+        ("('<{}>' | safe).format('<') ~ ''", "<&lt;>"),
+        ("'**%s** %5.1f %%' % ('a', 5)", "**a**   5.0 %"),
+        ("'%(a)s (20240101), 99999999' % {'a': 1} ~ ('%s-%s' | format(1, 'b')) ~ 7 % 4", "1 (20240101), 999999991-b3"),
+        ("{'a': ['é', 1.5]} | tojson(indent=1, separators=(',', ':'))", '{\n "a":[\n  "é",\n  1.5\n ]\n}'),
+    ]:
+        assert render("{{ " + expression + " }}") == expected
 
 
 def test_templates_that_do_not_parse() -> None:
