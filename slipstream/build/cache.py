@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -17,7 +19,7 @@ from slipstream.build.tune import describe_device, tune
 from slipstream.checkpoint import Source, open_checkpoint
 from slipstream.engine.choices import Choices, load_choices
 from slipstream.engine.folder import CACHE_FILE, Engine
-from slipstream.errors import UsageError
+from slipstream.errors import BuildError, UsageError
 from slipstream.schema.build import BuildConfig
 
 KEPT_PER_MODEL = 3
@@ -40,15 +42,13 @@ def cached_engine(source: Source, config: BuildConfig, device: torch.device, pro
         with contextlib.suppress(OSError):
             os.utime(folder)  # for _forget_old
         return folder
-    scratch = parent / f".{folder.name}.{os.getpid()}"
-    checkpoint = open_checkpoint(source, dtype_for(config.dtype, device))
-    try:
-        build(checkpoint, scratch, config, device=str(device), progress=progress)
-        with contextlib.suppress(OSError):  # another process was faster: its engine is as good
-            scratch.replace(folder)
-    finally:
-        checkpoint.close()
-        shutil.rmtree(scratch, ignore_errors=True)
+    with (
+        contextlib.closing(open_checkpoint(source, dtype_for(config.dtype, device))) as checkpoint,
+        _scratch_folder(parent) as scratch,
+    ):
+        build(checkpoint, scratch / "engine", config, device=str(device), progress=progress)
+        with contextlib.suppress(OSError):  # another process or thread was faster: its engine is as good
+            (scratch / "engine").replace(folder)
     _forget_old(parent, name, keep=folder)
     return folder
 
@@ -81,6 +81,20 @@ def tuned_choices(engine: Engine, device: torch.device) -> Choices:
         with contextlib.suppress(OSError):  # a read-only folder is measured again next time
             choices.save(path)
     return choices
+
+
+@contextlib.contextmanager
+def _scratch_folder(parent: Path) -> Iterator[Path]:
+    """Nobody else's, and gone afterwards."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(prefix=".", dir=parent)
+    except OSError as error:
+        raise BuildError(f"{parent} cannot be written ({error.strerror}); set SLIPSTREAM_CACHE to a folder.") from None
+    try:
+        yield Path(scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _key(source: Source, config: BuildConfig, device: torch.device) -> str:

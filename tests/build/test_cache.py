@@ -1,0 +1,53 @@
+"""cached_engine: two builds of one model at once do not meet, and leave one engine."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slipstream.build import cache
+from slipstream.checkpoint import resolve
+from slipstream.errors import BuildError
+from slipstream.schema.build import BuildConfig
+
+CPU = torch.device("cpu")
+
+
+def cached(model: Path) -> Path:
+    return cache.cached_engine(resolve(model), BuildConfig(), CPU, lambda stage, done, total: None)
+
+
+def test_two_threads_build_apart_and_leave_one_engine(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2, timeout=30)
+    written: list[Path] = []
+    found: list[Path] = []
+
+    def build(checkpoint: Any, folder: Path, *args: Any, **kwargs: Any) -> None:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        written.append(folder)
+        both.wait()
+
+    monkeypatch.setattr(cache, "build", build)
+    monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path))
+    threads = [threading.Thread(target=lambda: found.append(cached(tiny_model))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(written)) == 2 and len(found) == 2
+    assert list((tmp_path / "engines").iterdir()) == [found[0]] == [found[1]]
+    assert (found[0] / "config.json").is_file() and cached(tiny_model) == found[0]
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BuildError, match="set SLIPSTREAM_CACHE"):
+        cached(tiny_model)
