@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from slipstream.api.outputs import CompletionOutput, RequestOutput
+from slipstream.errors import SlipstreamError
 from slipstream.runtime.beam import BeamSearch
 from slipstream.runtime.loop import EngineLoop
 from slipstream.schema.request import FinishReason, GenerateRequest, TokenEvent, TokenLogprobs
@@ -118,7 +119,7 @@ class SamplingHandle(Handle):
         ]
         self.has_news = False
         if self.finished and self._ranks:
-            best = sorted(outputs, key=lambda output: output.cumulative_logprob or 0.0, reverse=True)
+            best = sorted(outputs, key=_likelihood, reverse=True)
             outputs = [replace(output, index=index) for index, output in enumerate(best[: self._sampling.n])]
         errors = [completion.error for completion in self._completions.values() if completion.error]
         return self._describe(outputs, errors[0] if errors else None)
@@ -137,6 +138,12 @@ class SamplingHandle(Handle):
         )
         self._unchanged[request_id] = replace(built, text_diff="")
         return built
+
+
+def _likelihood(output: CompletionOutput) -> tuple[bool, float]:
+    """Orders completions; those that failed or were aborted come after all that are whole."""
+    is_whole = output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+    return is_whole, output.cumulative_logprob or 0.0
 
 
 def _follower(first: GenerateRequest, index: int) -> GenerateRequest:
@@ -167,13 +174,19 @@ class BeamHandle(Handle):
     def push(self, event: TokenEvent) -> None:
         self._note(event)
         self._search.observe([event])
-        self._send_round()
+        try:
+            self._send_round()
+        except SlipstreamError:  # the engine was closed between two rounds
+            self._search.fail(FinishReason.ABORT)
 
     @property
     def finished(self) -> bool:
         return self._search.done
 
     def output(self) -> RequestOutput:
+        if self._search.failure is not None:
+            failed = CompletionOutput(0, "", [], finish_reason=str(self._search.failure))
+            return self._describe([failed], self._search.error)
         outputs = []
         for index, beam in enumerate(self._search.results()):
             completion = Completion(self._tokenizer, self._request.prompt_token_ids, self._sampling)
@@ -193,4 +206,4 @@ class BeamHandle(Handle):
                     text_diff=completion.text,
                 )
             )
-        return self._describe(outputs, self._search.error)
+        return self._describe(outputs, None)

@@ -90,12 +90,12 @@ class BeamSearch:
         self._round = 0
         self._unsent = True  # this round's requests have not been handed out
         self._answers: dict[str, TokenLogprobs] = {}  # this round's, by request id
-        self.error: str | None = None  # why the search failed, where the engine could not serve one of its requests
-        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+        self.failure: FinishReason | None = None  # ERROR or ABORT, where one of its requests ended so
+        self.error: str | None = None  # what the engine said of an ERROR
 
     @property
     def done(self) -> bool:
-        return self.error is not None or not self._live
+        return self.failure is not None or not self._live
 
     def requests(self) -> list[GenerateRequest]:
         """What the engine must run next: each request once, none while a round is under way."""
@@ -127,14 +127,17 @@ class BeamSearch:
         for event in events:
             if event.request_id not in awaited:
                 continue
-            if event.prompt_logprobs is not None:
-                self.prompt_logprobs = event.prompt_logprobs
             if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                self.error = event.error or f"beam request {event.request_id} was aborted"
+                self.fail(event.finish_reason, event.error)
             elif event.logprobs:
                 self._answers[event.request_id] = event.logprobs[0]
-        if self.error is None and len(self._answers) == len(self._live):
+        if self.failure is None and len(self._answers) == len(self._live):
             self._advance()
+
+    def fail(self, reason: FinishReason, error: str | None = None) -> None:
+        """End the search without results. The first reason stays."""
+        if self.failure is None:
+            self.failure, self.error = reason, error
 
     def results(self) -> list[Beam]:
         """The best SamplingParams.n finished beams, best first (fewer only where the vocabulary has no more)."""

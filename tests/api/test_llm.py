@@ -111,6 +111,12 @@ def test_beams_are_at_least_as_likely_as_greedy(tiny_llm: LLM) -> None:
     assert beams[0].cumulative_logprob >= greedy.cumulative_logprob - 1e-5
 
 
+def test_beams_describe_their_prompt(tiny_llm: LLM) -> None:
+    sampling = SamplingParams(use_beam_search=True, n=2, max_tokens=3, prompt_logprobs=0)
+    described = tiny_llm.generate(PROMPT, sampling).prompt_logprobs
+    assert [entry and entry.logprob for entry in described] == pytest.approx(tiny_llm.score(PROMPT).logprobs)
+
+
 def test_prefix_reuse_is_counted_and_changes_nothing(tiny_llm: LLM) -> None:
     prompt = list(range(40))
     cold = tiny_llm.generate(prompt, GREEDY, cache_salt="a")

@@ -172,25 +172,16 @@ def test_extreme_length_penalties_do_not_overflow(length_penalty: float) -> None
     assert Beam((1,), 0.0).score(length_penalty) > short.score(length_penalty)
 
 
-def test_prompt_logprobs_come_from_the_first_round() -> None:
-    search = BeamSearch("b", (1, 2), SamplingParams(n=2, use_beam_search=True, prompt_logprobs=0), frozenset(), 1)
-    described = (None, TokenLogprobs(2, -0.5, 1))
-    (request,) = search.requests()
-    search.observe([TokenEvent(request.request_id, prompt_logprobs=described)])
-    search.observe([answer_of(request, (4, -1.0), (6, -2.0))])
-    assert search.done
-    assert search.prompt_logprobs == described
-
-
 @pytest.mark.parametrize("reason", [FinishReason.ERROR, FinishReason.ABORT])
 def test_a_failed_request_fails_the_search(reason: FinishReason) -> None:
     search = BeamSearch("b", (1,), SamplingParams(n=2, use_beam_search=True), frozenset(), 2)
     (request,) = search.requests()
     search.observe([TokenEvent("another request", finish_reason=reason)])
     assert not search.done
-    search.observe([TokenEvent(request.request_id, finish_reason=reason)])
+    search.observe([TokenEvent(request.request_id, finish_reason=reason, error="why")])
+    search.fail(FinishReason.ABORT)  # too late to change it
     assert search.done
-    assert search.error
+    assert (search.failure, search.error) == (reason, "why")
     assert search.results() == search.requests() == []
 
 
