@@ -1,6 +1,7 @@
-"""A progress bar on stderr while something takes long; nothing where stderr is not a terminal."""
+"""How far something long is, as a bar on stderr (none where that is no terminal), and where its time went."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,19 @@ STAGES = {
     "convert": "Writing the checkpoint",
     "generate": "Generating",
 }
+
+
+class Stopwatch:
+    """Seconds of the stages of something, one after the other without gaps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """The stage that ends now."""
+        now = time.perf_counter()
+        self.seconds[stage], self._last = now - self._last, now
 
 
 @contextmanager

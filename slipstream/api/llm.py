@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import queue
 import random
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from slipstream.build.cache import cached_engine, device_for, tuned_choices
 from slipstream.checkpoint.source import resolve
 from slipstream.engine.folder import TOKENIZER_FOLDER, open_engine
 from slipstream.errors import EngineError, ModelError, RequestError
-from slipstream.progress import progress_bar
+from slipstream.progress import Stopwatch, progress_bar
 from slipstream.runtime.engine import start_engine
 from slipstream.runtime.loop import EngineLoop
 from slipstream.schema.build import BuildConfig, CapacityPolicy, QueuePolicy
@@ -71,7 +70,7 @@ class LLM:
         chat_template: a jinja template that replaces the model's own.
         show_progress: a bar on stderr while an engine is built, where stderr is a terminal.
         """
-        watch = _Stopwatch()
+        watch = Stopwatch()
         where = device_for(device)
         capacity = _choice(CapacityPolicy, "capacity_scheduler_policy", capacity_scheduler_policy)
         order = _choice(QueuePolicy, "queue_policy", queue_policy)
@@ -418,16 +417,6 @@ def _build_config(dtype: str, disabled_passes: Sequence[str], limits: Mapping[st
         max_batch_size=max(default.max_batch_size, limits["max_batch_size"] or 0),
         max_num_tokens=max(default.max_num_tokens, limits["max_num_tokens"] or 0, limits["max_batch_size"] or 0),
     )
-
-
-class _Stopwatch:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage], self._last = now - self._last, now
 
 
 def default_sampling(generation: Mapping[str, Any]) -> SamplingParams:

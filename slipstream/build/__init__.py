@@ -4,7 +4,6 @@ capture (the model's step as a graph) → rewrite (the ordered passes, verified 
 kernel for each op here) → plan memory → write the engine folder, streaming the weights through.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +23,8 @@ from slipstream.engine.graph import Graph, Node
 from slipstream.engine.manifest import FORMAT, Manifest
 from slipstream.errors import BuildError
 from slipstream.kernels.registry import known_ops
+from slipstream.progress import Progress, Stopwatch
 from slipstream.schema.build import MAX_BATCH_SIZE, BuildConfig
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def plan_build(
     checkpoint: Checkpoint, config: BuildConfig, progress: Progress = lambda stage, done, total: None
 ) -> BuildPlan:
     """The first half of a build: capture, rewrite, plan the memory. Reads no weight."""
-    watch = _Stopwatch()
+    watch = Stopwatch()
     limits = resolve_limits(config, checkpoint)
     progress("capture", 0, 1)
     captured = capture(checkpoint.model.Model, checkpoint.config, checkpoint.dtype, limits.tokens_per_block)
@@ -92,7 +90,7 @@ def write_engine(
     progress: Progress = lambda stage, done, total: None,
 ) -> BuildReport:
     """The second half: measure the kernels on this device and write the folder, streaming the weights through."""
-    watch = _Stopwatch()
+    watch = Stopwatch()
     graph, limits, memory = plan.graph, plan.limits, plan.memory
     folder, written = Path(output_dir), 0
 
@@ -186,16 +184,6 @@ def _weight_reader(graph: Graph, checkpoint: Checkpoint, constants: dict[str, Te
         return op.reference(*inputs, **node.attributes)
 
     return read
-
-
-class _Stopwatch:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage], self._last = now - self._last, now
 
 
 __all__ = ["BuildPlan", "BuildReport", "build", "plan_build", "write_engine"]

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 import slipstream
-from slipstream.build import Progress, build
+from slipstream.build import build
 from slipstream.build.tune import describe_device, tune
 from slipstream.checkpoint import Source, open_checkpoint
 from slipstream.engine.choices import Choices, load_choices
 from slipstream.engine.folder import CACHE_FILE, Engine
 from slipstream.errors import BuildError, UsageError
+from slipstream.progress import Progress
 from slipstream.schema.build import BuildConfig
 
 KEPT_PER_MODEL = 3

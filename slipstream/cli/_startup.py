@@ -5,17 +5,15 @@ import sys
 import time
 from pathlib import Path
 
+from slipstream.progress import Stopwatch
 
-class StartupClock:
-    """Stages of a start, one after the other without gaps, from the moment the process was made."""
+
+class StartupClock(Stopwatch):
+    """Stages of a start, from the moment the process was made."""
 
     def __init__(self) -> None:
-        self.seconds = {"start Python, read the command line": process_age()}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage], self._last = now - self._last, now
+        super().__init__()
+        self.seconds["start Python, read the command line"] = process_age()
 
     def add(self, seconds: dict[str, float]) -> None:
         """Stages that somebody else measured, and that end now."""

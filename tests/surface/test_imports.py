@@ -33,7 +33,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "quantize/*": ("checkpoint", "models", "kernels", "schema"),
     "speculative/*/head": ("layers", "models", "schema"),
     "speculative/*": ("kernels", "schema"),
-    "build/*": ("models", "checkpoint", "quantize", "kernels", "engine", "speculative/*/head", "schema"),
+    "build/*": ("models", "checkpoint", "quantize", "kernels", "engine", "speculative/*/head", "schema", "progress"),
     "runtime/*": ("engine", "kernels", "speculative/*/drafter", "schema"),
     "text/*": ("schema",),
     "serve/*": ("runtime/engine", "text", "schema"),  # the engine's face only
