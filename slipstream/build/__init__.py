@@ -42,12 +42,11 @@ class BuildReport:
 class BuildPlan:
     """A rewritten graph and what it will need; nothing is measured or written yet."""
 
-    limits: "Limits"
+    manifest: Manifest
     graph: Graph
     constants: dict[str, Tensor]
     passes: list[PassReport]
     ops_captured: dict[str, int]
-    memory: dict[str, int]
     seconds: dict[str, float]
 
 
@@ -78,7 +77,8 @@ def plan_build(
     passes = run_pipeline(graph, promised=checkpoint.model.PROMISED_PASSES, disabled=config.disabled_passes)
     memory = plan_memory(graph, max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size)
     watch.lap("rewrite")
-    return BuildPlan(limits, graph, captured.constants, passes, ops_captured, memory, watch.seconds)
+    manifest = _manifest(checkpoint, limits, graph, passes, memory)
+    return BuildPlan(manifest, graph, captured.constants, passes, ops_captured, watch.seconds)
 
 
 def write_engine(
@@ -91,26 +91,27 @@ def write_engine(
 ) -> BuildReport:
     """The second half: measure the kernels on this device and write the folder, streaming the weights through."""
     watch = Stopwatch()
-    graph, limits, memory = plan.graph, plan.limits, plan.memory
+    graph, manifest = plan.graph, plan.manifest
     folder, written = Path(output_dir), 0
 
     def count(num_bytes: int) -> None:
         nonlocal written
         written += num_bytes
-        progress("write", written, memory["weights"])
+        progress("write", written, manifest.memory["weights"])
 
     with new_folder(folder, FORMAT) as description:  # first of all: a folder that cannot be used is known at once
         choices = tune(
-            graph, torch.device(device), max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size,
+            graph, torch.device(device), max_num_tokens=manifest.max_num_tokens, max_batch_size=manifest.max_batch_size,
             progress=lambda done, total: progress("tune", done, total),
         )  # fmt: skip
         watch.lap("tune")
         write_rank_file(folder / RANK_FILE, graph, _weight_reader(graph, checkpoint, plan.constants), count)
         choices.save(folder / CACHE_FILE)
         checkpoint.write_tokenizer(folder / TOKENIZER_FOLDER)
-        description |= _manifest(checkpoint, limits, graph, plan.passes, memory).to_dict()
+        description |= manifest.to_dict()
     watch.lap("write")
-    return BuildReport(plan.passes, plan.ops_captured, graph.count_ops(), memory, plan.seconds | watch.seconds)
+    seconds = plan.seconds | watch.seconds
+    return BuildReport(plan.passes, plan.ops_captured, graph.count_ops(), manifest.memory, seconds)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What an engine will need before any of it is allocated: weights, KV cache, activations."""
+"""What an engine will need before any of it is allocated."""
 
 import math
 
@@ -8,13 +8,10 @@ _BYTES = {"float32": 4, "int64": 8, "int32": 4, "bfloat16": 2, "float16": 2, "fl
 
 
 def plan_memory(graph: Graph, *, max_num_tokens: int, max_batch_size: int) -> dict[str, int]:
-    """Bytes: weights (all), kv_per_token (all layers), activations (the most alive at once in the largest step)."""
+    """Bytes: weights (all), activations (the most alive at once in the largest step). The manifest knows the KV's."""
     sizes = {"T": max_num_tokens, "S": max_batch_size, "S1": max_batch_size + 1, "R": max_batch_size, "B": 1, "N": 1}
-    kv = [kind for name, kind in graph.inputs.items() if name.startswith("kv.")]
-    block_size = int(kv[0].shape[2]) if kv else 1
     return {
         "weights": sum(_num_bytes(kind, sizes) for kind in graph.weights.values()),
-        "kv_per_token": sum(_num_bytes(kind, sizes) for kind in kv) // block_size,
         "activations": _peak(graph, sizes),
     }
 

@@ -2,6 +2,10 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slipstream.engine.manifest import Manifest
 
 WIDTH_OF_A_FILE = 140  # where stdout is no terminal: wide enough for every table of ours, so that nothing wraps
 
@@ -40,17 +44,16 @@ def human_bytes(count: float) -> str:
     return f"{count:.0f} B" if units[0] == "B" else f"{count:.1f} {units[0]}"
 
 
-def print_memory_plan(
-    memory: dict[str, int], *, max_batch_size: int, max_seq_len: int, more: Iterable[Sequence[object]] = ()
-) -> None:
+def print_memory_plan(manifest: "Manifest", more: Iterable[Sequence[object]] = ()) -> None:
     """What an engine will take, before any of it is allocated."""
-    per_token = memory.get("kv_per_token", 0)
+    per_token = manifest.kv_bytes_per_token
+    per_sequence = per_token * manifest.max_seq_len
     rows: list[Sequence[object]] = [
-        ("weights", human_bytes(memory.get("weights", 0))),
-        ("activations of the largest step", human_bytes(memory.get("activations", 0))),
+        ("weights", human_bytes(manifest.memory.get("weights", 0))),
+        ("activations of the largest step", human_bytes(manifest.memory.get("activations", 0))),
         ("KV cache, one token", human_bytes(per_token)),
-        (f"KV cache, one sequence of {max_seq_len} tokens", human_bytes(per_token * max_seq_len)),
-        (f"KV cache, {max_batch_size} such sequences", human_bytes(per_token * max_seq_len * max_batch_size)),
+        (f"KV cache, one sequence of {manifest.max_seq_len} tokens", human_bytes(per_sequence)),
+        (f"KV cache, {manifest.max_batch_size} such sequences", human_bytes(per_sequence * manifest.max_batch_size)),
         *more,
     ]
     print_table("Memory plan", (), rows)

@@ -14,7 +14,7 @@ from slipstream.schema.build import BuildConfig
 
 if TYPE_CHECKING:
     from slipstream.build import BuildPlan, BuildReport
-    from slipstream.checkpoint import Checkpoint, Source
+    from slipstream.checkpoint import Source
 
 
 def build(
@@ -66,7 +66,7 @@ def build(
     try:
         with progress_bar() as progress:
             plan = plan_build(checkpoint, config, progress)
-        _print_plan(checkpoint, plan)
+        _print_plan(plan)
         if output_dir is None or dry_run:
             return
         with progress_bar() as progress:
@@ -98,13 +98,13 @@ def _source(checkpoint_dir: Path | None, model: str | None) -> "Source":
     return source
 
 
-def _print_plan(checkpoint: "Checkpoint", plan: "BuildPlan") -> None:
-    limits = plan.limits
+def _print_plan(plan: "BuildPlan") -> None:
+    manifest = plan.manifest
     print(
-        f"{checkpoint.name}: {checkpoint.options['model_type']} in {checkpoint.dtype}, at most {limits.max_batch_size} "
-        f"sequences and {limits.max_num_tokens} tokens a step, {limits.max_seq_len} tokens a sequence\n"
+        f"{manifest.name}: {manifest.model_type} in {manifest.dtype}, at most {manifest.max_batch_size} "
+        f"sequences and {manifest.max_num_tokens} tokens a step, {manifest.max_seq_len} tokens a sequence\n"
     )
-    print_memory_plan(plan.memory, max_batch_size=limits.max_batch_size, max_seq_len=limits.max_seq_len)
+    print_memory_plan(manifest)
 
 
 def _print_report(report: "BuildReport") -> None:

@@ -108,6 +108,4 @@ def _print_memory(engine: "Engine", device: "torch.device") -> None:
         (f"free on {device} now", human_bytes(free_memory(device))),
         ("KV cache of a start now", f"{num_tokens} tokens, {size}"),
     ]
-    print_memory_plan(
-        manifest.memory, max_batch_size=manifest.max_batch_size, max_seq_len=manifest.max_seq_len, more=now
-    )  # fmt: skip
+    print_memory_plan(manifest, more=now)

@@ -43,9 +43,7 @@ class Manifest:
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        value = self.generation.get("eos_token_id")
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        return frozenset(values)
+        return frozenset(self._eos_values())
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -78,11 +76,14 @@ class Manifest:
             raise EngineError(f"{where}/config.json: dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
         if self.logits not in ("selected", "all"):
             raise EngineError(f"{where}/config.json: logits is {self.logits!r}; it must be selected or all.")
-        eos = self.generation.get("eos_token_id")
-        token_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if not all(type(token_id) is int and 0 <= token_id < self.vocab_size for token_id in token_ids):
+        if not all(type(token_id) is int and 0 <= token_id < self.vocab_size for token_id in self._eos_values()):
             eos = self.generation["eos_token_id"]
             raise EngineError(f"{where}/config.json: eos_token_id is {eos!r}; it must be token ids.")
+
+    def _eos_values(self) -> list[Any]:
+        """One, several or none; of any type until they are checked."""
+        value = self.generation.get("eos_token_id")
+        return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _check(where: str, name: str, value: Any, kind: Any) -> None:

@@ -19,6 +19,8 @@ def test_a_written_engine_opens_as_it_was(tiny_engine: Path) -> None:
     assert engine.graph.digest() == engine.manifest.graph_sha256
     assert set(engine.weights.names()) == set(engine.graph.weights)
     assert engine.manifest.eos_token_ids == {2}
+    assert engine.manifest.kv_bytes_per_token == 4 * 1 * 2 * 2 * 16  # layers, K and V, heads, numbers a head
+    assert set(engine.manifest.memory) == {"weights", "activations"}
     assert engine.weights.read("norm.weight").dtype == torch.float32
     engine.close()
 
@@ -80,6 +82,7 @@ def without(name: str) -> Change:
         (set_to(generation={"eos_token_id": "2"}), "eos_token_id is '2'"),
         (set_to(generation={"eos_token_id": float("inf")}), "eos_token_id is inf"),
         (set_to(generation={"eos_token_id": {}}), "eos_token_id is {}"),
+        (set_to(generation={"eos_token_id": [[2]]}), r"eos_token_id is \[\[2\]\]"),
     ],
 )
 def test_a_config_that_no_build_writes_is_an_error_that_names_the_key(
