@@ -22,7 +22,7 @@ from slipstream.api.outputs import CompletionOutput, RequestOutput, ScoreOutput
 from slipstream.build.cache import cached_engine, device_for, tuned_choices
 from slipstream.checkpoint.source import resolve
 from slipstream.engine.folder import TOKENIZER_FOLDER, open_engine
-from slipstream.errors import EngineError, ModelError, RequestError
+from slipstream.errors import CapacityError, EngineError, ModelError, RequestError
 from slipstream.progress import Stopwatch, progress_bar
 from slipstream.runtime.engine import start_engine
 from slipstream.runtime.loop import EngineLoop
@@ -74,8 +74,9 @@ class LLM:
         where = device_for(device)
         capacity = _choice(CapacityPolicy, "capacity_scheduler_policy", capacity_scheduler_policy)
         order = _choice(QueuePolicy, "queue_policy", queue_policy)
-        source = resolve(model)
         limits = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "max_seq_len": max_seq_len}
+        _check_limits(limits)
+        source = resolve(model)
         if source.kind == "engine":
             path = _given_engine(source.path, disabled_passes)
         else:
@@ -401,6 +402,13 @@ class LLM:
         if not isinstance(sampling_params, SamplingParams):
             raise RequestError(f"sampling_params is {sampling_params!r}; it must be SamplingParams(...), or one each.")
         return sampling_params
+
+
+def _check_limits(limits: Mapping[str, int | None]) -> None:
+    """What no engine could be built for, before one is; each engine knows how high they may be."""
+    for name, limit in limits.items():
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise CapacityError(f"{name} is {limit!r}; it must be a whole number of at least 1.")
 
 
 def _given_engine(path: Path, disabled_passes: Sequence[str]) -> Path:

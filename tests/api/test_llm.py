@@ -271,6 +271,16 @@ def test_limits_above_the_engine_are_refused(tiny_llm: LLM) -> None:
         LLM(tiny_llm._folder.path, max_batch_size=65)
 
 
+@pytest.mark.parametrize("name", ["max_batch_size", "max_num_tokens", "max_seq_len"])
+@pytest.mark.parametrize("value", [0, -5, 1.5, "8"])
+def test_limits_no_engine_could_have_are_refused_before_the_build(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    monkeypatch.setattr("slipstream.api.llm.cached_engine", lambda *args: pytest.fail("it was built"))
+    with pytest.raises(CapacityError, match=f"{name} is .*at least 1"):
+        LLM(tiny_model, **{name: value})
+
+
 def test_a_request_larger_than_the_pool_is_refused_and_says_what_fits(tiny_model: Path) -> None:
     with LLM(tiny_model, max_batch_size=8, max_num_tokens=64, kv_cache_max_tokens=32) as llm:
         with pytest.raises(SlipstreamError, match="max_tokens"):
