@@ -1,17 +1,13 @@
 """slipstream chat, fed by a pipe: a turn a line."""
 
 import io
-import os
-import pty
-import select
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pexpect
 import pytest
 
 from slipstream.cli import chat as chat_verb
@@ -123,33 +119,19 @@ def test_a_model_without_a_tokenizer_cannot_talk(say: Any, tiny_model: Path) -> 
 @pytest.mark.real_model
 def test_a_person_interrupts_and_leaves(smollm2_gguf: Path) -> None:
     """In a terminal of its own: Ctrl-C stops the answer, Ctrl-D ends the conversation."""
-    master, terminal = pty.openpty()
-    command = [sys.executable, "-c", "import slipstream.cli; slipstream.cli.main()", "chat", "smollm2"]
-    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
-    os.close(terminal)
-    try:
-        seen = read_until(master, "> ")
-        assert "SmolLM2-135M-Instruct, 8192 tokens of context" in seen
-        os.write(master, b"Tell me a long story of dragons.\n")
-        read_until(master, " the ")
-        process.send_signal(signal.SIGINT)
-        read_until(master, "> ", seconds=5)  # the whole story would take longer
+    command = ["-c", "import slipstream.cli; slipstream.cli.main()", "chat", "smollm2"]
+    with pexpect.spawn(sys.executable, command, timeout=120, encoding="utf-8") as terminal:
+        terminal.expect_exact("SmolLM2-135M-Instruct, 8192 tokens of context")
+        terminal.expect_exact("> ")
+        terminal.sendline("Tell me a long story of dragons.")
+        terminal.expect_exact(" the ")
+        terminal.sendintr()
+        terminal.expect_exact("> ", timeout=10)  # the whole story would take longer
         time.sleep(0.5)  # readline misses a signal that comes while it prints its prompt
-        process.send_signal(signal.SIGINT)
-        read_until(master, "(Ctrl-D or /exit leaves)")
-        read_until(master, "> ")
-        os.write(master, b"\x04")
-        assert process.wait(timeout=20) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(master)
-
-
-def read_until(terminal: int, text: str, seconds: float = 120) -> str:
-    seen, deadline = "", time.monotonic() + seconds
-    while text.lower() not in seen.lower():
-        ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
-        assert ready, f"{text!r} did not come within {seconds:.0f} s of: {seen!r}"
-        seen += os.read(terminal, 4096).decode(errors="replace")
-    return seen
+        terminal.sendintr()
+        terminal.expect_exact("(Ctrl-D or /exit leaves)")
+        terminal.expect_exact("> ")
+        terminal.sendeof()
+        terminal.expect(pexpect.EOF)
+        terminal.wait()
+    assert terminal.exitstatus == 0
