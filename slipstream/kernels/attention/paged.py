@@ -93,17 +93,19 @@ def _attend_single_rows(
 ) -> Tensor:
     _, _, block_size, num_kv_heads, head_dim = kv_2NBKD.shape
     longest, shortest, num_sequences = max(lens), min(lens), len(lens)
-    table = block_tables_SB[:, : -(-longest // block_size)].flatten()
-    k_SLKD, v_SLKD = (
-        pages.index_select(0, table).view(num_sequences, -1, num_kv_heads, head_dim)[:, :longest] for pages in kv_2NBKD
-    )
+    num_places = -(-longest // block_size) * block_size
+    table = block_tables_SB[:, : num_places // block_size].flatten()
+    places = (num_sequences, num_places, num_kv_heads, head_dim)
+    k_SLKD, v_SLKD = (pages.index_select(0, table).view(places) for pages in kv_2NBKD)
     mask_S11L = None
     if shortest != longest:
-        is_padding_SL = torch.arange(longest) >= kv_lens[:, None]
+        is_padding_SL = torch.arange(num_places) >= kv_lens[:, None]
+        padding = is_padding_SL.flatten().nonzero()[:, 0]
         # Pages are recycled unwiped, and no mask silences another request's infinity or NaN: 0 · inf is NaN.
-        k_SLKD.masked_fill_(is_padding_SL[:, :, None, None], 0)
-        v_SLKD.masked_fill_(is_padding_SL[:, :, None, None], 0)
-        mask_S11L = ~is_padding_SL[:, None, None]
+        k_SLKD.flatten(0, 1).index_fill_(0, padding, 0)
+        v_SLKD.flatten(0, 1).index_fill_(0, padding, 0)
+        mask_S11L = ~is_padding_SL[:, None, None, :longest]
+    k_SLKD, v_SLKD = k_SLKD[:, :longest], v_SLKD[:, :longest]
     # The query heads of one KV head take the place of query positions: they share its keys, and none masks another.
     q_SKGD = q_SX.view(num_sequences, num_kv_heads, -1, head_dim)
     k_SKLD, v_SKLD = k_SLKD.transpose(1, 2), v_SLKD.transpose(1, 2)

@@ -9,7 +9,7 @@ from slipstream.engine.choices import Choices
 from slipstream.engine.folder import Engine
 from slipstream.runtime.worker.graphs import compile_graph
 from slipstream.runtime.worker.inputs import StepInputs, make_inputs
-from slipstream.runtime.worker.memory import allocate_kv
+from slipstream.runtime.worker.memory import allocate_kv, keep_freed_memory
 from slipstream.runtime.worker.sample import Sampler
 from slipstream.schema.step import BlockCopy, SequenceResult, StepPlan, StepResult
 
@@ -18,6 +18,8 @@ class Worker:
     def __init__(self, engine: Engine, choices: Choices, num_blocks: int, device: torch.device) -> None:
         manifest = engine.manifest
         self._device, self._manifest = device, manifest
+        if device.type == "cpu":
+            keep_freed_memory()  # before the engine's thread first allocates
         weights = {name: engine.weights.read(name).to(device) for name in engine.graph.weights}
         self._kv = allocate_kv(manifest, num_blocks, device)
         self._kv_inputs = {f"kv.{layer}": kv for layer, kv in enumerate(self._kv)}
