@@ -3,7 +3,7 @@
     python benchmarks/smollm2_cpu.py [--rounds 3] [--dtype float32]
 
 Greedy, 128 tokens in, 128 out (end-of-sequence ignored), at batch 1 and with 32 requests at once. Each round gives
-each engine a fresh process that measures its cells once; the table gives medians over the rounds and the ratio of the medians.
+each engine a fresh process that measures its cells once; the table gives medians over the rounds and their ratio.
 """
 
 import argparse
