@@ -7,8 +7,8 @@
         return ops.silu_and_mul(ops.linear(x, ops.concat(gate, up)))
 
 The functions are run once on symbols, which records the ops they call. A parameter stands for any value, or for any
-number where it is passed as an attribute; equal parameters must stand for equal things. Values made inside a match may
-be read only there, unless the pattern returns them.
+number where it is passed as an attribute; equal parameters must stand for equal things. The operands of a sum or a
+product are found in either order. Values made inside a match may be read only there, unless the pattern returns them.
 
 A pass runs in sweeps: one walk over the graph collects the matches that have no part in one another, and all of them
 are replaced at once. A graph of n nodes takes a few sweeps of n steps each, however many places match.
@@ -23,6 +23,8 @@ from slipstream.build.shapes import infer_node
 from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.errors import BuildError
 from slipstream.kernels.registry import known_ops
+
+_COMMUTATIVE = {"add", "mul"}  # a pattern finds their operands in either order
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,15 +242,13 @@ class _Finder:
 
     def _complete(self, match: Match, symbolic: SymbolicNode, node: Node) -> Iterator[Match]:
         """All ways to match every recorded op, given that this one is this node."""
-        match = match.copy()
-        if not self._unify(match, symbolic, node):
-            return
-        missing = next((other for other in reversed(self._rule.nodes) if other not in match.nodes), None)
-        if missing is None:
-            yield match
-            return
-        for candidate in self._siblings(match, missing):
-            yield from self._complete(match, missing, candidate)
+        for extended in self._unify(match, symbolic, node):
+            missing = next((other for other in reversed(self._rule.nodes) if other not in extended.nodes), None)
+            if missing is None:
+                yield extended
+                continue
+            for candidate in self._siblings(extended, missing):
+                yield from self._complete(extended, missing, candidate)
 
     def _siblings(self, match: Match, missing: SymbolicNode) -> list[Node]:
         """Nodes that read something already matched which the missing op reads too."""
@@ -268,29 +268,44 @@ class _Finder:
         node = match.nodes.get(symbol.producer)
         return None if node is None else node.outputs[symbol.index]
 
-    def _unify(self, match: Match, symbolic: SymbolicNode, node: Node) -> bool:
+    def _unify(self, match: Match, symbolic: SymbolicNode, node: Node) -> Iterator[Match]:
+        """All ways in which this recorded op is this node: the match with what it then stands for."""
         if symbolic in match.nodes:
-            return match.nodes[symbolic] is node
+            if match.nodes[symbolic] is node:
+                yield match
+            return
         same_form = node.op == symbolic.op and len(node.inputs) == len(symbolic.inputs)
         if not same_form or len(node.outputs) != len(symbolic.outputs):
-            return False
+            return
         if any(node is taken for taken in match.nodes.values()):
-            return False  # it stands for another op of the pattern
+            return  # it stands for another op of the pattern
+        match = match.copy()
         match.nodes[symbolic] = node
-        pairs = zip(symbolic.inputs, node.inputs, strict=True)
-        if not all(self._unify_value(match, symbol, name) for symbol, name in pairs):
-            return False
-        return all(_bind(match, value, node.attributes[name]) for name, value in symbolic.attributes.items())
+        if all(_bind(match, value, node.attributes[name]) for name, value in symbolic.attributes.items()):
+            for inputs in _orders(node):
+                yield from self._unify_values(match, symbolic.inputs, inputs)
 
-    def _unify_value(self, match: Match, symbol: Symbol | None, name: str | None) -> bool:
+    def _unify_values(
+        self, match: Match, symbols: tuple[Symbol | None, ...], names: tuple[str | None, ...]
+    ) -> Iterator[Match]:
+        if not symbols:
+            yield match
+            return
+        for extended in self._unify_value(match, symbols[0], names[0]):
+            yield from self._unify_values(extended, symbols[1:], names[1:])
+
+    def _unify_value(self, match: Match, symbol: Symbol | None, name: str | None) -> Iterator[Match]:
         if symbol is None or name is None:
-            return symbol is None and name is None
-        if symbol.producer is None:
-            return _bind(match, symbol, name)
-        node = self._index.producers.get(name)
-        return (
-            node is not None and node.outputs.index(name) == symbol.index and self._unify(match, symbol.producer, node)
-        )
+            if symbol is None and name is None:
+                yield match
+        elif symbol.producer is None:
+            extended = match.copy()
+            if _bind(extended, symbol, name):
+                yield extended
+        else:
+            node = self._index.producers.get(name)
+            if node is not None and node.outputs.index(name) == symbol.index:
+                yield from self._unify(match, symbol.producer, node)
 
     def _is_closed(self, match: Match) -> bool:
         """Nobody outside reads what the replacement will not make, and no parameter stands for what is made inside."""
@@ -305,6 +320,13 @@ class _Finder:
                 if name in self._outputs or any(id(user) not in inside for user in self._index.readers(name)):
                     return False
         return True
+
+
+def _orders(node: Node) -> Iterator[tuple[str | None, ...]]:
+    """The inputs as they are written, and the other way round where that means the same."""
+    yield node.inputs
+    if node.op in _COMMUTATIVE and node.inputs[0] != node.inputs[1]:
+        yield node.inputs[::-1]
 
 
 def _bind(match: Match, symbol: Any, value: Any) -> bool:

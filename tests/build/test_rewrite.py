@@ -155,6 +155,48 @@ def test_a_replacement_must_return_as_much_as_its_pattern_and_make_it() -> None:
         rewrite(lambda x, y: ops.add(x, y), lambda x, y: x).run(graph)
 
 
+@pytest.mark.parametrize("gate_first", [True, False])
+@pytest.mark.parametrize("linear_first", [True, False])
+def test_gate_and_up_are_found_in_any_order(gate_first: bool, linear_first: bool) -> None:
+    def block(x: Symbol, gate: Symbol, up: Symbol) -> Symbol:
+        early = ops.linear(x, up) if linear_first else None
+        gated = ops.silu(ops.linear(x, gate))
+        other = ops.linear(x, up) if early is None else early
+        return ops.mul(gated, other) if gate_first else ops.mul(other, gated)
+
+    graph = trace(block, {"x": ("T", 8)}, {"gate": (6, 8), "up": (6, 8)})
+    assert changed(graph, fuse_gate_up.PASS) == 1
+    (concat,) = [node for node in graph.nodes if node.op == "concat"]
+    assert concat.inputs == ("gate", "up")
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda x, y: ops.add(ops.mul(x, y), x),
+        lambda x, y: ops.add(ops.mul(y, x), x),
+        lambda x, y: ops.add(x, ops.mul(x, y)),
+        lambda x, y: ops.add(x, ops.mul(y, x)),
+    ],
+)
+def test_orders_inside_one_another_are_all_tried(block: Any) -> None:
+    def pattern(x: Symbol, y: Symbol) -> Symbol:
+        return ops.add(ops.mul(x, y), x)
+
+    def replacement(x: Symbol, y: Symbol) -> Symbol:
+        return ops.mul(x, ops.mul(y, y))
+
+    graph = trace(block, X, {})
+    assert rewrite(pattern, replacement).run(graph) == 1
+    assert [node.inputs for node in graph.nodes] == [("y", "y"), ("x", "mul")]
+
+
+def test_a_product_with_itself_is_one_match() -> None:
+    square = rewrite(lambda x, y: ops.mul(x, y), lambda x, y: ops.add(x, y))
+    graph = trace(lambda x, y: ops.mul(x, x), X, {})
+    assert square.run(graph) == 1
+
+
 # ----- qkv, gate and up, add and norm
 
 QKV = {"q": (8, 8), "k": (4, 8), "v": (4, 8)}
