@@ -14,7 +14,7 @@ from typing import Any
 
 from slipstream.errors import EngineError
 
-Attribute = bool | int | float | list[int] | list[float] | None
+Attribute = bool | int | float | str | list[int] | list[float] | None  # a str names a dtype
 
 _NAME = re.compile(r"[A-Za-z_][\w.+-]{0,255}", re.ASCII)
 MAX_NODES = 100_000  # ten a layer are usual
@@ -182,6 +182,8 @@ def _node(entry: dict[str, Any]) -> Node:
 
 
 def _attribute(value: Any) -> Attribute:
+    if isinstance(value, str):
+        return _dtype(value)
     for item in value if isinstance(value, list) else [value]:
         is_number = type(item) in (int, float) and abs(item) < 2**63  # which NaN is not
         if not is_number and (isinstance(value, list) or (item is not None and type(item) is not bool)):

@@ -9,6 +9,6 @@ Importing this package registers every op below `slipstream::`.
 
 from slipstream.kernels import activation, arithmetic, embedding, norm, rope
 from slipstream.kernels.attention import paged
-from slipstream.kernels.linear import dense
+from slipstream.kernels.linear import dense, fp8, w4a16, w8a8, w8a16
 
-__all__ = ["activation", "arithmetic", "dense", "embedding", "norm", "paged", "rope"]
+__all__ = ["activation", "arithmetic", "dense", "embedding", "fp8", "norm", "paged", "rope", "w4a16", "w8a8", "w8a16"]

@@ -11,13 +11,13 @@ _LIBRARY = torch.library.Library("slipstream", "DEF")
 _OPS: dict[str, "Op"] = {}
 
 _SCHEMA = re.compile(r"(?P<name>\w+)\((?P<arguments>.*)\) -> (?P<returns>.+)")
-_ARGUMENT = re.compile(r"(?P<kind>Tensor\??|Tensor\(a!\)|Tensor\[\]|float|int|int\[\]|bool) (?P<name>\w+)(= *\w+)?")
+_ARGUMENT = re.compile(r"(?P<kind>Tensor\??|Tensor\(a!\)|Tensor\[\]|float|int|int\[\]|bool|str) (?P<name>\w+)(= *\w+)?")
 
 
 @dataclass(frozen=True)
 class Argument:
     name: str
-    kind: str  # Tensor, Tensor?, Tensor[], float, int, int[], bool
+    kind: str  # Tensor, Tensor?, Tensor[], float, int, int[], bool, str (a dtype)
     is_mutated: bool = False
 
     @property

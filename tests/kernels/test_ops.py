@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import slipstream.kernels  # noqa: F401 - registers the ops
+from slipstream.kernels.linear import w4a16
 from slipstream.kernels.registry import Op, known_ops
 
 CPU = torch.device("cpu")
@@ -162,6 +163,78 @@ def naive_silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
+# ----- quantized linears
+
+
+def eight_bits(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+
+
+def naive_quantized(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, order: Tensor | None, bias: Tensor, group_size: int
+) -> Tensor:
+    """One number of the weight after the other; 4-bit values come as bytes of two."""
+    num_in, num_out = x.shape[1], packed.shape[0]
+    weight = torch.zeros(num_out, num_in, dtype=torch.float64)
+    for n in range(num_out):
+        for j in range(num_in):
+            group, column = j // (group_size or num_in), j if order is None else int(order[j])
+            if packed.dtype == torch.uint8:
+                value = (int(packed[n, j // 2]) >> (4 * (j % 2))) % 16 - (8 if zero is None else int(zero[n, group]))
+            else:
+                value = float(packed[n, j]) - (0 if zero is None else int(zero[n, group]))
+            weight[n, column] = value * scale[n, group]
+    return x @ weight.t() + bias
+
+
+def naive_quantized_activations(
+    x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor, group: int, x_group: int, _dtype: str
+) -> Tensor:
+    x = x.double().clone()
+    for row in range(len(x)):
+        for j in range(x.shape[1]):
+            x[row, j] *= x_scale[row, j // (x_group or x.shape[1])]
+    return naive_quantized(x, packed, scale, None, None, bias, group)
+
+
+E4M3_VALUES = torch.tensor(
+    [
+        (-1) ** sign * (mantissa / 8 * 2**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+        for sign in (0, 1)
+        for exponent in range(16)
+        for mantissa in range(8)
+        if (exponent, mantissa) != (15, 7)
+    ],
+    dtype=torch.float64,
+)
+INT8_VALUES = torch.arange(-128, 128, dtype=torch.float64)
+
+
+def activations_to_quantize(generator: torch.Generator, num_tokens: int, values: Tensor) -> Tensor:
+    """24 columns whose every 8 have a power of two as their scale, all away from the middle between two values."""
+    picked = values[whole(generator, len(values), num_tokens, 3, 8)]
+    picked = picked.clamp(-values.max(), values.max()) * 0.999
+    picked[:, :, 3] = values.max()
+    return (picked * 2.0 ** whole(generator, 6, num_tokens, 3, 1)).flatten(1).float()
+
+
+def naive_quantize(values: Tensor) -> Callable[..., list[Tensor]]:
+    def quantize(x: Tensor, input_scale: float, group_size: int) -> list[Tensor]:
+        size = group_size or x.shape[1]
+        scales = torch.full((len(x), x.shape[1] // size), input_scale, dtype=torch.float64)
+        result = torch.zeros_like(x)
+        for row in range(len(x)):
+            for group in range(x.shape[1] // size):
+                part = x[row, group * size : (group + 1) * size]
+                scales[row, group] = input_scale or part.abs().max() / values.max()
+                for column, number in enumerate(part):
+                    nearest = (values - number / scales[row, group]).abs().argmin()
+                    result[row, group * size + column] = values[nearest]
+        return [result, scales]
+
+    return quantize
+
+
 CASES: dict[str, Case] = {
     "add": Case(lambda g, t: (numbers(g, t, 24), numbers(g, t, 24)), lambda x, y: x + y),
     "mul": Case(lambda g, t: (numbers(g, t, 24), numbers(g, t, 24)), lambda x, y: x * y),
@@ -187,6 +260,72 @@ CASES: dict[str, Case] = {
         lambda g, t: (numbers(g, t, 24), numbers(g, 10, 24) / 5, numbers(g, 10)),
         lambda x, weight, bias: (x[:, None] * weight).sum(2) + bias,
     ),
+    "linear_w4a16": Case(
+        lambda g, t: (
+            numbers(g, t, 24),
+            whole(g, 256, 10, 12).to(torch.uint8),
+            numbers(g, 10, 3) / 60,
+            whole(g, 16, 10, 3).to(torch.uint8),
+            torch.randperm(24, generator=g).int(),
+            numbers(g, 10),
+            8,
+        ),
+        naive_quantized,
+    ),
+    "linear_w8a16": Case(
+        lambda g, t: (
+            numbers(g, t, 24),
+            eight_bits(g, 10, 24),
+            numbers(g, 10, 3) / 900,
+            eight_bits(g, 10, 3),
+            torch.randperm(24, generator=g).int(),
+            numbers(g, 10),
+            8,
+        ),
+        naive_quantized,
+    ),
+    "linear_fp8a16": Case(
+        lambda g, t: (
+            numbers(g, t, 24),
+            (numbers(g, 10, 24) * 90).to(torch.float8_e4m3fn),
+            numbers(g, 10, 2) / 900,
+            numbers(g, 10),
+            16,
+        ),
+        lambda x, packed, scale, bias, group: naive_quantized(x, packed, scale, None, None, bias, group),
+    ),
+    "linear_w8a8": Case(
+        lambda g, t: (
+            eight_bits(g, t, 24),
+            numbers(g, t, 1).abs() / 90,
+            eight_bits(g, 10, 24),
+            numbers(g, 10, 1) / 900,
+            numbers(g, 10),
+            0,
+            0,
+            "float32",
+        ),
+        naive_quantized_activations,
+    ),
+    "linear_fp8": Case(
+        lambda g, t: (
+            (numbers(g, t, 24) * 90).to(torch.float8_e4m3fn),
+            numbers(g, t, 2).abs() / 200,
+            (numbers(g, 10, 24) * 90).to(torch.float8_e4m3fn),
+            numbers(g, 10, 2) / 900,
+            numbers(g, 10),
+            16,
+            16,
+            "float32",
+        ),
+        naive_quantized_activations,
+    ),
+    "quantize_w8a8": Case(
+        lambda g, t: (activations_to_quantize(g, t, INT8_VALUES), 0.0, 8), naive_quantize(INT8_VALUES)
+    ),
+    "quantize_fp8": Case(
+        lambda g, t: (activations_to_quantize(g, t, E4M3_VALUES), 0.0, 8), naive_quantize(E4M3_VALUES)
+    ),
     "rms_norm": Case(lambda g, t: (numbers(g, t, 24), numbers(g, 24), 1e-5), naive_rms_norm),
     "add_rms_norm": Case(
         lambda g, t: (numbers(g, t, 24), numbers(g, t, 24), numbers(g, 24), 1e-5),
@@ -203,7 +342,9 @@ CASES: dict[str, Case] = {
     "rope_kv_write": Case(rope_kv_write_inputs, naive_rope_kv_write),
     "attention": Case(lambda g, t: attention_inputs(g, chunks_of(t)), naive_attention),
 }
-FLOAT32_ONLY = {"rope_cos_sin"}  # angles are float32 whatever the engine's dtype
+# Angles and scales are float32 whatever the engine's dtype; a product of 8-bit numbers is in the dtype it is asked for.
+FLOAT32_ONLY = {"rope_cos_sin", "linear_w8a8", "linear_fp8", "quantize_w8a8", "quantize_fp8"}
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)  # what quantizing gives
 
 
 # ----- the runner
@@ -234,7 +375,7 @@ def check(op: Op, function: Callable[..., Any], arguments: tuple[Any, ...], dtyp
     expected = as_list(CASES[op.name].expected(*naive_arguments)) + mutated(op, naive_arguments)
     assert len(actual) == len(expected)
     for ours, naive in zip(actual, expected, strict=True):
-        assert ours.dtype == dtype
+        assert ours.dtype == dtype or (op.name.startswith("quantize_") and ours.dtype in EIGHT_BITS)
         torch.testing.assert_close(ours.double(), naive, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
 
 
@@ -270,7 +411,7 @@ def test_a_kernel_reads_strided_views_as_it_reads_their_copies(
     arguments = [cast(value, dtype) for value in inputs_of(op, num_tokens)]
 
     def columns_of_wider(x: Tensor) -> Tensor:
-        return torch.cat([torch.full_like(x[:, :3], math.nan), x, torch.full_like(x[:, :2], math.nan)], 1)[:, 3:-2]
+        return torch.cat([x.new_full((len(x), 3), math.nan), x, x.new_full((len(x), 2), math.nan)], 1)[:, 3:-2]
 
     def columns_first(x: Tensor) -> Tensor:
         return x.t().contiguous().t()
@@ -285,7 +426,7 @@ def test_a_kernel_reads_strided_views_as_it_reads_their_copies(
         actual = as_list(function(*viewed)) + mutated(op, viewed)
         for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(
-                ours, theirs, rtol=1e-6, atol=1e-6 if dtype == torch.float32 else 1e-2, equal_nan=True
+                ours.float(), theirs.float(), rtol=1e-6, atol=1e-6 if dtype == torch.float32 else 1e-2, equal_nan=True
             )
 
 
@@ -376,3 +517,42 @@ def test_linear_without_a_bias() -> None:
     for kernel in known_ops()["linear"].candidates(CPU, torch.float32).values():
         x, weight, _ = inputs_of(known_ops()["linear"], 7)
         torch.testing.assert_close(kernel.function(x, weight, None), x @ weight.t())
+
+
+@pytest.mark.parametrize(("name", "largest"), [("quantize_w8a8", 127.0), ("quantize_fp8", 448.0)])
+def test_activations_are_quantized_by_row_or_by_a_given_scale(name: str, largest: float) -> None:
+    quantize = known_ops()[name].reference
+    x = torch.tensor([[0.0, 0.0, 0.0], [1.0, -2.0, 4.0], [-largest, 1e9, -1e9]])
+    values, scales = quantize(x, 0.0, 0)
+    torch.testing.assert_close(scales[1:, 0], torch.tensor([4 / largest, 1e9 / largest]))
+    assert values[0].float().tolist() == [0, 0, 0]
+    assert values[1, 2] == largest
+    values, scales = quantize(x, 0.5, 0)
+    assert scales.tolist() == [[0.5]] * 3
+    assert values[1].float().tolist() == [2, -4, 8]
+    assert values[2, 1] == largest
+    assert values[2, 2] in (-largest, -largest - 1)
+    values, scales = quantize(torch.ones(2, 5), 0.0, 4)  # the last group is shorter
+    assert scales.shape == (2, 2)
+    assert (values.float() == largest).all()
+
+
+@pytest.mark.parametrize("num_in", [1, 2, 7, 8])
+def test_four_bits_are_unpacked_as_they_were_packed(num_in: int) -> None:
+    values = torch.randint(16, (3, num_in), generator=torch.Generator().manual_seed(SEED), dtype=torch.uint8)
+    packed = w4a16.pack(values)
+    assert packed.shape == (3, -(-num_in // 2))
+    assert torch.equal(w4a16.unpack(packed, num_in), values)
+
+
+@pytest.mark.parametrize("name", ["linear_w4a16", "linear_w8a16"])
+def test_weights_without_zeros_order_or_groups(name: str) -> None:
+    op = known_ops()[name]
+    x, packed, scale, _, _, bias, _ = inputs_of(op, 7)
+    for arguments in ((x, packed, scale, None, None, bias, 8), (x, packed, scale[:, :1], None, None, bias, 0)):
+        torch.testing.assert_close(
+            op.reference(*arguments).double(),
+            naive_quantized(*(cast(value, torch.float64) for value in arguments)),
+            atol=2e-5,
+            rtol=2e-5,
+        )

@@ -17,7 +17,13 @@ from slipstream.kernels.registry import Argument, Op, known_ops
 
 StepFunction = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 
-_KINDS: dict[str, tuple[type, ...]] = {"float": (float, int), "int": (int,), "bool": (bool,), "int[]": (list,)}
+_KINDS: dict[str, tuple[type, ...]] = {
+    "float": (float, int),
+    "int": (int,),
+    "bool": (bool,),
+    "int[]": (list,),
+    "str": (str,),
+}
 
 
 def compile_graph(graph: Graph, weights: dict[str, Tensor], choices: Choices, device: torch.device) -> StepFunction:

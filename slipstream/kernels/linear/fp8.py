@@ -1,0 +1,62 @@
+"""y = x Wᵀ + b with weights of 8 floating bits (E4M3, arXiv:2209.05433), and activations of the same, or as they are.
+
+A weight has one scale for each row, or one for each 128 columns of a row (DeepSeek's blocks, arXiv:2412.19437, whose
+128 rows repeat it). The scale of a whole tensor is repeated for its rows: q, k and v are joined without requantizing.
+"""
+
+import torch
+from torch import Tensor
+
+from slipstream.kernels.linear.groups import activation_scale, dequantize, per_column, product, quantized_shapes
+from slipstream.kernels.registry import op
+
+LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
+
+
+def _quantize_shapes(x_MK: Tensor, input_scale: float, input_group_size: int) -> tuple[Tensor, Tensor]:
+    return quantized_shapes(x_MK, input_group_size, torch.float8_e4m3fn)
+
+
+@op("quantize_fp8(Tensor x, float input_scale, int input_group_size) -> (Tensor, Tensor)", shapes=_quantize_shapes)
+def quantize_fp8(x_MK: Tensor, input_scale: float, input_group_size: int) -> tuple[Tensor, Tensor]:
+    """x / scale as E4M3, beyond 448 cut off, and the scales float32 [M, G].
+
+    A scale is the largest magnitude of its row (or group of columns) / 448, or input_scale where that is not 0.
+    """
+    scale_MG = activation_scale(x_MK, input_scale, input_group_size, LARGEST)
+    scaled_MK = x_MK.float() / per_column(scale_MG, x_MK.shape[1], input_group_size)
+    return scaled_MK.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale_MG
+
+
+def _shapes(
+    x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
+    input_group_size: int, dtype: str,
+) -> Tensor:  # fmt: skip
+    return x_MK.new_empty(x_MK.shape[0], packed_NK.shape[0], dtype=getattr(torch, dtype))
+
+
+@op(
+    "linear_fp8(Tensor x, Tensor x_scale, Tensor packed, Tensor scale, Tensor? bias, int group_size, "
+    "int input_group_size, str dtype) -> Tensor",
+    shapes=_shapes,
+)
+def linear_fp8(
+    x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
+    input_group_size: int, dtype: str,
+) -> Tensor:  # fmt: skip
+    """x E4M3 and its scale as quantize_fp8 gives them, packed E4M3 [N, K]; the result is in dtype."""
+    x_MK = dequantize(x_MK, x_scale_MG, None, input_group_size)
+    return product(x_MK, dequantize(packed_NK, scale_NG, None, group_size), bias_N, getattr(torch, dtype))
+
+
+def _weight_only_shapes(x_MK: Tensor, packed_NK: Tensor, *_: object) -> Tensor:
+    return x_MK.new_empty(x_MK.shape[0], packed_NK.shape[0])
+
+
+@op(
+    "linear_fp8a16(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int group_size) -> Tensor",
+    shapes=_weight_only_shapes,
+)
+def linear_fp8a16(x_MK: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int) -> Tensor:
+    """packed E4M3 [N, K], x as it is."""
+    return product(x_MK, dequantize(packed_NK, scale_NG, None, group_size), bias_N, x_MK.dtype)

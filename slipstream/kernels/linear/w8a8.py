@@ -1,0 +1,45 @@
+"""y = x Wᵀ + b with weights and activations of 8 bits (SmoothQuant, LLM.int8: arXiv:2211.10438, 2208.07339)."""
+
+import torch
+from torch import Tensor
+
+from slipstream.kernels.linear.groups import activation_scale, dequantize, per_column, product, quantized_shapes
+from slipstream.kernels.registry import op
+
+LARGEST = 127
+
+
+def _quantize_shapes(x_MK: Tensor, input_scale: float, input_group_size: int) -> tuple[Tensor, Tensor]:
+    return quantized_shapes(x_MK, input_group_size, torch.int8)
+
+
+@op("quantize_w8a8(Tensor x, float input_scale, int input_group_size) -> (Tensor, Tensor)", shapes=_quantize_shapes)
+def quantize_w8a8(x_MK: Tensor, input_scale: float, input_group_size: int) -> tuple[Tensor, Tensor]:
+    """x / scale, rounded half to even, as int8, and the scales float32 [M, G].
+
+    A scale is the largest magnitude of its row (or group of columns) / 127, or input_scale where that is not 0.
+    """
+    scale_MG = activation_scale(x_MK, input_scale, input_group_size, LARGEST)
+    scaled_MK = x_MK.float() / per_column(scale_MG, x_MK.shape[1], input_group_size)
+    return scaled_MK.round_().clamp_(-LARGEST - 1, LARGEST).to(torch.int8), scale_MG
+
+
+def _shapes(
+    x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
+    input_group_size: int, dtype: str,
+) -> Tensor:  # fmt: skip
+    return x_MK.new_empty(x_MK.shape[0], packed_NK.shape[0], dtype=getattr(torch, dtype))
+
+
+@op(
+    "linear_w8a8(Tensor x, Tensor x_scale, Tensor packed, Tensor scale, Tensor? bias, int group_size, "
+    "int input_group_size, str dtype) -> Tensor",
+    shapes=_shapes,
+)
+def linear_w8a8(
+    x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
+    input_group_size: int, dtype: str,
+) -> Tensor:  # fmt: skip
+    """x int8 and its scale as quantize_w8a8 gives them, packed int8 [N, K]; the result is in dtype."""
+    x_MK = dequantize(x_MK, x_scale_MG, None, input_group_size)
+    return product(x_MK, dequantize(packed_NK, scale_NG, None, group_size), bias_N, getattr(torch, dtype))
