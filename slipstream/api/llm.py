@@ -20,6 +20,7 @@ from typing import Any, Self, overload
 from slipstream.api.handles import BeamHandle, Handle, SamplingHandle
 from slipstream.api.outputs import CompletionOutput, RequestOutput, ScoreOutput
 from slipstream.build.cache import cached_engine, device_for, tuned_choices
+from slipstream.build.extensions import import_plugin
 from slipstream.checkpoint.source import resolve
 from slipstream.engine.folder import TOKENIZER_FOLDER, open_engine
 from slipstream.errors import CapacityError, EngineError, ModelError, RequestError
@@ -59,6 +60,8 @@ class LLM:
         queue_policy: str = "fifo",
         chat_template: str | None = None,
         disabled_passes: Sequence[str] = (),
+        extra_passes: Sequence[str] = (),
+        plugins: Sequence[str] = (),
         show_progress: bool = True,
     ) -> None:
         """
@@ -68,6 +71,8 @@ class LLM:
         kv_cache_max_tokens: size of the KV cache; by default what fits in kv_cache_free_memory_fraction of free memory.
         capacity_scheduler_policy: guaranteed_no_evict, max_utilization or static_batch. queue_policy: fifo or priority.
         chat_template: a jinja template that replaces the model's own.
+        extra_passes: rewrites of your own, "module:name" each (docs/adding/pass.md). plugins: modules to import first,
+        for an engine whose graph has ops of their own; only those named here are ever imported.
         show_progress: a bar on stderr while an engine is built, where stderr is a terminal.
         """
         watch = Stopwatch()
@@ -76,12 +81,15 @@ class LLM:
         order = _choice(QueuePolicy, "queue_policy", queue_policy)
         limits = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "max_seq_len": max_seq_len}
         _check_limits(limits)
+        for module in plugins:
+            import_plugin(module)
         source = resolve(model)
         if source.kind == "engine":
-            path = _given_engine(source.path, disabled_passes)
+            path = _given_engine(source.path, disabled_passes, extra_passes)
         else:
+            config = _build_config(dtype, disabled_passes, extra_passes, limits)
             with progress_bar(show_progress) as progress:
-                path = cached_engine(source, _build_config(dtype, disabled_passes, limits), where, progress)
+                path = cached_engine(source, config, where, progress)
         watch.lap("find or build the engine")
         self._folder = open_engine(path)
         self.manifest = self._folder.manifest
@@ -411,15 +419,17 @@ def _check_limits(limits: Mapping[str, int | None]) -> None:
             raise CapacityError(f"{name} is {limit!r}; it must be a whole number of at least 1.")
 
 
-def _given_engine(path: Path, disabled_passes: Sequence[str]) -> Path:
-    if disabled_passes:
-        raise EngineError(f"{path} is built already, so no pass can be disabled; leave it out or build again.")
+def _given_engine(path: Path, disabled_passes: Sequence[str], extra_passes: Sequence[str]) -> Path:
+    if disabled_passes or extra_passes:
+        raise EngineError(f"{path} is built already, so its passes cannot be changed; leave them out or build again.")
     return path
 
 
-def _build_config(dtype: str, disabled_passes: Sequence[str], limits: Mapping[str, int | None]) -> BuildConfig:
+def _build_config(
+    dtype: str, disabled_passes: Sequence[str], extra_passes: Sequence[str], limits: Mapping[str, int | None]
+) -> BuildConfig:
     """Only limits above the default ones make another engine; a run may always stay below what was built."""
-    default = BuildConfig(dtype=dtype, disabled_passes=tuple(disabled_passes))
+    default = BuildConfig(dtype=dtype, disabled_passes=tuple(disabled_passes), extra_passes=tuple(extra_passes))
     return replace(
         default,
         max_batch_size=max(default.max_batch_size, limits["max_batch_size"] or 0),

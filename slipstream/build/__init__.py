@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slipstream import __version__
 from slipstream.build.capture import capture
+from slipstream.build.extensions import load_passes
 from slipstream.build.memory import plan_memory
 from slipstream.build.pipeline import PassReport, run_pipeline
 from slipstream.build.tune import tune
@@ -68,13 +69,15 @@ def plan_build(
 ) -> BuildPlan:
     """The first half of a build: capture, rewrite, plan the memory. Reads no weight."""
     watch = Stopwatch()
-    limits = resolve_limits(config, checkpoint)
+    limits, extra = resolve_limits(config, checkpoint), load_passes(config.extra_passes)
     progress("capture", 0, 1)
     captured = capture(checkpoint.model.Model, checkpoint.config, checkpoint.dtype, limits.tokens_per_block)
     graph = captured.graph
     ops_captured = graph.count_ops()
     watch.lap("capture")
-    passes = run_pipeline(graph, promised=checkpoint.model.PROMISED_PASSES, disabled=config.disabled_passes)
+    passes = run_pipeline(
+        graph, promised=checkpoint.model.PROMISED_PASSES, disabled=config.disabled_passes, extra=extra
+    )
     memory = plan_memory(graph, max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size)
     watch.lap("rewrite")
     manifest = _manifest(checkpoint, limits, graph, passes, memory)
@@ -163,9 +166,16 @@ def _manifest(
         slipstream_version=__version__,
         torch_version=torch.__version__,
         passes=[asdict(report) for report in passes],
+        op_modules=_op_modules(graph),
         memory=memory,
         generation=checkpoint.generation,
     )
+
+
+def _op_modules(graph: Graph) -> list[str]:
+    """The modules outside this package that declare ops of the graph."""
+    modules = {known_ops()[op].reference.__module__ for op in graph.count_ops()}
+    return sorted(module for module in modules if module.partition(".")[0] != "slipstream")
 
 
 def _weight_reader(graph: Graph, checkpoint: Checkpoint, constants: dict[str, Tensor]) -> Callable[[str], Tensor]:

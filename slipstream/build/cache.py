@@ -15,6 +15,7 @@ import torch
 
 import slipstream
 from slipstream.build import build
+from slipstream.build.extensions import digest_of_sources
 from slipstream.build.tune import describe_device, tune
 from slipstream.checkpoint import Source, open_checkpoint
 from slipstream.engine.choices import Choices, load_choices
@@ -105,6 +106,7 @@ def _key(source: Source, config: BuildConfig, device: torch.device) -> str:
         "dtype": dtype_for(config.dtype, device),
         "device": device.type,
         "code": _code_digest(),
+        "extra passes": digest_of_sources(config.extra_passes),
         "torch": torch.__version__,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

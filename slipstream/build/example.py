@@ -8,6 +8,8 @@ from slipstream.build.rewrite import Symbol, ops
 from slipstream.build.shapes import infer_types
 from slipstream.engine.graph import Graph, Node, TensorType
 
+__all__ = ["trace"]  # public, with the names of rewrite.py
+
 _INTEGERS = ("slots", "query_starts", "kv_lens", "block_tables", "rows", "step.")
 
 
@@ -16,7 +18,11 @@ def trace(
     inputs: dict[str, tuple[int | str, ...]],
     weights: dict[str, tuple[int, ...]],
 ) -> Graph:
-    """Run the function on symbols, inputs first, then weights, in the order given."""
+    """Run the function on symbols, inputs first, then weights, in the order given; shapes as in {"x": ("T", 8)}.
+
+    Everything is float32, except that inputs named as step tensors are (slots, kv_lens, step.…) are int64.
+    Raises BuildError where an op does not take what it is given.
+    """
     names = [*inputs, *weights]
     count = len(inspect.signature(function).parameters)
     assert count <= len(names)

@@ -1,5 +1,6 @@
 """PASSES: the ordered list of rewrites. Top to bottom is the order they run in."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,10 +16,12 @@ from slipstream.build.passes import (
 )
 from slipstream.build.verify import CAPTURED, FINAL, REWRITTEN, verify
 from slipstream.engine.graph import Graph
-from slipstream.errors import BuildError
+from slipstream.errors import BuildError, SlipstreamError
 
 
 class Pass(Protocol):
+    """A name, the benefit in a few words, and run(): it rewrites the graph in place and returns how many places."""
+
     @property
     def name(self) -> str: ...
     @property
@@ -54,10 +57,13 @@ class PassReport:
     ops_after: int
 
 
-def run_pipeline(graph: Graph, *, promised: tuple[str, ...], disabled: tuple[str, ...]) -> list[PassReport]:
+def run_pipeline(
+    graph: Graph, *, promised: tuple[str, ...], disabled: tuple[str, ...], extra: Sequence[Pass] = ()
+) -> list[PassReport]:
     """Rewrite a captured graph in place into one that an engine may hold.
 
     `promised` names the passes the model file vouches for: one that finds nothing is an error, not a log line.
+    `extra` are a user's own: they see what the fusions made, and the clean-up sees what they made.
     """
     known = [each.name for each in FUSIONS]
     for name in disabled:
@@ -72,9 +78,28 @@ def run_pipeline(graph: Graph, *, promised: tuple[str, ...], disabled: tuple[str
                 f"the pass {report.name} found nothing to rewrite in a model that promises it; "
                 f"fix the model file, or disable the pass with --disable_pass {report.name}."
             )
+    reports += [_run_extra(each, graph) for each in extra]
     reports += [_run(each, graph) for each in CLEAN_UP]
     verify(graph, FINAL)
     return reports
+
+
+def _run_extra(each: Pass, graph: Graph) -> PassReport:
+    """A user's pass: whatever it raises or leaves behind, the error names it."""
+    if each.name in [known.name for known in (*FUSIONS, *CLEAN_UP)]:
+        raise BuildError(f"a pass of yours is called {each.name!r}, as one of Slipstream's own; give it another name.")
+    expected = [graph.types[name] for name in graph.outputs]
+    try:
+        report = _run(each, graph)
+        verify(graph, REWRITTEN)
+        found = [graph.types[name] for name in graph.outputs]
+        if found != expected:
+            raise BuildError(f"its outputs became {', '.join(map(str, found))}, not {', '.join(map(str, expected))}.")
+    except SlipstreamError as error:
+        raise BuildError(f"the pass {each.name} broke the graph: {str(error).rstrip('.')}.") from None
+    except Exception as error:
+        raise BuildError(f"the pass {each.name} failed with {type(error).__name__}: {error}.") from None
+    return report
 
 
 def _run(each: Pass, graph: Graph) -> PassReport:

@@ -24,6 +24,8 @@ from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.errors import BuildError
 from slipstream.kernels.registry import known_ops
 
+__all__ = ["Match", "Rewrite", "Rule", "Symbol", "ops"]  # public; docs/adding/pass.md says how they are used
+
 _COMMUTATIVE = {"add", "mul"}  # a pattern finds their operands in either order
 
 
@@ -192,10 +194,12 @@ class Rewrite:
 
 
 def _apply(graph: Graph, rule: Rule) -> int:
-    changed = 0
+    changed, sweeps = 0, len(graph.nodes) + 1  # what a sweep makes may match again, each time nearer to an end
     while found := _sweep(graph, rule):
+        if sweeps == 0:
+            raise BuildError("its pattern finds what its replacement makes, again and again; refuse that in `where`.")
         _replace(graph, rule, found)
-        changed += len(found)
+        changed, sweeps = changed + len(found), sweeps - 1
     return changed
 
 

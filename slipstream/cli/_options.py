@@ -14,6 +14,10 @@ TokenizerDir = Annotated[
 ]
 SystemPrompt = Annotated[str | None, typer.Option(help="What the model is told before the conversation.")]
 ChatTemplate = Annotated[Path | None, typer.Option(help="File with a jinja template that replaces the model's own.")]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(help="Python module to import first, which declares ops of the engine; may be given again."),
+]
 
 MaxBatchSize = Annotated[int | None, typer.Option(min=1, help="Most sequences in one step.")]
 MaxNumTokens = Annotated[int | None, typer.Option(min=1, help="Most tokens in one step, over all sequences.")]

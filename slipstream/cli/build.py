@@ -38,6 +38,12 @@ def build(
         int, typer.Option(min=1, help="Tokens in one KV block.")
     ] = BuildConfig.tokens_per_block,
     disable_pass: Annotated[list[str] | None, typer.Option(help="A rewrite to leave out; may be given again.")] = None,
+    extra_pass: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pass", help="A rewrite of your own, module:name, or the name of an installed one; may be given again."
+        ),
+    ] = None,
     device: options.Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Print the memory plan and write nothing.")] = False,
 ) -> None:
@@ -61,6 +67,7 @@ def build(
         max_seq_len=max_seq_len,
         tokens_per_block=tokens_per_block,
         disabled_passes=tuple(disable_pass or ()),
+        extra_passes=tuple(extra_pass or ()),
     )
     checkpoint = open_checkpoint(_source(checkpoint_dir, model), dtype_for(dtype, where))
     try:

@@ -46,6 +46,7 @@ def chat(
     max_seq_len: options.MaxSeqLen = None,
     kv_cache_max_tokens: options.KvCacheMaxTokens = None,
     kv_cache_free_memory_fraction: options.KvCacheFraction = 0.9,
+    plugin: options.Plugin = None,
 ) -> None:
     """Talk with a model.
 
@@ -67,6 +68,7 @@ def chat(
         kv_cache_max_tokens=kv_cache_max_tokens,
         kv_cache_free_memory_fraction=kv_cache_free_memory_fraction,
         chat_template=template,
+        plugins=plugin or (),
     )
     given = {
         "temperature": temperature,

@@ -22,6 +22,7 @@ def inspect(
     graph: Annotated[bool, typer.Option("--graph", help="Only the graph, as text: one op a line.")] = False,
     memory: Annotated[bool, typer.Option("--memory", help="Only the memory plan.")] = False,
     device: options.Device = "auto",
+    plugin: options.Plugin = None,
 ) -> None:
     """Show what an engine is for, how it was made, which kernels it runs here, and what memory it takes.
 
@@ -31,8 +32,11 @@ def inspect(
     """
     folder = engine_folder(engine_dir)
     from slipstream.build.cache import device_for
+    from slipstream.build.extensions import import_plugin
     from slipstream.engine.folder import open_engine
 
+    for module in plugin or ():
+        import_plugin(module)
     engine = open_engine(folder)
     try:
         if graph:

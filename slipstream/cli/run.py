@@ -85,6 +85,7 @@ def run(
     kv_cache_enable_block_reuse: options.BlockReuse = True,
     enable_chunked_context: options.ChunkedContext = True,
     capacity_scheduler_policy: options.CapacityPolicy = "guaranteed_no_evict",
+    plugin: options.Plugin = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Say on stderr where the time went.")] = False,
 ) -> None:
     """Generate text from prompts.
@@ -145,6 +146,7 @@ def run(
         enable_chunked_prefill=enable_chunked_context,
         capacity_scheduler_policy=capacity_scheduler_policy,
         chat_template=template,
+        plugins=plugin or (),
     )
     clock.add(llm.startup_seconds)
     with llm:

@@ -1,5 +1,6 @@
 """Manifest: config.json of an engine folder. What the graph is for, its limits, and how it was made."""
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
@@ -8,6 +9,8 @@ from slipstream.schema.build import DTYPES, MAX_BATCH_SIZE
 from slipstream.schema.model import MAX_LAYERS
 
 _LARGEST = {"max_batch_size": MAX_BATCH_SIZE, "num_layers": MAX_LAYERS}  # these many things are made at once
+
+_MODULE = re.compile(r"[A-Za-z_][\w.]{0,200}", re.ASCII)
 
 FORMAT = "slipstream-engine"
 VERSION = 1
@@ -37,6 +40,7 @@ class Manifest:
     slipstream_version: str
     torch_version: str
     passes: list[dict[str, Any]] = field(default_factory=list)
+    op_modules: list[str] = field(default_factory=list)  # modules outside this package that declare ops of the graph
     memory: dict[str, int] = field(default_factory=dict)
     # the model's own generation defaults (generation_config.json)
     generation: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +95,8 @@ def _check(where: str, name: str, value: Any, kind: Any) -> None:
         ok = type(value) is int and 0 < value <= _LARGEST.get(name, 2**31)
     elif name == "memory":
         ok = isinstance(value, dict) and all(type(size) is int and 0 <= size < 2**63 for size in value.values())
+    elif name == "op_modules":
+        ok = isinstance(value, list) and all(isinstance(each, str) and _MODULE.fullmatch(each) for each in value)
     elif kind is str:
         ok = isinstance(value, str) and len(value) < 4096
     else:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+__all__ = ["kernel", "op"]  # public: a user's module may declare ops (docs/adding/pass.md)
+
 _LIBRARY = torch.library.Library("slipstream", "DEF")
 _OPS: dict[str, "Op"] = {}
 

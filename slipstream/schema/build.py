@@ -15,6 +15,7 @@ class BuildConfig:
     max_seq_len: int | None = None  # prompt + output of one sequence; default: the model's own limit
     tokens_per_block: int = 16  # KV block size
     disabled_passes: tuple[str, ...] = ()
+    extra_passes: tuple[str, ...] = ()  # a user's own, "module:name" each, run after the fusions
 
 
 class CapacityPolicy(StrEnum):

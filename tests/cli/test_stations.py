@@ -94,6 +94,12 @@ MISTAKES = [
     (["build", "--output_dir", "{talker}", "--model", "{talker}"], "is not empty and holds no slipstream-engine"),
     (["build", "--output_dir", "{talker}/config.json", "--model", "{talker}"], "config.json"),
     (["build", "--dry_run", "--model", "{talker}", "--disable_pass", "fuse"], "no pass to disable is called 'fuse'"),
+    (
+        ["build", "--dry_run", "--model", "{talker}", "--pass", "nowhere:PASS"],
+        "The module 'nowhere' cannot be imported",
+    ),
+    (["build", "--dry_run", "--model", "{talker}", "--pass", "fuse_all"], "offers a pass called 'fuse_all'"),
+    (["inspect", "{engine}", "--plugin", "nowhere"], "The module 'nowhere' cannot be imported"),
     (["build", "--dry_run", "--model", "{talker}", "--max_seq_len", "9999"], "max_seq_len is 9999"),
     (["build", "--dry_run", "--model", "{talker}", "--max_num_tokens", "3"], "max_num_tokens is 3"),
     (["build", "--dry_run", "--model", "{talker}", "--dtype", "fp7"], "dtype is 'fp7'"),

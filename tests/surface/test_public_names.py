@@ -15,6 +15,12 @@ STATIONS = {  # not at the root, where the packages `build` and `checkpoint` hav
     "slipstream.build": "build",
 }
 
+REWRITING = {  # what a pass outside the package is written with
+    "slipstream.build.rewrite": ["Match", "Rewrite", "Rule", "Symbol", "ops"],
+    "slipstream.build.example": ["trace"],
+    "slipstream.kernels.registry": ["kernel", "op"],
+}
+
 
 def test_all_is_the_recorded_list() -> None:
     assert sorted(slipstream.__all__) == sorted(PUBLIC)
@@ -29,6 +35,11 @@ def test_each_name_can_be_imported(name: str) -> None:
 @pytest.mark.parametrize(("module", "name"), STATIONS.items())
 def test_each_station_has_its_function(module: str, name: str) -> None:
     assert callable(getattr(import_module(module), name))
+
+
+@pytest.mark.parametrize("module", REWRITING)
+def test_the_names_of_rewriting_are_public(module: str) -> None:
+    assert sorted(import_module(module).__all__) == REWRITING[module]
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
