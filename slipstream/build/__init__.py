@@ -19,13 +19,14 @@ from slipstream.build.memory import plan_memory
 from slipstream.build.pipeline import PassReport, run_pipeline
 from slipstream.build.tune import tune
 from slipstream.checkpoint.folder import Checkpoint, new_folder
+from slipstream.engine.choices import Choices
 from slipstream.engine.folder import CACHE_FILE, RANK_FILE, TOKENIZER_FOLDER, write_rank_file
 from slipstream.engine.graph import Graph, Node
 from slipstream.engine.manifest import FORMAT, Manifest
 from slipstream.errors import BuildError
 from slipstream.kernels.registry import known_ops
 from slipstream.progress import Progress, Stopwatch
-from slipstream.schema.build import MAX_BATCH_SIZE, BuildConfig
+from slipstream.schema.build import MAX_BATCH_SIZE, PLUGINS, BuildConfig
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ def plan_build(
     """The first half of a build: capture, rewrite, plan the memory. Reads no weight."""
     watch = Stopwatch()
     limits, extra = resolve_limits(config, checkpoint), load_passes(config.extra_passes)
+    for name in config.disabled_plugins:
+        if name not in PLUGINS:
+            raise BuildError(f"no plugin to disable is called {name!r}; the plugins are {', '.join(PLUGINS)}.")
     progress("capture", 0, 1)
     captured = capture(checkpoint.model.Model, checkpoint.config, checkpoint.dtype, limits.tokens_per_block)
     graph = captured.graph
@@ -80,7 +84,7 @@ def plan_build(
     )
     memory = plan_memory(graph, max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size)
     watch.lap("rewrite")
-    manifest = _manifest(checkpoint, limits, graph, passes, memory)
+    manifest = _manifest(checkpoint, limits, graph, passes, config.disabled_plugins, memory)
     return BuildPlan(manifest, graph, captured.constants, passes, ops_captured, watch.seconds)
 
 
@@ -90,9 +94,15 @@ def write_engine(
     output_dir: str | Path,
     *,
     device: str = "cpu",
+    known_choices: Choices | None = None,
+    measure_kernels: bool = True,
     progress: Progress = lambda stage, done, total: None,
 ) -> BuildReport:
-    """The second half: measure the kernels on this device and write the folder, streaming the weights through."""
+    """The second half: measure the kernels on this device and write the folder, streaming the weights through.
+
+    known_choices: measured on this device before, for this model or one with ops like its own; not measured again.
+    measure_kernels: False leaves each op with its newest candidate, for a build that cannot wait.
+    """
     watch = Stopwatch()
     graph, manifest = plan.graph, plan.manifest
     folder, written = Path(output_dir), 0
@@ -105,6 +115,8 @@ def write_engine(
     with new_folder(folder, FORMAT) as description:  # first of all: a folder that cannot be used is known at once
         choices = tune(
             graph, torch.device(device), max_num_tokens=manifest.max_num_tokens, max_batch_size=manifest.max_batch_size,
+            disabled_plugins=manifest.disabled_plugins, known=known_choices.kernels if known_choices else {},
+            measure=measure_kernels,
             progress=lambda done, total: progress("tune", done, total),
         )  # fmt: skip
         watch.lap("tune")
@@ -143,7 +155,12 @@ def resolve_limits(config: BuildConfig, checkpoint: Checkpoint) -> Limits:
 
 
 def _manifest(
-    checkpoint: Checkpoint, limits: Limits, graph: Graph, passes: list[PassReport], memory: dict[str, int]
+    checkpoint: Checkpoint,
+    limits: Limits,
+    graph: Graph,
+    passes: list[PassReport],
+    disabled_plugins: tuple[str, ...],
+    memory: dict[str, int],
 ) -> Manifest:
     config = checkpoint.config
     selected = graph.types[graph.outputs[0]].shape[0] == "R"
@@ -167,6 +184,7 @@ def _manifest(
         torch_version=torch.__version__,
         passes=[asdict(report) for report in passes],
         op_modules=_op_modules(graph),
+        plugins={name: "disabled" if name in disabled_plugins else "measured" for name in PLUGINS},
         memory=memory,
         generation=checkpoint.generation,
     )

@@ -78,7 +78,8 @@ def tuned_choices(engine: Engine, device: torch.device) -> Choices:
     if choices is None:
         limits = engine.manifest
         choices = tune(
-            engine.graph, device, max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size
+            engine.graph, device, max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size,
+            disabled_plugins=limits.disabled_plugins,
         )  # fmt: skip
         with contextlib.suppress(OSError):  # a read-only folder is measured again next time
             choices.save(path)

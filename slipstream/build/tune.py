@@ -2,7 +2,8 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from slipstream.engine.choices import ROW_BUCKETS, Choices, key_of
 from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.kernels.registry import Kernel, Op, known_ops
+from slipstream.schema.build import PLUGINS
 
 _COLD_BYTES = 96 << 20  # weights cycled through while timing, so that no cache level holds them as none will in a step
 # The fastest of many single calls counts: on a shared machine a neighbour spoils most, rarely all.
@@ -44,14 +46,29 @@ def tune(
     *,
     max_num_tokens: int,
     max_batch_size: int,
+    disabled_plugins: Iterable[str] = (),
+    known: Mapping[str, list[str]] = {},
+    measure: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Choices:
-    """Time every op that has a choice here. Ops that need a live step (attention) take their first candidate."""
+    """Time every op that has a choice here. Ops that need a live step (attention) take their newest candidate.
+
+    disabled_plugins: of schema/build.py: PLUGINS; their ops take the reference, unmeasured.
+    known: choices measured on this device before, which are not measured again.
+    measure: False leaves each other op with its newest candidate.
+    """
+    plain = [pattern for name in disabled_plugins for pattern in PLUGINS[name]]
+    kernels: dict[str, list[str]] = {}
     todo: dict[str, Node] = {}
     for node in graph.nodes:
-        if _is_measurable(node, graph) and len(_candidates(node, graph, device)) > 1:
-            todo.setdefault(key_of(node, graph.types), node)
-    kernels: dict[str, list[str]] = {}
+        key = key_of(node, graph.types)
+        if any(fnmatchcase(node.op, pattern) for pattern in plain):
+            kernels[key] = ["reference"] * len(ROW_BUCKETS)
+        elif _is_measurable(node, graph) and len(_candidates(node, graph, device)) > 1:
+            if key in known:
+                kernels[key] = list(known[key])
+            elif measure:
+                todo.setdefault(key, node)
     with torch.inference_mode():
         for done, (key, node) in enumerate(todo.items()):
             progress(done, len(todo))

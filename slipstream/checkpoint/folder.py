@@ -66,17 +66,10 @@ class Checkpoint:
 
 @contextmanager
 def new_folder(folder: Path, file_format: str) -> Iterator[dict[str, Any]]:
-    """Make or overwrite one of our folders: config.json goes first and comes back last, with what the block put in.
-
-    Refuses a folder that holds something else, so that --output_dir cannot land in a user's own files.
-    """
+    """Make or overwrite one of our folders: config.json goes first and comes back last, with what the block put in."""
+    check_new_folder(folder, file_format)
     config_path = folder / "config.json"
     try:
-        is_in_use = folder.exists() and any(folder.iterdir())
-        if is_in_use and _format_of(config_path) != file_format:
-            raise ModelError(
-                f"{folder} is not empty and holds no {file_format}; give an --output_dir that is new or empty."
-            )
         folder.mkdir(parents=True, exist_ok=True)
         config_path.unlink(missing_ok=True)
         description: dict[str, Any] = {"format": file_format, "version": VERSION}
@@ -85,7 +78,23 @@ def new_folder(folder: Path, file_format: str) -> Iterator[dict[str, Any]]:
         partial.write_text(json.dumps(description, indent=1) + "\n")
         partial.replace(config_path)
     except OSError as error:  # a read-only place, a full disk
-        raise ModelError(f"{folder} cannot be written ({error.strerror}); give another --output_dir.") from None
+        raise _not_writable(folder, error) from None
+
+
+def check_new_folder(folder: Path, file_format: str) -> None:
+    """Refuse a folder that holds something else, so that --output_dir cannot land in a user's own files."""
+    try:
+        is_in_use = folder.exists() and any(folder.iterdir())
+    except OSError as error:  # a file, a folder that cannot be read
+        raise _not_writable(folder, error) from None
+    if is_in_use and _format_of(folder / "config.json") != file_format:
+        raise ModelError(
+            f"{folder} is not empty and holds no {file_format}; give an --output_dir that is new or empty."
+        )
+
+
+def _not_writable(folder: Path, error: OSError) -> ModelError:
+    return ModelError(f"{folder} cannot be written ({error.strerror}); give another --output_dir.")
 
 
 def _format_of(config_path: Path) -> object:

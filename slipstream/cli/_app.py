@@ -9,7 +9,9 @@ import typer
 from typer.core import TyperCommand
 
 from slipstream import __version__
+from slipstream.cli._arguments import OwnOptions, answer_seed_flags, underscored
 from slipstream.cli._errors import plain_errors
+from slipstream.cli._seed_flags import help_rows
 from slipstream.errors import UsageError
 
 
@@ -21,20 +23,34 @@ class VerbCommand(TyperCommand):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.context_settings = {**(self.context_settings or {}), "token_normalize_func": _underscored}
+        self.context_settings = {**(self.context_settings or {}), "token_normalize_func": _dashes_to_underscores}
         for option in self.params:
-            option.opts = [_underscored_option(name) for name in option.opts]
-            option.secondary_opts = [_underscored_option(name) for name in option.secondary_opts]
+            option.opts = [underscored(name) for name in option.opts]
+            option.secondary_opts = [underscored(name) for name in option.secondary_opts]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        typed = list(args)
+        typed = args = answer_seed_flags(self.name or "", args, self._own_options(ctx))
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, list(args))
         except typer.BadParameter as error:
             sentence = _name_the_value(error, typed)
             if sentence is None:
                 raise
             raise UsageError(sentence) from None
+
+    def _own_options(self, ctx: Any) -> OwnOptions:
+        switches, single, repeatable = list[str](), list[str](), list[str]()
+        for option in self.get_params(ctx):  # --help is one of them
+            if option.param_type_name == "option":
+                group = switches if getattr(option, "is_flag", False) else repeatable if option.multiple else single
+                group += [*option.opts, *option.secondary_opts]
+        return OwnOptions(switches, single, repeatable)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        super().format_options(ctx, formatter)
+        if rows := help_rows(self.name or ""):
+            with formatter.section("Flags of TensorRT-LLM"):
+                formatter.write_dl(rows)
 
     def invoke(self, ctx: Any) -> Any:
         # Inside typer's own handlers, which would turn Ctrl-C and a closed pipe into messages of theirs.
@@ -88,15 +104,11 @@ def _name_the_value(error: Any, typed: list[str]) -> str | None:
     names = error.param.opts
     for argument, following in reversed([*zip(typed, [*typed[1:], ""], strict=True)]):  # the last one counts
         name, is_joined, value = argument.partition("=")
-        if _underscored_option(name) in names:
+        if underscored(name) in names:
             rule = rule.partition(",")[0].removesuffix(".")
             return f"{names[0]} is {value if is_joined else following}; it must be {rule}."
     return None
 
 
-def _underscored(name: str) -> str:
+def _dashes_to_underscores(name: str) -> str:
     return name.replace("-", "_")
-
-
-def _underscored_option(name: str) -> str:
-    return "--" + _underscored(name[2:]) if name.startswith("--") else name

@@ -25,7 +25,13 @@ MaxSeqLen = Annotated[
     int | None, typer.Option(min=1, help="Most tokens of one sequence, prompt and output.  [default: the model's own]")
 ]
 KvCacheMaxTokens = Annotated[
-    int | None, typer.Option(min=1, help="Size of the KV cache in tokens.  [default: what fits]")
+    int | None,
+    typer.Option(
+        "--kv_cache_max_tokens",
+        "--max_tokens_in_paged_kv_cache",
+        min=1,
+        help="Size of the KV cache in tokens.  [default: what fits]",
+    ),
 ]
 KvCacheFraction = Annotated[
     float,

@@ -1,5 +1,8 @@
 """slipstream build: a model becomes an engine folder."""
 
+import resource
+import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,21 +13,28 @@ from slipstream.cli import _options as options
 from slipstream.cli._tables import human_bytes, print_memory_plan, print_passes, print_table
 from slipstream.errors import UsageError
 from slipstream.progress import progress_bar
-from slipstream.schema.build import BuildConfig
+from slipstream.schema.build import PLUGINS, BuildConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from slipstream.build import BuildPlan, BuildReport
     from slipstream.checkpoint import Source
+    from slipstream.engine.choices import Choices
 
 
 def build(
     checkpoint_dir: Annotated[Path | None, typer.Option(help="Checkpoint folder, from slipstream convert.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Hugging Face folder, .gguf file, Hub id or smollm2, instead of --checkpoint_dir."),
+        typer.Option(
+            "--model",
+            "--model_dir",
+            help="Hugging Face folder, .gguf file, Hub id or smollm2: converted on the way.",
+        ),
     ] = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Engine folder to write; new, empty, or an older engine.")
+        str | None, typer.Option(help="Engine folder to write; new, empty, or an older engine.")
     ] = None,
     dtype: options.Dtype = "auto",
     max_batch_size: Annotated[
@@ -34,6 +44,10 @@ def build(
         int, typer.Option(min=1, help="Most tokens in one step, over all sequences.")
     ] = BuildConfig.max_num_tokens,
     max_seq_len: options.MaxSeqLen = BuildConfig.max_seq_len,
+    max_input_len: Annotated[
+        int | None, typer.Option(min=1, help="With --max_output_len: --max_seq_len is their sum.")
+    ] = None,
+    max_output_len: Annotated[int | None, typer.Option(min=1, help="With --max_input_len, see there.")] = None,
     tokens_per_block: Annotated[
         int, typer.Option(min=1, help="Tokens in one KV block.")
     ] = BuildConfig.tokens_per_block,
@@ -44,6 +58,18 @@ def build(
             "--pass", help="A rewrite of your own, module:name, or the name of an installed one; may be given again."
         ),
     ] = None,
+    disable_plugin: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Compute by the plain reference: {', '.join(PLUGINS)}. May be given again."),
+    ] = None,
+    input_timing_cache: Annotated[
+        Path | None, typer.Option(help="A model.cache of this machine; what it holds is not measured again.")
+    ] = None,
+    output_timing_cache: Annotated[Path | None, typer.Option(help="Copy the engine's model.cache there.")] = None,
+    fast_build: Annotated[bool, typer.Option("--fast_build", help="Do not measure the kernels.")] = False,
+    monitor_memory: Annotated[
+        bool, typer.Option("--monitor_memory", help="Say how much memory the build took at most.")
+    ] = False,
     device: options.Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Print the memory plan and write nothing.")] = False,
 ) -> None:
@@ -53,35 +79,48 @@ def build(
         slipstream build --model smollm2 --output_dir engines/smollm2 --max_batch_size 16
         slipstream build --checkpoint_dir checkpoints/smollm2 --dry_run
     """
-    if output_dir is None and not dry_run:
+    if not (output_dir or dry_run):
         raise UsageError("There is no --output_dir for the engine; give one, or --dry_run to see the memory plan only.")
     from slipstream.build import plan_build, write_engine
     from slipstream.build.cache import device_for, dtype_for
     from slipstream.checkpoint import open_checkpoint
+    from slipstream.checkpoint.folder import check_new_folder
+    from slipstream.engine.manifest import FORMAT
 
+    if output_dir:
+        check_new_folder(Path(output_dir), FORMAT)  # before anything is said or done
     where = device_for(device)
     config = BuildConfig(
         dtype=dtype,
         max_batch_size=max_batch_size,
         max_num_tokens=max_num_tokens,
-        max_seq_len=max_seq_len,
+        max_seq_len=_max_seq_len(max_seq_len, max_input_len, max_output_len),
         tokens_per_block=tokens_per_block,
         disabled_passes=tuple(disable_pass or ()),
         extra_passes=tuple(extra_pass or ()),
+        disabled_plugins=tuple(disable_plugin or ()),
     )
+    known = None if input_timing_cache is None else _known_choices(input_timing_cache, where)
     checkpoint = open_checkpoint(_source(checkpoint_dir, model), dtype_for(dtype, where))
     try:
         with progress_bar() as progress:
             plan = plan_build(checkpoint, config, progress)
         _print_plan(plan)
-        if output_dir is None or dry_run:
+        if not output_dir or dry_run:
             return
         with progress_bar() as progress:
-            report = write_engine(plan, checkpoint, output_dir, device=str(where), progress=progress)
+            report = write_engine(
+                plan, checkpoint, output_dir, device=str(where), known_choices=known, measure_kernels=not fast_build,
+                progress=progress,
+            )  # fmt: skip
     finally:
         checkpoint.close()
+    if output_timing_cache is not None:
+        _copy_choices(Path(output_dir), output_timing_cache)
     _print_report(report)
-    print(f"{output_dir}: {human_bytes(_size(output_dir))}, built in {sum(report.seconds.values()):.1f} s")
+    print(f"{output_dir}: {human_bytes(_size(Path(output_dir)))}, built in {sum(report.seconds.values()):.1f} s")
+    if monitor_memory:
+        print(f"at most {human_bytes(_peak_memory())} of memory")
 
 
 def _source(checkpoint_dir: Path | None, model: str | None) -> "Source":
@@ -103,6 +142,50 @@ def _source(checkpoint_dir: Path | None, model: str | None) -> "Source":
             f"--checkpoint_dir {checkpoint_dir} is no checkpoint; give it as --model, or convert it first."
         )
     return source
+
+
+def _max_seq_len(given: int | None, max_input_len: int | None, max_output_len: int | None) -> int | None:
+    """As before v0.10, where a build had a limit for either end; alone neither says how long a sequence is."""
+    if max_input_len is None and max_output_len is None:
+        return given
+    if given is None and max_input_len is not None and max_output_len is not None:
+        return max_input_len + max_output_len
+    print(
+        "note: no effect: --max_input_len, --max_output_len: a sequence has one limit, --max_seq_len, "
+        "which is their sum if both are given and it is not.",
+        file=sys.stderr,
+    )
+    return given
+
+
+def _known_choices(path: Path, device: "torch.device") -> "Choices | None":
+    from slipstream.build.tune import describe_device
+    from slipstream.engine.choices import load_choices
+
+    choices = load_choices(path, describe_device(device))
+    if choices is None:
+        print(
+            f"note: --input_timing_cache {path} holds no choices made on {device} here; all are measured.",
+            file=sys.stderr,
+        )
+    return choices
+
+
+def _copy_choices(engine: Path, target: Path) -> None:
+    from slipstream.engine.folder import CACHE_FILE
+
+    try:
+        shutil.copyfile(engine / CACHE_FILE, target)
+    except OSError as error:
+        raise UsageError(
+            f"--output_timing_cache {target} cannot be written ({error.strerror}); the engine holds it as {CACHE_FILE}."
+        ) from None
+
+
+def _peak_memory() -> int:
+    """Bytes this process had in memory at once; mapped files count where they are in memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _print_plan(plan: "BuildPlan") -> None:

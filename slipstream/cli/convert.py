@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from slipstream.cli._tables import human_bytes
+from slipstream.errors import UsageError
 from slipstream.progress import progress_bar
 
 
 def convert(
     model_dir: Annotated[str, typer.Option(help="Hugging Face folder, .gguf file, Hub id or smollm2.")],
-    output_dir: Annotated[Path, typer.Option(help="Checkpoint folder to write; new, empty, or an older checkpoint.")],
+    output_dir: Annotated[str, typer.Option(help="Checkpoint folder to write; new, empty, or an older checkpoint.")],
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16. auto: the one the model was published in.")
     ] = "auto",
@@ -21,13 +22,15 @@ def convert(
     Example:
         slipstream convert --model_dir models/SmolLM2-135M-Instruct --output_dir checkpoints/smollm2 --dtype bfloat16
     """
+    if not output_dir:
+        raise UsageError("--output_dir is empty; give a folder, such as checkpoints/mine, or . for this one.")
     from slipstream.checkpoint import convert as convert_model
     from slipstream.checkpoint import open_checkpoint, resolve
 
     with progress_bar() as progress:
         convert_model(model_dir, output_dir, dtype=dtype, progress=progress)
     written = open_checkpoint(resolve(output_dir))
-    tokenizer = "with" if any((output_dir / "tokenizer").iterdir()) else "without"
+    tokenizer = "with" if any((Path(output_dir) / "tokenizer").iterdir()) else "without"
     print(
         f"{output_dir}: {written.options['model_type']}, {len(written.names)} tensors, "
         f"{human_bytes(written.num_bytes)} in {written.dtype}, {tokenizer} tokenizer"

@@ -34,6 +34,9 @@ def run(
     chat: Annotated[
         bool, typer.Option("--chat", help="Each prompt is a message; the model's chat template wraps it.")
     ] = False,
+    add_special_tokens: Annotated[
+        bool, typer.Option(help="Put the tokenizer's first token before a prompt; no, if the prompt has its own.")
+    ] = True,
     system_prompt: options.SystemPrompt = None,
     chat_template: options.ChatTemplate = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Print the text as it comes.")] = False,
@@ -123,7 +126,7 @@ def run(
     path = choose_model(model, engine_dir)
     prompts = gather_prompts(input_text or (), input_file)
     sampling = _sampling(flags, streaming=streaming, num_prompts=len(prompts))
-    look = _Look(chat=chat, streaming=streaming, system_prompt=system_prompt)
+    look = _Look(chat=chat, streaming=streaming, system_prompt=system_prompt, add_special_tokens=add_special_tokens)
     _check_chat(look, prompts, chat_template)
     template = None if chat_template is None else read_text(chat_template, "--chat_template")
     import torch  # noqa: F401 - first and alone, for the clock
@@ -163,6 +166,7 @@ class _Look:
     chat: bool
     streaming: bool
     system_prompt: str | None
+    add_special_tokens: bool
 
     @property
     def is_bare(self) -> bool:
@@ -240,6 +244,8 @@ def _run_batch(
 
 def _wrapped(llm: "LLM", prompt: Prompt, look: _Look) -> Prompt:
     """With --chat, the message inside the template; an empty one stays empty, and is refused as any empty prompt."""
+    if isinstance(prompt, str) and not look.add_special_tokens and not look.chat:
+        return llm.tokenizer.encode(prompt, add_special_tokens=False)
     if not look.chat or not prompt:
         return prompt
     system = [] if look.system_prompt is None else [{"role": "system", "content": look.system_prompt}]

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from slipstream.errors import EngineError
-from slipstream.schema.build import DTYPES, MAX_BATCH_SIZE
+from slipstream.schema.build import DTYPES, MAX_BATCH_SIZE, PLUGINS
 from slipstream.schema.model import MAX_LAYERS
 
 _LARGEST = {"max_batch_size": MAX_BATCH_SIZE, "num_layers": MAX_LAYERS}  # these many things are made at once
@@ -41,6 +41,7 @@ class Manifest:
     torch_version: str
     passes: list[dict[str, Any]] = field(default_factory=list)
     op_modules: list[str] = field(default_factory=list)  # modules outside this package that declare ops of the graph
+    plugins: dict[str, str] = field(default_factory=dict)  # of schema/build.py: PLUGINS; "measured" or "disabled"
     memory: dict[str, int] = field(default_factory=dict)
     # the model's own generation defaults (generation_config.json)
     generation: dict[str, Any] = field(default_factory=dict)
@@ -48,6 +49,10 @@ class Manifest:
     @property
     def eos_token_ids(self) -> frozenset[int]:
         return frozenset(self._eos_values())
+
+    @property
+    def disabled_plugins(self) -> tuple[str, ...]:
+        return tuple(name for name, state in self.plugins.items() if state == "disabled")
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -97,6 +102,8 @@ def _check(where: str, name: str, value: Any, kind: Any) -> None:
         ok = isinstance(value, dict) and all(type(size) is int and 0 <= size < 2**63 for size in value.values())
     elif name == "op_modules":
         ok = isinstance(value, list) and all(isinstance(each, str) and _MODULE.fullmatch(each) for each in value)
+    elif name == "plugins":
+        ok = isinstance(value, dict) and set(value) <= set(PLUGINS) and set(value.values()) <= {"measured", "disabled"}
     elif kind is str:
         ok = isinstance(value, str) and len(value) < 4096
     else:

@@ -6,6 +6,14 @@ from enum import StrEnum
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_BATCH_SIZE = 1 << 16  # a slot of sampling state each
 
+# TensorRT-LLM's names for what may be left out of an engine: the ops that then run their plain reference (patterns).
+PLUGINS = {
+    "gpt_attention": ("*attention*", "*kv_write*"),
+    "gemm": ("linear*",),
+    "lookup": ("embedding",),
+    "rmsnorm": ("*rms_norm*",),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
@@ -16,6 +24,7 @@ class BuildConfig:
     tokens_per_block: int = 16  # KV block size
     disabled_passes: tuple[str, ...] = ()
     extra_passes: tuple[str, ...] = ()  # a user's own, "module:name" each, run after the fusions
+    disabled_plugins: tuple[str, ...] = ()  # of PLUGINS
 
 
 class CapacityPolicy(StrEnum):

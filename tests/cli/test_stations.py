@@ -86,6 +86,8 @@ def test_kernels_of_another_machine(call: Call, engine: Path, tmp_path: Path) ->
 
 MISTAKES = [
     (["build", "--model", "{talker}"], "There is no --output_dir"),
+    (["build", "--model", "{talker}", "--output_dir", ""], "There is no --output_dir"),
+    (["build", "--dry_run", "--model", "{talker}", "--disable_plugin", "x"], "no plugin to disable is called 'x'"),
     (["build", "--output_dir", "{empty}/x"], "There is no model"),
     (["build", "--output_dir", "{empty}/x", "--model", "a", "--checkpoint_dir", "b"], "both given"),
     (["build", "--output_dir", "{empty}/x", "--checkpoint_dir", "nowhere"], "nowhere is not a folder"),
@@ -109,6 +111,7 @@ MISTAKES = [
     (["convert", "--model_dir", "{talker}", "--output_dir", "{talker}"], "give another --output_dir"),
     (["convert", "--model_dir", "{talker}", "--output_dir", "{engine}"], "holds no slipstream-checkpoint"),
     (["convert", "--model_dir", "{talker}", "--output_dir", "{empty}/x", "--dtype", "x"], "dtype is 'x'"),
+    (["convert", "--model_dir", "{talker}", "--output_dir", ""], "--output_dir is empty"),
     (["convert", "--output_dir", "{empty}/x"], "Missing option '--model_dir'"),
     (["inspect", "./nowhere"], "nowhere is not a folder"),
     (["inspect", "{empty}"], "is not an engine folder"),

@@ -1,0 +1,280 @@
+"""The flags of TensorRT-LLM that are no options of ours: what each means here, or why it means nothing.
+
+From quantize.py, convert_checkpoint.py and build.py of its examples, trtllm-build, and run.py. A row is a flag and its
+answers by value: Note (nothing to do, said in a line), Refusal (it asks for what is not there), Means (our own
+options that say the same; none where that is how things are anyway). The help of each verb is printed from this table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ANY = "*"  # whatever the value
+BARE = ""  # no value: a switch
+
+
+@dataclass(frozen=True)
+class Note:
+    why: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    why: str
+
+
+@dataclass(frozen=True)
+class Means:
+    arguments: tuple[str, ...] = ()
+
+
+Answer = Note | Refusal | Means
+Answers = Mapping[str, Answer]
+SO_ANYWAY = Means()
+
+
+def note(why: str) -> Answers:
+    return {ANY: Note(why)}
+
+
+def noted_switch(why: str) -> Answers:
+    return {BARE: Note(why)}
+
+
+def switch(enable: Answer, disable: Answer) -> dict[str, Answer]:
+    """trtllm-build's `--flag enable`; `--flag` alone is the same."""
+    return {BARE: enable, "enable": enable, "disable": disable}
+
+
+def always(why: str) -> Answers:
+    return switch(SO_ANYWAY, Note(why))
+
+
+def refused(why: str, unless: tuple[str, ...] = ()) -> Answers:
+    """For `unless`, the values that ask for nothing, there is nothing to refuse."""
+    return dict.fromkeys(unless, SO_ANYWAY) | {ANY: Refusal(why)}
+
+
+def refused_switch(why: str) -> Answers:
+    return {BARE: Refusal(why)}
+
+
+_PLUGIN_DTYPES = ("float32", "float16", "bfloat16", "int32", "fp8", "nvfp4")
+_MEASURED = "each op gets the kernel that the build measures to be fastest, in the engine's own dtype"
+_NO_OP = "no op here is computed by it"
+_ONE_DEVICE = "an engine runs on one device so far; give 1 or leave it out"
+_NO_QUANTIZING = (
+    "quantizing is not here yet; leave it out to build in --dtype, or give a model that was published quantized"
+)
+_QUANTIZES_ONLY = "it matters to quantizing only"
+_NO_SPECULATION = "speculative decoding is not here yet; leave it out, the texts are the same without it"
+_NO_ADAPTERS = "adapters (LoRA, prompt tuning) are not here yet; merge them into the weights first"
+_FROM_CONFIG = "the model's config.json says it"
+_PER_REQUEST = "every engine gives logprobs of prompts and outputs; a request asks for them (SamplingParams)"
+_NO_FILES = "outputs are not written to files yet; redirect stdout, or use LLM.generate"
+_ONE_PROCESS = "one process builds the one engine file"
+_ALWAYS_PACKED = "input is always packed, without padding"
+_ALWAYS_PAGED = "the KV cache is always paged"
+_LEVELS = "errors are one sentence each; SLIPSTREAM_DEBUG=1 adds the traceback"
+
+
+def plugin(name: str) -> Answers:
+    """`disable` takes the op's plain reference; any dtype leaves the choice to measurement."""
+    return switch(SO_ANYWAY, Means(("--disable_plugin", name))) | _dtypes(Note(_MEASURED)) | {"auto": SO_ANYWAY}
+
+
+def other_plugin(why: str = _NO_OP) -> Answers:
+    return switch(Note(why), SO_ANYWAY) | _dtypes(Note(why)) | {"auto": Note(why)}
+
+
+def _dtypes(answer: Answer) -> dict[str, Answer]:
+    return dict.fromkeys(_PLUGIN_DTYPES, answer)
+
+
+QUANTIZING: dict[str, Answers] = {
+    "--qformat": refused(_NO_QUANTIZING, unless=("full_prec",)),
+    "--kv_cache_dtype": refused("the KV cache is kept in the engine's dtype so far; leave it out", unless=("auto",)),
+    "--use_weight_only": refused_switch(_NO_QUANTIZING),
+    "--weight_only_precision": refused(_NO_QUANTIZING),
+    "--int8_kv_cache": refused_switch("the KV cache is kept in the engine's dtype so far; leave it out"),
+    "--fp8_kv_cache": refused_switch("the KV cache is kept in the engine's dtype so far; leave it out"),
+    "--smoothquant": refused(_NO_QUANTIZING),
+    "--use_smooth_quant": refused_switch(_NO_QUANTIZING),
+    "--per_channel": refused_switch(_NO_QUANTIZING),
+    "--per_token": refused_switch(_NO_QUANTIZING),
+    "--enable_fp8": refused_switch(_NO_QUANTIZING),
+    "--autoq_format": refused(_NO_QUANTIZING),
+    "--auto_quantize_bits": refused(_NO_QUANTIZING),
+    "--quantize_lm_head": refused_switch(_NO_QUANTIZING),
+    "--awq_block_size": note(_QUANTIZES_ONLY),
+    "--group_size": note(_QUANTIZES_ONLY),
+    "--calib_dataset": note(_QUANTIZES_ONLY),
+    "--calib_size": note(_QUANTIZES_ONLY),
+    "--calib_max_seq_length": note(_QUANTIZES_ONLY),
+    "--tokenizer_max_seq_length": note(_QUANTIZES_ONLY),
+    "--batch_size": note(_QUANTIZES_ONLY),
+    "--seed": note(_QUANTIZES_ONLY),
+}
+
+ONE_DEVICE: dict[str, Answers] = {
+    f"--{name}": refused(_ONE_DEVICE, unless=("1",))
+    for name in ("tp_size", "pp_size", "cp_size", "world_size", "auto_parallel", "moe_tp_size", "moe_ep_size")
+}
+
+SPECULATING: dict[str, Answers] = {
+    "--speculative_decoding_mode": refused(_NO_SPECULATION),
+    "--max_draft_len": refused(_NO_SPECULATION, unless=("0",)),
+    "--num_medusa_heads": refused(_NO_SPECULATION, unless=("0",)),
+    "--num_medusa_layers": refused(_NO_SPECULATION, unless=("0",)),
+    "--medusa_model_dir": refused(_NO_SPECULATION),
+    "--draft_engine_dir": refused(_NO_SPECULATION),
+    "--draft_target_model_config": refused(_NO_SPECULATION),
+    "--prompt_lookup_config": refused(_NO_SPECULATION),
+    "--medusa_choices": refused(_NO_SPECULATION),
+    "--eagle_choices": refused(_NO_SPECULATION),
+    "--lookahead_config": refused(_NO_SPECULATION),
+}
+
+# What convert_checkpoint.py and the one-step build.py of v0.7 are told of a model.
+DESCRIBING: dict[str, Answers] = {
+    "--model_version": note(_FROM_CONFIG),
+    "--model_type": note(_FROM_CONFIG),
+    "--rotary_base": note(_FROM_CONFIG),
+    "--rotary_scaling": refused("the model's config.json says it; set rope_scaling there"),
+    "--load_by_shard": noted_switch("weights are always streamed, one tensor at a time"),
+    "--load_model_on_cpu": noted_switch("weights are always streamed, one tensor at a time"),
+    "--use_parallel_embedding": noted_switch("one device has nothing to share out"),
+    "--embedding_sharding_dim": note("one device has nothing to share out"),
+    "--use_embedding_sharing": noted_switch("a head tied to the embedding is stored once, where config.json ties them"),
+}
+
+# v0.7 wrote a plugin's name without `disable`: the flag or nothing.
+PLUGINS: dict[str, Answers] = {
+    "--gpt_attention_plugin": plugin("gpt_attention"),
+    "--use_gpt_attention_plugin": plugin("gpt_attention"),
+    "--gemm_plugin": plugin("gemm"),
+    "--use_gemm_plugin": plugin("gemm"),
+    "--low_latency_gemm_plugin": other_plugin(_MEASURED),
+    "--lookup_plugin": plugin("lookup"),
+    "--use_lookup_plugin": plugin("lookup"),
+    "--rmsnorm_plugin": plugin("rmsnorm"),
+    "--use_rmsnorm_plugin": plugin("rmsnorm"),
+    **{
+        f"--{name}_plugin": other_plugin()
+        for name in (
+            "bert_attention", "gemm_swiglu", "gemm_allreduce", "low_latency_gemm_swiglu", "layernorm", "lora", "moe",
+            "mamba_conv1d", "nccl", "smooth_quant_gemm", "fp8_rowwise_gemm", "qserve_gemm", "identity", "use_layernorm",
+            "layernorm_quantization", "rmsnorm_quantization", "quantize_per_token", "quantize_tensor",
+            "weight_only_groupwise_quant_matmul", "weight_only_quant_matmul",
+        )
+    },
+}  # fmt: skip
+
+SWITCHES: dict[str, Answers] = {
+    "--context_fmha": always("attention over a prompt is always one op, which never stores the scores"),
+    "--enable_context_fmha": always("attention over a prompt is always one op, which never stores the scores"),
+    "--context_fmha_fp32_acc": always("attention always adds up in float32"),
+    "--enable_context_fmha_fp32_acc": always("attention always adds up in float32"),
+    "--paged_kv_cache": always(_ALWAYS_PAGED),
+    "--remove_input_padding": always(_ALWAYS_PACKED),
+    "--use_inflight_batching": always("requests always join the running batch"),
+    "--use_paged_context_fmha": always("every engine can reuse KV blocks; run has --no_kv_cache_enable_block_reuse"),
+    "--use_fp8_context_fmha": switch(Refusal("attention computes in the engine's dtype; leave it out"), SO_ANYWAY),
+    "--multiple_profiles": switch(Note("one graph serves every size, and kernels are measured for each"), SO_ANYWAY),
+    "--use_fused_mlp": switch(SO_ANYWAY, Means(("--disable_pass", "fuse_gate_up"))),
+    "--reduce_fusion": switch(Note("one device has nothing to reduce"), SO_ANYWAY),
+    "--user_buffer": switch(Note("one device has nothing to reduce"), SO_ANYWAY),
+    "--use_custom_all_reduce": switch(Note("one device has nothing to reduce"), SO_ANYWAY),
+    "--multi_block_mode": switch(Note(_MEASURED), Note(_MEASURED)),
+    "--enable_xqa": switch(Note(_MEASURED), Note(_MEASURED)),
+    "--streamingllm": switch(Note("any engine can keep sink tokens; it is said when it is run"), SO_ANYWAY),
+    "--pp_reduce_scatter": switch(Note("one device has nothing to reduce"), SO_ANYWAY),
+}  # fmt: skip
+
+BUILDING: dict[str, Answers] = {
+    "--model_config": refused("a model needs its weights; give its folder as --model"),
+    "--build_config": refused("limits are given as flags, such as --max_batch_size and --max_seq_len"),
+    "--max_beam_width": note("a beam is a sequence like others; run's --num_beams says how many"),
+    "--max_prompt_embedding_table_size": refused(_NO_ADAPTERS, unless=("0",)),
+    "--opt_num_tokens": note("kernels are measured for each number of rows"),
+    "--opt_batch_size": note("kernels are measured for each number of rows"),
+    "--kv_cache_type": {"paged": SO_ANYWAY, ANY: Refusal("the KV cache is always paged; leave it out")},
+    "--profiling_verbosity": note("an engine's graph and kernels can always be read, with slipstream inspect"),
+    "--strip_plan": refused_switch("an engine holds its weights; leave it out"),
+    "--weight_sparsity": noted_switch("no kernel makes use of sparse weights"),
+    "--weight_streaming": refused_switch("the weights must fit on the device so far; leave it out"),
+    "--workers": note(_ONE_PROCESS),
+    "--parallel_build": noted_switch(_ONE_PROCESS),
+    "--log_level": note(_LEVELS),
+    "--enable_debug_output": noted_switch(_LEVELS),
+    "--visualize_network": {BARE: Note("the finished engine can be drawn, with slipstream inspect")},
+    "--logits_dtype": note("logits are in the engine's dtype, and float32 once they are sampled from"),
+    "--gather_context_logits": noted_switch(_PER_REQUEST),
+    "--gather_generation_logits": noted_switch(_PER_REQUEST),
+    "--gather_all_token_logits": noted_switch(_PER_REQUEST),
+    "--lora_dir": refused(_NO_ADAPTERS),
+    "--lora_target_modules": refused(_NO_ADAPTERS),
+    "--lora_ckpt_source": refused(_NO_ADAPTERS),
+    "--max_lora_rank": note("no engine takes adapters yet"),
+    "--cluster_key": note("kernels are measured on the device itself"),
+    "--builder_opt": note("kernels are measured, at one depth"),
+    "--strongly_typed": noted_switch("every value of the graph has its dtype"),
+}
+
+CONVERTING: dict[str, Answers] = {
+    "--workers": note("one process writes the one weight file"),
+    "--device": note("converting computes nothing"),
+    "--device_map": note("converting computes nothing"),
+    "--log_level": note(_LEVELS),
+    "--disable_weight_only_quant_plugin": noted_switch("it matters to quantizing only"),
+}
+
+RUNNING: dict[str, Answers] = {
+    "--use_py_session": noted_switch("there is one runtime"),
+    "--cuda_graph_mode": noted_switch("there is nothing to switch: where recording helps, steps are recorded"),
+    "--multi_block_mode": noted_switch(_MEASURED),
+    "--enable_context_fmha_fp32_acc": noted_switch("attention always adds up in float32"),
+    "--log_level": note(_LEVELS),
+    "--debug_mode": noted_switch(_LEVELS),
+    "--streaming_interval": note("text is printed as soon as it is there"),
+    "--max_input_length": note("prompts are not cut; one that is too long is refused"),
+    "--gpu_weights_percent": refused("the weights must fit on the device so far; leave it out", unless=("1", "1.0")),
+    "--beam_search_diversity_rate": refused("beams are not pushed apart here; give 0.0", unless=("0", "0.0")),
+    "--tokenizer_type": note("the tokenizer's own files say it"),
+    "--vocab_file": refused("the tokenizer's folder is given, as --tokenizer_dir"),
+    "--no_prompt_template": noted_switch("a prompt is wrapped only with --chat"),
+    "--use_prompt_template": refused_switch("--chat wraps the prompt in the model's own template"),
+    "--run_profiling": noted_switch("--verbose says where the time went"),
+    "--prompt_table_path": refused(_NO_ADAPTERS),
+    "--prompt_tasks": refused(_NO_ADAPTERS),
+    "--lora_dir": refused(_NO_ADAPTERS),
+    "--lora_task_uids": refused(_NO_ADAPTERS),
+    "--lora_ckpt_source": refused(_NO_ADAPTERS),
+    **{
+        f"--output_{name}": refused(_NO_FILES)
+        for name in ("csv", "npy", "logits_npy", "log_probs_npy", "cum_log_probs_npy")
+    },
+}
+
+FLAGS: dict[str, dict[str, Answers]] = {
+    "convert": QUANTIZING | ONE_DEVICE | SPECULATING | DESCRIBING | CONVERTING,
+    "build": QUANTIZING | ONE_DEVICE | SPECULATING | DESCRIBING | PLUGINS | SWITCHES | BUILDING,
+    "run": SPECULATING | RUNNING,
+}
+
+
+def help_rows(verb: str) -> list[tuple[str, str]]:
+    """(flags, what becomes of them): those that are answered alike share a row."""
+    rows: dict[str, list[str]] = {}
+    for name, answers in FLAGS.get(verb, {}).items():
+        texts = [text for value, answer in answers.items() if (text := _help(value, answer))]
+        rows.setdefault("; ".join(dict.fromkeys(texts)), []).append(name)
+    return [(", ".join(names), text) for text, names in rows.items()]
+
+
+def _help(value: str, answer: Answer) -> str:
+    match answer:
+        case Note(why):
+            return f"no effect: {why}"
+        case Refusal(why):
+            return f"refused: {why}"
+    return f"{value}: {' '.join(answer.arguments)}" if answer.arguments else ""
