@@ -24,7 +24,8 @@ class GraphRunner:
         num_blocks = -(-max_tokens // self._block_size) + 1
         # Blocks in reverse order: a block table that is not the identity.
         self._blocks = torch.arange(num_blocks - 1, 0, -1)
-        self._kv = {f"kv.{i}": kv for i, kv in enumerate(allocate_kv(engine.manifest, num_blocks, cpu))}
+        caches = allocate_kv(engine.manifest, engine.manifest.num_layers, num_blocks, cpu)
+        self._kv = {f"kv.{i}": kv for i, kv in enumerate(caches)}
         self._num_tokens = 0
 
     @torch.inference_mode()

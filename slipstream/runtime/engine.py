@@ -9,6 +9,7 @@ from slipstream.runtime.scheduler import Scheduler
 from slipstream.runtime.worker.memory import count_blocks
 from slipstream.runtime.worker.worker import Worker
 from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
+from slipstream.schema.kv import group_layers
 from slipstream.schema.request import EngineStats, GenerateRequest, TokenEvent
 
 
@@ -64,11 +65,13 @@ def start_engine(
 ) -> Engine:
     """Load the weights, allocate the KV cache and be ready. Limits may be lower than the engine was built for."""
     manifest = folder.manifest
+    groups = group_layers([0] * manifest.num_layers)
     num_blocks = count_blocks(
         manifest, device, fraction=kv_cache_free_memory_fraction, max_tokens=kv_cache_max_tokens
     )  # fmt: skip
     config = RuntimeConfig(
         num_blocks=num_blocks,
+        kv_groups=groups,
         tokens_per_block=manifest.tokens_per_block,
         max_batch_size=_lowered("max_batch_size", max_batch_size, manifest.max_batch_size),
         max_num_tokens=_lowered("max_num_tokens", max_num_tokens, manifest.max_num_tokens),
@@ -78,7 +81,7 @@ def start_engine(
         enable_chunked_prefill=enable_chunked_prefill,
         enable_block_reuse=enable_block_reuse,
     )
-    return Engine(config, Worker(folder, choices, num_blocks, device))
+    return Engine(config, Worker(folder, choices, num_blocks, groups, device))
 
 
 def _lowered(name: str, asked: int | None, built: int) -> int:

@@ -15,7 +15,7 @@ always go on (`add` refused what could never fit), and whoever goes on comes to 
 priorities.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -45,7 +45,7 @@ class _Draft:
             slot=sequence.slot,
             start=start,
             token_ids=tuple(sequence.token_ids[start:end]),
-            block_ids=sequence.table.block_ids,
+            block_tables=sequence.table.block_tables,
             sample=end == sequence.num_known,
             new=sequence.request if is_new else None,
             output_token_ids=tuple(sequence.token_ids[sequence.num_prompt :]) if is_new else (),
@@ -63,7 +63,9 @@ class Scheduler:
 
     def __init__(self, config: RuntimeConfig) -> None:
         self.config = config
-        self._kv = KVCacheManager(config.num_blocks, config.tokens_per_block, config.enable_block_reuse)
+        self._kv = KVCacheManager(
+            config.num_blocks, config.tokens_per_block, config.enable_block_reuse, config.kv_groups
+        )
         self._sequences: dict[str, Sequence] = {}  # all that have not ended, by request id
         self._waiting = WaitingQueue()  # those that may be admitted; followers wait outside, in their leader's list
         self._running: list[Sequence] = []  # by rank; each has a slot and blocks
@@ -138,19 +140,27 @@ class Scheduler:
         self._check_capacity(num_prompt, request.max_tokens)
 
     def _check_capacity(self, num_prompt: int, max_tokens: int) -> None:
-        num_needed = self._kv.num_blocks_for(num_prompt + max_tokens - 1)
-        if num_needed <= self._kv.num_total:
+        def num_needed(num_tokens: int) -> int:
+            return self._kv.max_blocks(num_tokens, self._largest_chunk(min(num_prompt, num_tokens), num_tokens))
+
+        if num_needed(num_prompt + max_tokens - 1) <= self._kv.num_total:
             return
-        capacity = self._kv.num_total * self.config.tokens_per_block
+        capacity = bisect_right(range(1, self.config.max_seq_len), self._kv.num_total, key=num_needed)
         advice = (
             f"lower max_tokens to {capacity - num_prompt + 1}"
             if num_prompt <= capacity
             else f"shorten the prompt to at most {capacity} tokens"
         )
         raise CapacityError(
-            f"the request needs {num_needed} KV blocks but the pool has {self._kv.num_total}; {advice} "
-            "or raise the KV cache (kv_cache_max_tokens)."
+            f"the request needs {num_needed(num_prompt + max_tokens - 1)} KV blocks but the pool has "
+            f"{self._kv.num_total}; {advice} or raise the KV cache (kv_cache_max_tokens)."
         )
+
+    def _largest_chunk(self, num_to_compute: int, max_computed: int) -> int:
+        """Most tokens a sequence may compute in one step from now on; what was preempted computes all of it again."""
+        if self.config.capacity_policy is CapacityPolicy.MAX_UTILIZATION:
+            num_to_compute = max_computed
+        return min(self.config.max_num_tokens, max(1, num_to_compute))
 
     # ------------------------------------------------------------------ plan
 
@@ -206,28 +216,34 @@ class Scheduler:
         """Start waiting sequences while they fit. Nobody overtakes one that does not, so that it starts some day."""
         if not self._waiting:
             return
-        num_reserved = sum(map(self._num_reserved, self._running))
+        is_optimistic = self.config.capacity_policy is CapacityPolicy.MAX_UTILIZATION
+        num_promised = 0 if is_optimistic else sum(map(self._promised, self._running))
         while self._free_slots and draft.budget > 0:
             sequence = self._waiting.peek()
-            if sequence is None or not self._try_admit(sequence, draft, num_reserved):
+            if sequence is None or not self._try_admit(sequence, draft, None if is_optimistic else num_promised):
                 return
-            num_reserved += self._num_reserved(sequence)
+            num_promised += self._promised(sequence)
 
-    def _num_reserved(self, sequence: Sequence) -> int:
-        """Blocks kept for what a running sequence may still generate."""
-        if self.config.capacity_policy is CapacityPolicy.MAX_UTILIZATION:
-            return 0
-        return self._kv.num_blocks_for(sequence.max_computed) - len(sequence.table)
+    def _promised(self, sequence: Sequence) -> int:
+        """Blocks that are a running sequence's, whatever it generates."""
+        chunk = self._largest_chunk(sequence.num_known - sequence.num_computed, sequence.max_computed)
+        return self._kv.promised(sequence.table, sequence.max_computed, chunk)
 
-    def _try_admit(self, sequence: Sequence, draft: _Draft, num_reserved: int) -> bool:
+    def _try_admit(self, sequence: Sequence, draft: _Draft, num_promised: int | None) -> bool:
+        """num_promised: blocks that are others' and must stay so; None where nothing is promised to anybody."""
         for match in self._matches(sequence):
             end = self._chunk_end(sequence, match.num_tokens, draft.budget)
-            is_optimistic = self.config.capacity_policy is CapacityPolicy.MAX_UTILIZATION
-            num_tokens = end if is_optimistic else sequence.max_computed
-            if end > match.num_tokens and self._kv.can_admit(match, num_tokens, num_reserved):
+            if end > match.num_tokens and self._can_admit(sequence, match, end, num_promised):
                 self._admit(sequence, match, end, draft)
                 return True
         return False
+
+    def _can_admit(self, sequence: Sequence, match: Match, end: int, num_promised: int | None) -> bool:
+        if num_promised is None:
+            return self._kv.can_admit(match, end)
+        chunk = self._largest_chunk(sequence.num_known - match.num_tokens, sequence.max_computed)
+        num_reserved = num_promised - self._kv.num_in_windows
+        return self._kv.can_promise(match, sequence.max_computed, chunk, num_reserved)
 
     def _matches(self, sequence: Sequence) -> list[Match]:
         """What may be taken from the prefix tree, best first."""
@@ -239,9 +255,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, match: Match, end: int, draft: _Draft) -> None:
         self._waiting.remove(sequence)
-        copy = self._kv.admit(sequence.table, match)
-        if copy is not None:
-            draft.copies.append(copy)
+        draft.copies += self._kv.admit(sequence.table, match)
         self._kv.extend(sequence.table, end)
         sequence.num_computed = match.num_tokens
         if sequence.num_cached is None:
@@ -401,8 +415,9 @@ class Scheduler:
             assert held >= sequence.num_computed, f"{name!r} computed {sequence.num_computed} tokens in {held} places"
             alive = self._sequences.get(name) is sequence
             assert alive or (sequence.is_finished and self._is_in_flight(sequence)), f"{name!r} ended and still runs"
-        num_reserved = sum(map(self._num_reserved, self._running))
-        assert num_reserved <= self._kv.num_available, f"{num_reserved} blocks are promised, too many"
+        if self.config.capacity_policy is not CapacityPolicy.MAX_UTILIZATION:
+            num_reserved = sum(map(self._promised, self._running)) - self._kv.num_in_windows
+            assert 0 <= num_reserved <= self._kv.num_available, f"{num_reserved} blocks are promised, too many"
 
     def _check_waiting(self) -> None:
         waiting = [sequence for sequence in self._sequences.values() if sequence.slot is None]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from slipstream.schema.kv import KVGroup
+
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_BATCH_SIZE = 1 << 16  # a slot of sampling state each
 
@@ -45,6 +47,7 @@ class RuntimeConfig:
     """How the scheduler runs an engine. Torch-free; the KV pool's size is decided by whoever opens the engine."""
 
     num_blocks: int
+    kv_groups: tuple[KVGroup, ...] = (KVGroup(),)
     tokens_per_block: int = 16
     max_batch_size: int = 64
     max_num_tokens: int = 2048

@@ -18,7 +18,8 @@ class SequenceStep:
     slot: int  # the worker's row for this sequence's sampling state
     start: int
     token_ids: tuple[int, ...]
-    block_ids: tuple[int, ...]  # the whole block table, covering start + len(token_ids) tokens
+    # The whole block table of each KV group, covering start + len(token_ids) tokens; 0 for a block that no row sees.
+    block_tables: tuple[tuple[int, ...], ...]
     sample: bool
     new: GenerateRequest | None = None  # set in the first step after admission (again after preemption)
     output_token_ids: tuple[int, ...] = ()  # with `new`: tokens generated before a preemption
@@ -26,7 +27,7 @@ class SequenceStep:
 
 @dataclass(frozen=True)
 class BlockCopy:
-    """Copy the first num_tokens of a KV block, in all layers, before the step runs."""
+    """Copy the first num_tokens of a KV block, in all layers of its group, before the step runs."""
 
     source: int
     target: int

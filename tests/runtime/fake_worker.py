@@ -3,7 +3,8 @@
 The pool is a dict: (block id, offset) -> the history of the token written there, that is (salt, tokens up to and
 including it) as a chain of hashes. KV of a token depends on exactly that, so a cell is right for a sequence if and only
 if it holds the hash of the sequence's own history at that position. Prefix sharing, copies, eviction and preemption can
-put a wrong cell into a block table; none can do so unseen.
+put a wrong cell into a block table; none can do so unseen. Each KV group has cells of its own; a window reads only what
+is in its sight, and all else must have been given up.
 
 The "model" is a hash of the history too: the next token is a fixed function of it, so a request's output can be
 computed alone (`expected_output`) and must be the same in any company.
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 
 from slipstream.runtime.kv.blocks import NULL_BLOCK
 from slipstream.schema.build import RuntimeConfig
+from slipstream.schema.kv import KVGroup
 from slipstream.schema.request import GenerateRequest, TokenLogprobs
 from slipstream.schema.sampling import SamplingParams
 from slipstream.schema.step import SequenceResult, SequenceStep, StepPlan, StepResult
@@ -57,6 +59,12 @@ def expected_output(request: GenerateRequest, num_tokens: int) -> tuple[int, ...
 
 def prompt_logprob(request: GenerateRequest, position: int) -> TokenLogprobs:
     return TokenLogprobs(request.prompt_token_ids[position], -float(position), rank=position)
+
+
+def in_sight(group: KVGroup, position: int) -> list[int]:
+    """The tokens that the one at `position` sees: the definition of a window, without a word of blocks."""
+    newest = group.window - group.sink_tokens
+    return [p for p in range(position + 1) if not group.window or p < group.sink_tokens or position - p < newest]
 
 
 @dataclass
@@ -118,21 +126,31 @@ class FakeWorker:
         end, size = step.start + len(step.token_ids), self.config.tokens_per_block
         assert step.token_ids == tuple(row.token_ids[step.start : end]) != ()
         assert step.sample == (end == len(row.token_ids))
-        assert len(step.block_ids) == -(-end // size)
-        assert NULL_BLOCK not in step.block_ids
-        assert len(set(step.block_ids)) == len(step.block_ids)
+        assert len(step.block_tables) == len(self.config.kv_groups)
+        for group, block_ids in zip(self.config.kv_groups, step.block_tables, strict=True):
+            hidden = group.hidden(step.start, size)
+            assert len(block_ids) == -(-end // size)
+            assert all((block_id == NULL_BLOCK) == (place in hidden) for place, block_id in enumerate(block_ids))
+        held = [block_id for block_ids in step.block_tables for block_id in block_ids if block_id != NULL_BLOCK]
+        assert len(set(held)) == len(held)
 
     def _write(self, step: SequenceStep, hashes: list[int] | None) -> None:
-        size = self.config.tokens_per_block
-        for position in range(step.start, step.start + len(step.token_ids)):
-            cell = step.block_ids[position // size], position % size
-            self.cells[cell] = None if hashes is None else hashes[position]
+        for block_ids in step.block_tables:
+            for position in range(step.start, step.start + len(step.token_ids)):
+                self.cells[self._cell(block_ids, position)] = None if hashes is None else hashes[position]
 
     def _read(self, step: SequenceStep) -> None:
-        size, row = self.config.tokens_per_block, self.rows[step.slot]
-        for position in range(step.start + len(step.token_ids)):
-            cell = step.block_ids[position // size], position % size
-            assert self.cells.get(cell) == row.hashes[position], f"{row.request} reads rubbish at {position}: {step}"
+        row, end = self.rows[step.slot], step.start + len(step.token_ids)
+        for group, block_ids in zip(self.config.kv_groups, step.block_tables, strict=True):
+            for query in range(step.start, end):
+                for position in in_sight(group, query):
+                    cell = self.cells.get(self._cell(block_ids, position))
+                    assert cell == row.hashes[position], f"{row.request} reads rubbish at {position}: {step}"
+
+    def _cell(self, block_ids: tuple[int, ...], position: int) -> tuple[int, int]:
+        size = self.config.tokens_per_block
+        assert block_ids[position // size] != NULL_BLOCK
+        return block_ids[position // size], position % size
 
     def _result(self, step: SequenceStep, fails: bool) -> SequenceResult:
         row = self.rows[step.slot]

@@ -5,6 +5,7 @@ import pytest
 from slipstream.errors import CapacityError
 from slipstream.runtime.kv import BlockTable, KVCacheManager
 from slipstream.runtime.kv.blocks import NULL_BLOCK, BlockPool
+from slipstream.schema.kv import KVGroup
 from slipstream.schema.step import BlockCopy
 
 
@@ -16,16 +17,16 @@ def admit(kv: KVCacheManager, text: str) -> tuple[BlockTable, int, BlockCopy | N
     """A table that covers all of `text`, how much of it was found, and the copy to make."""
     table, match = BlockTable(), kv.match("", tokens(text))
     assert kv.can_admit(match, len(text))
-    copy = kv.admit(table, match)
+    copies = kv.admit(table, match)
     kv.extend(table, len(text))
-    return table, match.num_tokens, copy
+    return table, match.num_tokens, copies[0] if copies else None
 
 
 def run_alone(kv: KVCacheManager, text: str) -> tuple[int, ...]:
     """Compute `text` in one step and leave. Returns the blocks it was in."""
     table, _, _ = admit(kv, text)
     kv.commit(table, tokens(text), len(text))
-    block_ids = table.block_ids
+    block_ids = table.block_tables[0]
     kv.release(table, tokens(text), len(text))
     kv.check([])
     return block_ids
@@ -46,9 +47,9 @@ def test_a_table_grows_by_the_block():
     kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
     table = BlockTable()
     kv.extend(table, 4)
-    assert table.block_ids == (1,)
+    assert table.block_tables[0] == (1,)
     kv.extend(table, 5)
-    assert table.block_ids == (1, 2)
+    assert table.block_tables[0] == (1, 2)
     assert (kv.num_total, kv.num_available) == (7, 5)
     assert kv.can_extend(table, 28) and not kv.can_extend(table, 29)
 
@@ -57,9 +58,9 @@ def test_the_tuple_of_block_ids_is_made_once():
     kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
     table = BlockTable()
     kv.extend(table, 5)
-    before = table.block_ids
+    before = table.block_tables
     kv.extend(table, 8)
-    assert table.block_ids is before
+    assert table.block_tables is before
 
 
 def test_full_blocks_are_shared_while_their_owner_runs():
@@ -69,7 +70,10 @@ def test_full_blocks_are_shared_while_their_owner_runs():
     kv.commit(first, tokens("123456781"), 9)
     second, num_cached, copy = admit(kv, "123456789")
     assert (num_cached, copy) == (8, None)
-    assert second.block_ids[:2] == first.block_ids[:2] and second.block_ids[2] != first.block_ids[2]
+    assert (
+        second.block_tables[0][:2] == first.block_tables[0][:2]
+        and second.block_tables[0][2] != first.block_tables[0][2]
+    )
     kv.check([first, second])
 
 
@@ -79,7 +83,7 @@ def test_the_next_turn_of_a_chat_recomputes_nothing_known():
     table, num_cached, copy = admit(kv, "123456999")
     assert num_cached == 6
     # The half-filled block is copied, not taken: two conversations may go on from it.
-    assert copy == BlockCopy(source=block_ids[1], target=table.block_ids[1], num_tokens=2)
+    assert copy == BlockCopy(source=block_ids[1], target=table.block_tables[0][1], num_tokens=2)
 
 
 def test_the_last_token_is_always_recomputed_for_its_logits():
@@ -106,7 +110,7 @@ def test_the_source_of_a_copy_outlives_the_step():
     kv.commit(table, tokens("12999999"), 8)
     assert kv.can_extend(table, 9)
     kv.extend(table, 9)
-    assert source in table.block_ids
+    assert source in table.block_tables[0]
     kv.check([table])
 
 
@@ -123,10 +127,10 @@ def test_equal_blocks_computed_side_by_side_become_one():
     kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
     first, _, _ = admit(kv, "12345")
     second, _, _ = admit(kv, "12346")
-    assert set(first.block_ids).isdisjoint(second.block_ids)
+    assert set(first.block_tables[0]).isdisjoint(second.block_tables[0])
     kv.commit(first, tokens("12345"), 5)
     kv.commit(second, tokens("12346"), 5)
-    assert first.block_ids[0] == second.block_ids[0]
+    assert first.block_tables[0][0] == second.block_tables[0][0]
     assert kv.num_available == 4  # three are in use
     kv.check([first, second])
 
@@ -137,7 +141,8 @@ def test_admission_counts_the_idle_blocks_it_pins():
     match = kv.match("", tokens("123456789"))
     assert match.num_tokens == 8 and kv.num_available == 3
     assert kv.can_admit(match, 12) and not kv.can_admit(match, 13)
-    assert not kv.can_admit(match, 12, num_reserved=1)
+    assert kv.can_promise(match, 12, chunk=4, num_reserved=0) and not kv.can_promise(match, 13, chunk=4, num_reserved=0)
+    assert not kv.can_promise(match, 12, chunk=4, num_reserved=1)
 
 
 def test_a_copy_that_does_not_fit_can_be_left_out():
@@ -170,3 +175,95 @@ def test_check_finds_a_leaked_block():
     admit(kv, "123")
     with pytest.raises(AssertionError, match="reference counts"):
         kv.check([])
+
+
+# ---------------------------------------------------------------------- windows
+
+ALL, LAST_FOUR = KVGroup(), KVGroup(window=4)
+
+
+def step(kv: KVCacheManager, table: BlockTable, text: str, end: int) -> None:
+    kv.extend(table, end)
+    kv.commit(table, tokens(text), end)
+    kv.check([table])
+
+
+def test_a_window_gives_up_what_no_token_sees_any_more():
+    kv = KVCacheManager(num_blocks=4, tokens_per_block=4, groups=[LAST_FOUR], enable_block_reuse=False)
+    table, text = BlockTable(), "1234567890" * 4
+    for end in range(1, 41):  # ten blocks of tokens through a pool of three
+        step(kv, table, text, end)
+        assert kv.num_total - kv.num_available <= 2
+    assert table.block_tables[0][:9] == (NULL_BLOCK,) * 9
+
+
+def test_a_group_without_a_window_keeps_all_and_its_neighbour_does_not():
+    kv = KVCacheManager(num_blocks=16, tokens_per_block=4, groups=[ALL, LAST_FOUR])
+    table = BlockTable()
+    for end in (4, 8, 12):
+        step(kv, table, "123456781234", end)
+    full, windowed = table.block_tables
+    assert NULL_BLOCK not in full and windowed[:2] == (NULL_BLOCK, NULL_BLOCK)
+    assert set(full).isdisjoint(windowed[2:])
+
+
+def test_sinks_stay():
+    kv = KVCacheManager(num_blocks=16, tokens_per_block=4, groups=[KVGroup(window=8, sink_tokens=2)])
+    table = BlockTable()
+    for end in range(1, 41):
+        step(kv, table, "1234567890" * 4, end)
+    held = [place for place, block_id in enumerate(table.block_tables[0]) if block_id != NULL_BLOCK]
+    assert held == [0, 8, 9]
+
+
+def test_a_prefix_is_known_by_what_its_next_token_sees():
+    kv = KVCacheManager(num_blocks=4, tokens_per_block=4, groups=[LAST_FOUR])
+    table, text = BlockTable(), "123456781234567"
+    for end in (4, 8, 12, 15):  # the pool has room for three blocks: the first is evicted
+        step(kv, table, text, end)
+    kv.release(table, tokens(text), 15)
+    kv.check([])
+    assert kv.match("", tokens("1234")).num_tokens == 0
+    assert kv.match("", tokens("12345678999")).num_tokens == 8
+    table, num_cached, _ = admit(kv, "12345678123999")
+    assert num_cached == 11 and table.block_tables[0][0] == NULL_BLOCK
+    kv.check([table])
+
+
+def test_all_groups_must_know_a_prefix():
+    kv = KVCacheManager(num_blocks=7, tokens_per_block=4, groups=[ALL, LAST_FOUR])
+    table, text = BlockTable(), "123456781234"
+    for end in (4, 8, 12):
+        step(kv, table, text, end)
+    kv.release(table, tokens(text), 12)
+    assert kv.match("", tokens("12345678999")).num_tokens == 8
+    other = BlockTable(salt="other")
+    kv.extend(other, 4)  # evicts the two blocks that were idle longest: those the window left behind
+    kv.check([other])
+    assert kv.match("", tokens("12345678999")).num_tokens == 0
+    assert kv.match("", tokens("1234567812349")).num_tokens == 12
+
+
+def test_what_one_sequence_gave_up_another_may_still_share():
+    kv = KVCacheManager(num_blocks=16, tokens_per_block=4, groups=[LAST_FOUR])
+    first, second = BlockTable(), BlockTable()
+    step(kv, first, "1234567890", 8)
+    kv.admit(second, kv.match("", tokens("1234567899")))
+    shared = first.block_tables[0][1]
+    assert second.block_tables[0] == (NULL_BLOCK, shared)
+    kv.extend(first, 12)
+    kv.commit(first, tokens("123456789012"), 12)
+    assert first.block_tables[0][1] == NULL_BLOCK and second.block_tables[0][1] == shared
+    kv.check([first, second])
+
+
+def test_a_promise_counts_a_window_in_full_whatever_is_shared_now():
+    kv = KVCacheManager(num_blocks=6, tokens_per_block=4, groups=[LAST_FOUR])
+    first = BlockTable()
+    step(kv, first, "12345678", 8)
+    match = kv.match("", tokens("123456789"))
+    most = LAST_FOUR.max_blocks(40, 1, 4)
+    num_reserved = kv.promised(first, 40, chunk=1) - kv.num_in_windows
+    assert most == 2 and num_reserved == 1
+    assert kv.can_promise(match, 40, chunk=1, num_reserved=num_reserved)
+    assert not kv.can_promise(match, 40, chunk=9, num_reserved=num_reserved)

@@ -19,7 +19,7 @@ class Cache:
         chunks = [tuple(map(int, text[i : i + 2])) for i in range(0, len(text), 2)]
         for chunk in chunks:
             insert = self.tree.insert if len(chunk) == 2 else self.tree.insert_leaf
-            node = insert(salt, path[-1] if path else None, chunk, self.pool.allocate())
+            node = insert(salt, path[-1] if path else None, chunk, [self.pool.allocate()])
             if node is not None:
                 path.append(node)
         self.tree.check()
@@ -27,7 +27,7 @@ class Cache:
 
     def leave(self, path: list[Node]) -> None:
         for node in reversed(path):
-            self.tree.release(node)
+            self.tree.release(node, node.block_ids)
         self.tree.check()
 
     def keep(self, *texts: str, salt: str = "") -> None:
@@ -86,7 +86,7 @@ def test_an_equal_block_is_given_back():
     num_free = cache.pool.num_free
     second = cache.add("1234")
     assert second == first and cache.pool.num_free == num_free
-    assert cache.pool.references(first[0].block_id) == 2
+    assert cache.pool.references(first[0].block_ids[0]) == 2
 
 
 def test_eviction_takes_the_longest_idle_leaf():
@@ -103,7 +103,7 @@ def test_use_puts_off_eviction():
     cache.keep("1234", "5678")
     path = cache.tree.match("", [1, 2, 3, 4, 0]).path
     for node in path:
-        cache.tree.hold(node)
+        cache.tree.hold(node, node.block_ids)
     cache.leave(list(path))
     cache.tree.evict()
     assert cache.texts() == {"12", "1234", "56"}
@@ -145,10 +145,10 @@ def test_a_partial_leaf_that_is_being_copied_stays():
     cache.keep("123")
     source = cache.tree.match("", [1, 2, 3, 9]).source
     assert source is not None
-    cache.tree.hold(source)
+    cache.tree.hold(source, source.block_ids)
     path = cache.add("1234")
     assert cache.texts() == {"12", "123", "1234"}
-    cache.tree.release(source)
+    cache.tree.release(source, source.block_ids)
     cache.leave(path)
     assert cache.tree.num_idle == 3
 

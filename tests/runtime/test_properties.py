@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from slipstream.errors import CapacityError, RequestError
 from slipstream.runtime.scheduler import Scheduler
 from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
+from slipstream.schema.kv import KVGroup
 from slipstream.schema.request import FinishReason, GenerateRequest, TokenEvent
 from slipstream.schema.sampling import SamplingParams
 from slipstream.schema.step import StepPlan
@@ -28,8 +29,10 @@ MAX_STEPS = 2000  # far more than any history needs: reaching it is a livelock
 
 
 def random_config(rng: random.Random) -> RuntimeConfig:
+    kv_groups = random_groups(rng)
     return RuntimeConfig(
-        num_blocks=rng.randint(4, 14),
+        num_blocks=rng.randint(4, 14) * len(kv_groups),
+        kv_groups=kv_groups,
         tokens_per_block=rng.randint(1, 4),
         max_batch_size=rng.randint(1, 5),
         max_num_tokens=rng.randint(1, 14),
@@ -39,6 +42,14 @@ def random_config(rng: random.Random) -> RuntimeConfig:
         enable_chunked_prefill=rng.random() < 0.7,
         enable_block_reuse=rng.random() < 0.9,
     )
+
+
+def random_groups(rng: random.Random) -> tuple[KVGroup, ...]:
+    """One that sees everything, in half of the histories; otherwise up to three, with windows, with sinks."""
+    if rng.random() < 0.5:
+        return (KVGroup(),)
+    windows = [rng.choice((0, rng.randint(1, 10))) for _ in range(rng.randint(1, 3))]
+    return tuple(KVGroup(window=window, sink_tokens=rng.choice((0, rng.randrange(window or 1)))) for window in windows)
 
 
 @dataclass
@@ -158,7 +169,7 @@ class History:
         self.scheduler.check()
 
     def execute(self, plan: StepPlan) -> list[TokenEvent]:
-        assert all(max(step.block_ids) < self.config.num_blocks for step in plan.sequences)
+        assert all(max(map(max, step.block_tables)) < self.config.num_blocks for step in plan.sequences)
         if self.is_rough and self.rng.random() < 0.03:
             self.worker.crash(plan)
             self.meddle()

@@ -81,16 +81,16 @@ def count_blocks(manifest: Manifest, device: torch.device, *, fraction: float, m
     return num_blocks
 
 
-def allocate_kv(manifest: Manifest, num_blocks: int, device: torch.device) -> list[Tensor]:
-    """One zeroed cache a layer."""
+def allocate_kv(manifest: Manifest, num_tensors: int, num_blocks: int, device: torch.device) -> list[Tensor]:
+    """Zeroed caches; each serves one layer of every KV group."""
     shape = (2, num_blocks, manifest.tokens_per_block, manifest.num_kv_heads, manifest.head_dim)
     dtype = getattr(torch, manifest.dtype)
     try:
         if device.type == "cpu":
-            return [_lazy_zeros(shape, dtype) for _ in range(manifest.num_layers)]
-        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(manifest.num_layers)]
+            return [_lazy_zeros(shape, dtype) for _ in range(num_tensors)]
+        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_tensors)]
     except (RuntimeError, MemoryError):
-        size = num_blocks * manifest.tokens_per_block * manifest.kv_bytes_per_token
+        size = num_tensors * math.prod(shape) * dtype.itemsize
         raise CapacityError(
             f"The KV cache of {size / 2**30:.1f} GiB could not be allocated; lower --kv_cache_free_memory_fraction "
             "or set --kv_cache_max_tokens."

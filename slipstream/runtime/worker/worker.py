@@ -1,5 +1,6 @@
 """Worker: executes StepPlans on one device. Owns the weights, the KV tensors and the sampling slots."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -8,22 +9,29 @@ from torch import Tensor
 from slipstream.engine.choices import Choices
 from slipstream.engine.folder import Engine
 from slipstream.runtime.worker.graphs import compile_graph
+from slipstream.runtime.worker.groups import with_groups
 from slipstream.runtime.worker.inputs import StepInputs, make_inputs
 from slipstream.runtime.worker.memory import allocate_kv, keep_freed_memory
 from slipstream.runtime.worker.sample import Sampler
+from slipstream.schema.kv import KVGroup
 from slipstream.schema.step import BlockCopy, SequenceResult, StepPlan, StepResult
 
 
 class Worker:
-    def __init__(self, engine: Engine, choices: Choices, num_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self, engine: Engine, choices: Choices, num_blocks: int, groups: Sequence[KVGroup], device: torch.device
+    ) -> None:
         manifest = engine.manifest
         self._device, self._manifest = device, manifest
         if device.type == "cpu":
             keep_freed_memory()  # before the engine's thread first allocates
         weights = {name: engine.weights.read(name).to(device) for name in engine.graph.weights}
-        self._kv = allocate_kv(manifest, num_blocks, device)
-        self._kv_inputs = {f"kv.{layer}": kv for layer, kv in enumerate(self._kv)}
-        self._step = compile_graph(engine.graph, weights, choices, device)
+        # A tensor serves the layers of one place in each group: a block belongs to one group at a time.
+        self._kv = allocate_kv(manifest, max(len(group.layers) for group in groups), num_blocks, device)
+        self._kv_inputs = {
+            f"kv.{layer}": self._kv[place] for group in groups for place, layer in enumerate(group.layers)
+        }
+        self._step = compile_graph(with_groups(engine.graph, groups), weights, choices, device)
         self._sampler = Sampler(manifest.vocab_size, device)
 
     @torch.inference_mode()
@@ -43,9 +51,8 @@ class Worker:
 
     def _run(self, inputs: StepInputs) -> Tensor:
         """Logits of the wanted rows, [R, vocab_size]."""
-        step = inputs.tensors
-        (logits_RV,) = self._step({f"step.{name}": tensor for name, tensor in vars(step).items()} | self._kv_inputs)
-        return logits_RV if self._manifest.logits == "selected" else logits_RV[step.logit_rows]
+        (logits_RV,) = self._step(inputs.tensors | self._kv_inputs)
+        return logits_RV if self._manifest.logits == "selected" else logits_RV[inputs.tensors["step.logit_rows"]]
 
     def _finish(self, plan: StepPlan, inputs: StepInputs, wants_all_rows: list[bool], logits_RV: Tensor) -> StepResult:
         """Sample the last row of each sequence that is at its last known token; add the prompt logprobs asked for."""
