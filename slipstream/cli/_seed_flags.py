@@ -154,6 +154,9 @@ PLUGINS: dict[str, Answers] = {
     "--gemm_plugin": plugin("gemm"),
     "--use_gemm_plugin": plugin("gemm"),
     "--low_latency_gemm_plugin": other_plugin(_MEASURED),
+    "--weight_only_quant_matmul_plugin": plugin("weight_only_quant_matmul"),
+    "--weight_only_groupwise_quant_matmul_plugin": plugin("weight_only_quant_matmul"),
+    "--smooth_quant_gemm_plugin": plugin("smooth_quant_gemm"),
     "--lookup_plugin": plugin("lookup"),
     "--use_lookup_plugin": plugin("lookup"),
     "--rmsnorm_plugin": plugin("rmsnorm"),
@@ -162,9 +165,8 @@ PLUGINS: dict[str, Answers] = {
         f"--{name}_plugin": other_plugin()
         for name in (
             "bert_attention", "gemm_swiglu", "gemm_allreduce", "low_latency_gemm_swiglu", "layernorm", "lora", "moe",
-            "mamba_conv1d", "nccl", "smooth_quant_gemm", "fp8_rowwise_gemm", "qserve_gemm", "identity", "use_layernorm",
+            "mamba_conv1d", "nccl", "fp8_rowwise_gemm", "qserve_gemm", "identity", "use_layernorm",
             "layernorm_quantization", "rmsnorm_quantization", "quantize_per_token", "quantize_tensor",
-            "weight_only_groupwise_quant_matmul", "weight_only_quant_matmul",
         )
     },
 }  # fmt: skip

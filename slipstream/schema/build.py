@@ -11,7 +11,9 @@ MAX_BATCH_SIZE = 1 << 16  # a slot of sampling state each
 # TensorRT-LLM's names for what may be left out of an engine: the ops that then run their plain reference (patterns).
 PLUGINS = {
     "gpt_attention": ("*attention*", "*kv_write*"),
-    "gemm": ("linear*",),
+    "gemm": ("linear", "linear_fp8*"),
+    "weight_only_quant_matmul": ("linear_w[48]a16",),
+    "smooth_quant_gemm": ("linear_w8a8",),
     "lookup": ("embedding",),
     "rmsnorm": ("*rms_norm*",),
 }

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.engine.choices import ROW_BUCKETS, Choices, bucket_of, load_choices
 from slipstream.engine.folder import CACHE_FILE, open_engine
 from slipstream.kernels import activation
-from slipstream.kernels.registry import kernel
-from slipstream.schema.build import BuildConfig
+from slipstream.kernels.registry import kernel, known_ops
+from slipstream.schema.build import PLUGINS, BuildConfig
 
 CPU = torch.device("cpu")
 
@@ -101,3 +102,24 @@ def test_choices_of_another_device_are_measured_again_and_stored(tiny_model: Pat
     assert set(again.kernels) == set(first.kernels)
     assert load_choices(path, describe_device(CPU)) == again
     assert tuned_choices(engine, CPU) == again  # stored, not measured a third time
+
+
+def test_every_plugin_is_made_of_ops_there_are() -> None:
+    for name, patterns in PLUGINS.items():
+        for pattern in patterns:
+            assert [op for op in known_ops() if fnmatchcase(op, pattern)], f"{name}: no op is called {pattern}"
+
+
+def test_a_disabled_plugin_takes_the_reference_unmeasured(fake_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PLUGINS, "gemm", ("silu",))
+    graph = trace(lambda x: ops.silu(x), {"x": ("T", 8)}, {})
+    choices = tune(graph, CPU, max_num_tokens=8, max_batch_size=8, disabled_plugins=["gemm"])
+    assert choices.kernels == {"silu(float32[T, 8])": ["reference"] * len(ROW_BUCKETS)}
+
+
+def test_known_choices_are_kept_and_nothing_is_measured_where_nobody_waits(fake_kernels: None) -> None:
+    graph = trace(lambda x: ops.silu(x), {"x": ("T", 8)}, {})
+    known = {"silu(float32[T, 8])": ["slow"] * len(ROW_BUCKETS), "silu(float32[T, 9])": ["slow"] * len(ROW_BUCKETS)}
+    choices = tune(graph, CPU, max_num_tokens=8, max_batch_size=8, known=known)
+    assert choices.kernels == {"silu(float32[T, 8])": ["slow"] * len(ROW_BUCKETS)}
+    assert tune(graph, CPU, max_num_tokens=8, max_batch_size=8, measure=False).kernels == {}
