@@ -174,6 +174,8 @@ def _manifest(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
+        kv_planes=config.kv_planes,
+        windows=list(config.windows or (0,) * config.num_layers),
         max_batch_size=limits.max_batch_size,
         max_num_tokens=limits.max_num_tokens,
         max_seq_len=limits.max_seq_len,

@@ -69,7 +69,7 @@ def _export(
         return torch.empty([sizes[letter] for letter in letters], dtype=torch.int64, device="meta")
 
     step = StepTensors(**{name: example(*letters) for name, letters in STEP_SHAPES.items()})
-    kv_shape = (2, 11, tokens_per_block, config.num_kv_heads, config.head_dim)
+    kv_shape = (config.kv_planes, 11, tokens_per_block, config.num_kv_heads, config.head_dim)
     kv = [torch.empty(kv_shape, dtype=dtype, device="meta") for _ in range(config.num_layers)]
     any_size = torch.export.Dim.AUTO
     dynamic_shapes = {
@@ -94,7 +94,8 @@ class _Translator:
         self._ops = known_ops()
         self._names: dict[str, str] = {}  # fx name → our value
         self._inputs = {f"step.{name}": TensorType(letters, "int64") for name, letters in STEP_SHAPES.items()}
-        kv_type = TensorType((2, "N", tokens_per_block, config.num_kv_heads, config.head_dim), dtype)
+        kv_shape = (config.kv_planes, "N", tokens_per_block, config.num_kv_heads, config.head_dim)
+        kv_type = TensorType(kv_shape, dtype)
         self._inputs |= {f"kv.{layer}": kv_type for layer in range(config.num_layers)}
         self._weights: dict[str, TensorType] = {}
         self._nodes: list[Node] = []

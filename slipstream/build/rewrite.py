@@ -7,8 +7,9 @@
         return ops.silu_and_mul(ops.linear(x, ops.concat(gate, up)))
 
 The functions are run once on symbols, which records the ops they call. A parameter stands for any value, or for any
-number where it is passed as an attribute; equal parameters must stand for equal things. The operands of a sum or a
-product are found in either order. Values made inside a match may be read only there, unless the pattern returns them.
+number where it is passed as an attribute; equal parameters must stand for equal things. A parameter annotated
+`Symbol | None` also stands for an optional tensor that is absent. Sums and products are found with their operands in
+either order. Values made inside a match may be read only there, unless the pattern returns them.
 
 A pass runs in sweeps: one walk over the graph collects the matches that have no part in one another, and all of them
 are replaced at once. A graph of n nodes takes a few sweeps of n steps each, however many places match.
@@ -17,7 +18,8 @@ are replaced at once. A graph of n nodes takes a few sweeps of n steps each, how
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from slipstream.build.shapes import infer_node
 from slipstream.engine.graph import Graph, Node, TensorType
@@ -36,6 +38,7 @@ class Symbol:
     name: str
     producer: "SymbolicNode | None" = None
     index: int = 0
+    is_optional: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +165,10 @@ class Rule:
         attributes: Callable[[Match], dict[str, Any]] = lambda match: {},
     ) -> None:
         self.where, self.attributes, self._replacement = where, attributes, replacement
-        self.parameters = list(inspect.signature(pattern).parameters)
-        self.symbols = {name: Symbol(name) for name in self.parameters}
+        self.symbols = {
+            name: Symbol(name, is_optional=NoneType in get_args(parameter.annotation))
+            for name, parameter in inspect.signature(pattern).parameters.items()
+        }
         self.nodes, self.outputs = ops.record(pattern, list(self.symbols.values()))
 
     def record_replacement(self, match: Match) -> tuple[list[SymbolicNode], list[Symbol]]:
@@ -299,14 +304,14 @@ class _Finder:
             yield from self._unify_values(extended, symbols[1:], names[1:])
 
     def _unify_value(self, match: Match, symbol: Symbol | None, name: str | None) -> Iterator[Match]:
-        if symbol is None or name is None:
-            if symbol is None and name is None:
+        if symbol is None:
+            if name is None:
                 yield match
         elif symbol.producer is None:
             extended = match.copy()
-            if _bind(extended, symbol, name):
+            if (name is not None or symbol.is_optional) and _bind(extended, symbol, name):
                 yield extended
-        else:
+        elif name is not None:
             node = self._index.producers.get(name)
             if node is not None and node.outputs.index(name) == symbol.index:
                 yield from self._unify(match, symbol.producer, node)

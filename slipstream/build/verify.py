@@ -10,7 +10,16 @@ REWRITTEN = "rewritten"  # after the fusions
 FINAL = "final"  # what an engine holds
 
 # Ops that only rewrites make; a model file that called them would hide its own meaning from the passes.
-_MADE_BY_PASSES = {"add_rms_norm", "concat", "rope_kv_write", "select_rows", "silu_and_mul", "split"}
+_MADE_BY_PASSES = {
+    "add_layer_norm",
+    "add_rms_norm",
+    "concat",
+    "gelu_and_mul",
+    "rope_kv_write",
+    "select_rows",
+    "silu_and_mul",
+    "split",
+}
 # Ops on weights, which the build computes; a step never does.
 _ONLY_AT_BUILD = {"concat"}
 

@@ -8,7 +8,11 @@ from slipstream.errors import EngineError
 from slipstream.schema.build import DTYPES, MAX_BATCH_SIZE, PLUGINS
 from slipstream.schema.model import MAX_LAYERS
 
-_LARGEST = {"max_batch_size": MAX_BATCH_SIZE, "num_layers": MAX_LAYERS}  # these many things are made at once
+_LARGEST = {
+    "max_batch_size": MAX_BATCH_SIZE,
+    "num_layers": MAX_LAYERS,
+    "kv_planes": 2,
+}  # these many things are made at once
 
 _MODULE = re.compile(r"[A-Za-z_][\w.]{0,200}", re.ASCII)
 
@@ -28,6 +32,8 @@ class Manifest:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    kv_planes: int  # keys and values, or latents alone
+    windows: list[int]  # of each layer: how many tokens a token sees; 0 for all
     # limits of one step and of one sequence
     max_batch_size: int
     max_num_tokens: int
@@ -56,7 +62,9 @@ class Manifest:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
+        return (
+            self.kv_planes * self.num_layers * self.num_kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
@@ -83,6 +91,8 @@ class Manifest:
     def _check_choices(self, where: str) -> None:
         if self.dtype not in DTYPES:
             raise EngineError(f"{where}/config.json: dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
+        if len(self.windows) != self.num_layers or not all(type(w) is int and 0 <= w < 2**31 for w in self.windows):
+            raise EngineError(f"{where}/config.json: windows must be a whole number for each layer, 0 for none.")
         if self.logits not in ("selected", "all"):
             raise EngineError(f"{where}/config.json: logits is {self.logits!r}; it must be selected or all.")
         if not all(type(token_id) is int and 0 <= token_id < self.vocab_size for token_id in self._eos_values()):
@@ -103,7 +113,8 @@ def _check(where: str, name: str, value: Any, kind: Any) -> None:
     elif name == "op_modules":
         ok = isinstance(value, list) and all(isinstance(each, str) and _MODULE.fullmatch(each) for each in value)
     elif name == "plugins":
-        ok = isinstance(value, dict) and set(value) <= set(PLUGINS) and set(value.values()) <= {"measured", "disabled"}
+        ok = isinstance(value, dict) and set(value) <= set(PLUGINS)
+        ok = ok and all(choice in ("measured", "disabled") for choice in value.values())
     elif kind is str:
         ok = isinstance(value, str) and len(value) < 4096
     else:

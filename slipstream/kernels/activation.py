@@ -1,4 +1,4 @@
-"""SiLU, alone and gated."""
+"""Activations, alone and gated: SiLU, and GELU (arXiv:1606.08415) exact or by its tanh approximation."""
 
 from torch import Tensor
 from torch.nn import functional
@@ -11,7 +11,12 @@ def silu(x: Tensor) -> Tensor:
     return functional.silu(x)
 
 
-def _half_columns(x_TI2: Tensor) -> Tensor:
+@op("gelu(Tensor x, bool approximate) -> Tensor")
+def gelu(x: Tensor, approximate: bool) -> Tensor:
+    return functional.gelu(x, approximate="tanh" if approximate else "none")
+
+
+def _half_columns(x_TI2: Tensor, *_: object, **__: object) -> Tensor:
     return x_TI2.new_empty(x_TI2.shape[0], x_TI2.shape[1] // 2)
 
 
@@ -20,3 +25,10 @@ def silu_and_mul(x_TI2: Tensor) -> Tensor:
     """silu(gate) * up, where gate and up are the two halves of each row (SwiGLU, arXiv:2002.05202)."""
     gate_TI, up_TI = x_TI2.chunk(2, dim=1)
     return functional.silu(gate_TI).mul_(up_TI)
+
+
+@op("gelu_and_mul(Tensor x, bool approximate) -> Tensor", shapes=_half_columns)
+def gelu_and_mul(x_TI2: Tensor, approximate: bool) -> Tensor:
+    """gelu(gate) * up, where gate and up are the two halves of each row (GEGLU, arXiv:2002.05202)."""
+    gate_TI, up_TI = x_TI2.chunk(2, dim=1)
+    return gelu.reference(gate_TI, approximate).mul_(up_TI)

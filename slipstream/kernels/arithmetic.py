@@ -18,6 +18,18 @@ def mul(x: Tensor, y: Tensor) -> Tensor:
     return x * y
 
 
+@op("scale(Tensor x, float factor) -> Tensor")
+def scale(x: Tensor, factor: float) -> Tensor:
+    """x times a number known at build time, rounded to x's dtype first, as Hugging Face's Gemma does."""
+    return x * torch.tensor(factor, dtype=x.dtype)
+
+
+@op("soft_cap(Tensor x, float cap) -> Tensor")
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap · tanh(x / cap): near x where x is small, never beyond cap (arXiv:2408.00118)."""
+    return torch.tanh(x / cap).mul_(cap)
+
+
 @op("concat(Tensor[] parts) -> Tensor")
 def concat(parts: Sequence[Tensor]) -> Tensor:
     """Stack along the first dimension: the rows of weights that share their input."""

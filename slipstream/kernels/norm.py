@@ -1,28 +1,54 @@
-"""RMSNorm (arXiv:1910.07467), alone and with the residual sum before it."""
+"""RMSNorm (arXiv:1910.07467), alone and with the residual sum before it, and LayerNorm (arXiv:1607.06450)."""
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from slipstream.kernels.registry import op
 
 
-@op("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
-def rms_norm(x_TN: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+@op("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset) -> Tensor")
+def rms_norm(x_TN: Tensor, weight_H: Tensor, eps: float, weight_offset: float) -> Tensor:
     """Normalise each group of len(weight) columns: a whole row, or one attention head of it.
 
-    The mean square is taken in float32 and the result rounded before the weight, as Hugging Face's Llama does.
+    The mean square is taken in float32 and the result rounded before the weight, as Hugging Face's Llama does. Where
+    weights are stored as their distance from weight_offset (Gemma: 1), the product is taken in float32, as there.
     """
     x = x_TN.unflatten(1, (-1, weight_H.shape[0])).float()
-    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
-    return (x * inverse).to(x_TN.dtype).mul_(weight_H).flatten(1)
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
+    if weight_offset:
+        return (normed * (weight_H.float() + weight_offset)).to(x_TN.dtype).flatten(1)
+    return normed.to(x_TN.dtype).mul_(weight_H).flatten(1)
 
 
-def _two_like(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _two_like(x_TH: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_TH), torch.empty_like(x_TH)
 
 
-@op("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)", shapes=_two_like)
-def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+@op(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset) -> (Tensor, Tensor)",
+    shapes=_two_like,
+)
+def add_rms_norm(
+    x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float
+) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual)"""
     total_TH = x_TH + residual_TH
-    return rms_norm.reference(total_TH, weight_H, eps), total_TH
+    return rms_norm.reference(total_TH, weight_H, eps, weight_offset), total_TH
+
+
+@op("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor")
+def layer_norm(x_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float) -> Tensor:
+    return functional.layer_norm(x_TH, weight_H.shape, weight_H, bias_H, eps)
+
+
+@op(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+    shapes=_two_like,
+)
+def add_layer_norm(
+    x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(x + residual), x + residual)"""
+    total_TH = x_TH + residual_TH
+    return layer_norm.reference(total_TH, weight_H, bias_H, eps), total_TH

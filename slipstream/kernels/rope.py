@@ -19,20 +19,21 @@ def rope_cos_sin(positions_T: Tensor, inv_freq_F: Tensor, scale: float) -> tuple
     return angles_TF.cos() * scale, angles_TF.sin() * scale
 
 
-def _like_first(x: Tensor, *_: Tensor) -> Tensor:
+def _like_first(x: Tensor, *_: object, **__: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@op("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", shapes=_like_first)
-def rope(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """Rotate each head of x; its first half pairs with its second half."""
-    half = cos_TF.shape[1]
-    x_T12F = x_TX.unflatten(1, (-1, 2, half))
-    first, second = x_T12F[:, :, 0], x_T12F[:, :, 1]
+@op("rope(Tensor x, Tensor cos, Tensor sin, int head_dim) -> Tensor", shapes=_like_first)
+def rope(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, head_dim: int) -> Tensor:
+    """Rotate the first 2F of each head's head_dim numbers, the first F paired with the next F; the rest stays."""
+    num_frequencies = cos_TF.shape[1]
+    x_THD = x_TX.unflatten(1, (-1, head_dim))
+    first, second = x_THD[:, :, :num_frequencies], x_THD[:, :, num_frequencies : 2 * num_frequencies]
     cos, sin = cos_TF[:, None].to(x_TX.dtype), sin_TF[:, None].to(x_TX.dtype)
-    out = torch.empty(x_T12F.shape, dtype=x_TX.dtype, device=x_TX.device)
-    torch.mul(first, cos, out=out[:, :, 0]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[:, :, 1]).addcmul_(first, sin)
+    out = torch.empty(x_THD.shape, dtype=x_TX.dtype, device=x_TX.device)
+    torch.mul(first, cos, out=out[:, :, :num_frequencies]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[:, :, num_frequencies : 2 * num_frequencies]).addcmul_(first, sin)
+    out[:, :, 2 * num_frequencies :] = x_THD[:, :, 2 * num_frequencies :]
     return out.flatten(1)
 
 
@@ -41,6 +42,7 @@ def rope(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     shapes=_like_first,
 )
 def rope_kv_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
-    """Rotate q and k, write k and v into their KV slots, return the rotated q."""
-    kv_write.reference(rope.reference(k, cos, sin), v, kv, slots)
-    return rope.reference(q, cos, sin)
+    """Rotate q and k, write k and v into their KV slots, return the rotated q; heads are as wide as the cache's."""
+    head_dim = kv.shape[4]
+    kv_write.reference(rope.reference(k, cos, sin, head_dim), v, kv, slots)
+    return rope.reference(q, cos, sin, head_dim)

@@ -1,10 +1,30 @@
 """torch modules made of ops. A model file composes them; nothing here knows a model, a device or a number format."""
 
+from slipstream.kernels.activation import gelu, silu
+from slipstream.kernels.arithmetic import scale, soft_cap
 from slipstream.kernels.attention.metadata import StepTensors
-from slipstream.layers.attention import Attention
+from slipstream.kernels.rope import rope
+from slipstream.layers.attention import Attention, attend
 from slipstream.layers.linear import Embedding, Linear
-from slipstream.layers.mlp import GatedMLP
-from slipstream.layers.norm import RMSNorm
+from slipstream.layers.mlp import ACTIVATIONS, MLP, GatedMLP
+from slipstream.layers.norm import LayerNorm, RMSNorm
 from slipstream.layers.rope import RotaryTable
 
-__all__ = ["Attention", "Embedding", "GatedMLP", "Linear", "RMSNorm", "RotaryTable", "StepTensors"]
+__all__ = [
+    "ACTIVATIONS",
+    "MLP",
+    "Attention",
+    "Embedding",
+    "GatedMLP",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+    "RotaryTable",
+    "StepTensors",
+    "attend",
+    "gelu",
+    "rope",
+    "scale",
+    "silu",
+    "soft_cap",
+]

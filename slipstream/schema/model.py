@@ -45,12 +45,18 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
+    kv_planes: int = 2  # keys and values; 1 where a value is the start of its key (latent attention)
+    windows: tuple[
+        int, ...
+    ] = ()  # of each layer: how many tokens a token sees, itself included, 0 for all; () for none
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise CorruptFile(f"num_key_value_heads is {self.num_kv_heads}; it must divide {self.num_heads} heads.")
         if self.head_dim % 2:
             raise CorruptFile(f"head_dim is {self.head_dim}; rotary embedding needs an even number.")
+        if self.windows and len(self.windows) != self.num_layers:
+            raise CorruptFile(f"{len(self.windows)} attention windows are given for {self.num_layers} layers.")
 
 
 class Options:

@@ -170,11 +170,11 @@ def test_verify_refuses_what_a_stage_may_not_hold() -> None:
 
 def test_verify_refuses_unknown_ops_wrong_attributes_and_changed_outputs() -> None:
     def graph() -> Graph:
-        return trace(lambda x, w: ops.rms_norm(x, w, eps=1e-5), {"x": ("T", 8)}, {"w": (8,)})
+        return trace(lambda x, w: ops.rms_norm(x, w, eps=1e-5, weight_offset=0.0), {"x": ("T", 8)}, {"w": (8,)})
 
     for change, message in (
         ({"op": "magic"}, "no op is called 'magic'"),
-        ({"attributes": {}}, r"attributes \[\], not \['eps'\]"),
+        ({"attributes": {}}, r"attributes \[\], not \['eps', 'weight_offset'\]"),
     ):
         broken = graph()
         vars_of = {"op": "rms_norm", "inputs": broken.nodes[0].inputs, "outputs": broken.nodes[0].outputs}

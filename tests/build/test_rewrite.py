@@ -13,12 +13,14 @@ from slipstream.build.example import trace
 from slipstream.build.passes import fuse_add_norm, fuse_gate_up, fuse_qkv, fuse_rope_kv_write
 from slipstream.build.pipeline import CLEAN_UP, FUSIONS, run_pipeline
 from slipstream.build.rewrite import Rewrite, Rule, Symbol, ops
-from slipstream.engine.graph import Graph
+from slipstream.engine.graph import Graph, Node
 from slipstream.errors import BuildError
 from slipstream.models import llama, read_config
 from tests.build.support import assert_same, copied
 
 X = {"x": ("T", 8), "y": ("T", 8)}
+
+PLAIN = {"window": 0, "soft_cap": 0.0, "value_dim": 4}  # attention without options
 
 
 def rewrite(pattern: Callable[..., Any], replacement: Callable[..., Any], **options: Any) -> Rewrite:
@@ -60,7 +62,7 @@ def test_a_value_read_outside_blocks_the_match() -> None:
 def test_a_returned_value_may_be_read_outside_and_keeps_its_name() -> None:
     def block(x: Symbol, y: Symbol, w: Symbol) -> tuple[Symbol, ...]:
         total = ops.add(x, y)
-        return ops.mul(ops.rms_norm(total, w, eps=1e-5), total), total
+        return ops.mul(ops.rms_norm(total, w, eps=1e-5, weight_offset=0.0), total), total
 
     graph = trace(block, X, {"w": (8,)})
     outputs = graph.outputs
@@ -71,14 +73,14 @@ def test_a_returned_value_may_be_read_outside_and_keeps_its_name() -> None:
 def test_an_attribute_binds_to_a_parameter() -> None:
     graph = fuse_add_norm.example()
     fuse_add_norm.PASS.run(graph)
-    assert graph.nodes[0].attributes == {"eps": 1e-5}
+    assert graph.nodes[0].attributes == {"eps": 1e-5, "weight_offset": 0.0}
 
 
 def test_a_number_in_a_pattern_must_be_that_number() -> None:
-    only_one = rewrite(lambda x, w: ops.rms_norm(x, w, eps=1.0), lambda x, w: ops.mul(x, x))
+    only_one = rewrite(lambda x, w: ops.rms_norm(x, w, eps=1.0, weight_offset=0.0), lambda x, w: ops.mul(x, x))
 
     def block(x: Symbol, y: Symbol, w: Symbol) -> Symbol:
-        return ops.rms_norm(x, w, eps=1e-5)
+        return ops.rms_norm(x, w, eps=1e-5, weight_offset=0.0)
 
     assert only_one.run(trace(block, X, {"w": (8,)})) == 0
 
@@ -91,12 +93,14 @@ def test_equal_parameters_stand_for_equal_values() -> None:
 
 def test_equal_parameters_stand_for_equal_numbers() -> None:
     def pattern(x: Symbol, w: Symbol, eps: Symbol) -> Symbol:
-        return ops.rms_norm(ops.rms_norm(x, w, eps=eps), w, eps=eps)
+        return ops.rms_norm(ops.rms_norm(x, w, eps=eps, weight_offset=0.0), w, eps=eps, weight_offset=0.0)
 
-    rule = rewrite(pattern, lambda x, w, eps: ops.rms_norm(x, w, eps=eps))
+    rule = rewrite(pattern, lambda x, w, eps: ops.rms_norm(x, w, eps=eps, weight_offset=0.0))
 
     def block(second: float) -> Callable[..., Symbol]:
-        return lambda x, y, w: ops.rms_norm(ops.rms_norm(x, w, eps=1e-5), w, eps=second)
+        return lambda x, y, w: ops.rms_norm(
+            ops.rms_norm(x, w, eps=1e-5, weight_offset=0.0), w, eps=second, weight_offset=0.0
+        )
 
     assert rule.run(trace(block(1e-6), X, {"w": (8,)})) == 0
     assert rule.run(trace(block(1e-5), X, {"w": (8,)})) == 1
@@ -138,9 +142,9 @@ def test_overlapping_places_are_rewritten_once_each_until_none_is_left() -> None
 def test_neighbours_that_read_each_other_are_both_rewritten() -> None:
     def block(x: Symbol, y: Symbol, w: Symbol) -> Symbol:
         first = ops.add(x, y)
-        second = ops.add(first, ops.rms_norm(first, w, eps=1e-5))
-        third = ops.add(second, ops.rms_norm(second, w, eps=1e-5))
-        return ops.mul(third, ops.rms_norm(third, w, eps=1e-5))
+        second = ops.add(first, ops.rms_norm(first, w, eps=1e-5, weight_offset=0.0))
+        third = ops.add(second, ops.rms_norm(second, w, eps=1e-5, weight_offset=0.0))
+        return ops.mul(third, ops.rms_norm(third, w, eps=1e-5, weight_offset=0.0))
 
     graph = trace(block, X, {"w": (8,)})
     assert changed(graph, fuse_add_norm.PASS) == 3
@@ -245,19 +249,55 @@ def test_qkv_with_a_bias_on_some_is_left_alone() -> None:
 
 def test_gate_and_up_with_biases() -> None:
     weights: dict[str, tuple[int, ...]] = {"gate": (6, 8), "gb": (6,), "up": (6, 8), "ub": (6,)}
-    graph = trace(fuse_gate_up.pattern_bias, {"x": ("T", 8)}, weights)
+    graph = trace(
+        lambda x, gate, gb, up, ub: ops.mul(ops.silu(ops.linear(x, gate, gb)), ops.linear(x, up, ub)),
+        {"x": ("T", 8)},
+        weights,
+    )
     assert changed(graph, fuse_gate_up.PASS) == 1
     assert graph.count_ops() == {"concat": 2, "linear": 1, "silu_and_mul": 1}
 
 
+@pytest.mark.parametrize("approximate", [True, False])
+def test_gate_and_up_of_gelu(approximate: bool) -> None:
+    graph = trace(
+        lambda x, gate, up: ops.mul(ops.gelu(ops.linear(x, gate), approximate=approximate), ops.linear(x, up)),
+        {"x": ("T", 8)},
+        {"gate": (6, 8), "up": (6, 8)},
+    )
+    assert changed(graph, fuse_gate_up.PASS) == 1
+    assert graph.count_ops() == {"concat": 1, "gelu_and_mul": 1, "linear": 1}
+
+
+def test_an_optional_tensor_may_be_absent() -> None:
+    def pattern(x: Symbol, w: Symbol, bias: Symbol | None) -> Symbol:
+        return ops.silu(ops.linear(x, w, bias))
+
+    def replacement(x: Symbol, w: Symbol, bias: Symbol | None) -> Symbol:
+        return ops.gelu(ops.linear(x, w, bias), approximate=True)
+
+    rule = Rewrite("test", "none", (Rule(pattern, replacement),))
+    for bias in (None, "b"):
+        graph = trace(lambda x, w, b: ops.silu(ops.linear(x, w, b)), {"x": ("T", 8)}, {"w": (6, 8), "b": (6,)})
+        graph.nodes[0] = Node("linear", ("x", "w", bias), graph.nodes[0].outputs)
+        assert rule.run(graph) == 1
+        assert graph.nodes[0].inputs == ("x", "w", bias)
+
+
 def test_a_gate_that_broadcasts_is_left_alone() -> None:
-    graph = trace(fuse_gate_up.pattern, {"x": ("T", 8)}, {"gate": (1, 8), "up": (6, 8)})
+    graph = trace(
+        lambda x, gate, up: ops.mul(ops.silu(ops.linear(x, gate)), ops.linear(x, up)),
+        {"x": ("T", 8)},
+        {"gate": (1, 8), "up": (6, 8)},
+    )
     assert fuse_gate_up.PASS.run(graph) == 0
 
 
 def test_a_sum_that_broadcasts_is_not_fused_with_its_norm() -> None:
     graph = trace(
-        lambda x, row, w: ops.rms_norm(ops.add(x, row), w, eps=1e-5), {"x": ("T", 8), "row": (8,)}, {"w": (8,)}
+        lambda x, row, w: ops.rms_norm(ops.add(x, row), w, eps=1e-5, weight_offset=0.0),
+        {"x": ("T", 8), "row": (8,)},
+        {"w": (8,)},
     )
     assert fuse_add_norm.PASS.run(graph) == 0
 
@@ -284,15 +324,15 @@ def cached(block: Callable[..., Any]) -> Graph:
 
 
 def attend(i: Any, q: Symbol) -> Symbol:
-    return ops.attention(q, i.kv, i.query_starts, i.kv_lens, i.block_tables, scale=0.5)
+    return ops.attention(q, i.kv, i.query_starts, i.kv_lens, i.block_tables, scale=0.5, **PLAIN)
 
 
 def test_attention_before_the_write_is_not_fused_with_it() -> None:
     """It sees the cache as it was; the fused op would show it the new keys."""
 
     def block(i: Any) -> Symbol:
-        out = attend(i, ops.rope(i.q, i.cos, i.sin))
-        ops.kv_write(ops.rope(i.k, i.cos, i.sin), i.v, i.kv, i.slots)
+        out = attend(i, ops.rope(i.q, i.cos, i.sin, head_dim=4))
+        ops.kv_write(ops.rope(i.k, i.cos, i.sin, head_dim=4), i.v, i.kv, i.slots)
         return out
 
     assert changed(cached(block), fuse_rope_kv_write.PASS) == 0
@@ -300,9 +340,9 @@ def test_attention_before_the_write_is_not_fused_with_it() -> None:
 
 def test_a_reader_between_write_and_attention_stays_between() -> None:
     def block(i: Any) -> tuple[Symbol, ...]:
-        ops.kv_write(ops.rope(i.k, i.cos, i.sin), i.v, i.kv, i.slots)
+        ops.kv_write(ops.rope(i.k, i.cos, i.sin, head_dim=4), i.v, i.kv, i.slots)
         between = attend(i, i.q)
-        return attend(i, ops.rope(i.q, i.cos, i.sin)), between
+        return attend(i, ops.rope(i.q, i.cos, i.sin, head_dim=4)), between
 
     changed(cached(block), fuse_rope_kv_write.PASS)
 
@@ -310,8 +350,8 @@ def test_a_reader_between_write_and_attention_stays_between() -> None:
 def test_a_write_never_moves_across_another_write_or_reader() -> None:
     def block(i: Any) -> tuple[Symbol, ...]:
         before = attend(i, i.q)
-        ops.kv_write(ops.rope(i.k, i.cos, i.sin), i.v, i.kv, i.slots)
-        first = attend(i, ops.rope(i.q, i.cos, i.sin))
+        ops.kv_write(ops.rope(i.k, i.cos, i.sin, head_dim=4), i.v, i.kv, i.slots)
+        first = attend(i, ops.rope(i.q, i.cos, i.sin, head_dim=4))
         ops.kv_write(ops.silu(i.k), i.v, i.kv, i.slots)
         return before, first, attend(i, i.q)
 
@@ -325,8 +365,8 @@ def test_a_write_never_moves_across_another_write_or_reader() -> None:
 def test_a_reader_in_a_match_never_moves_across_a_write_outside_it() -> None:
     """The pattern only reads the cache, and its last op comes after a write that its first op must not see."""
     rule = rewrite(
-        lambda q, kv, a, b, c, y, scale: ops.mul(ops.attention(q, kv, a, b, c, scale=scale), y),
-        lambda q, kv, a, b, c, y, scale: ops.mul(y, ops.attention(q, kv, a, b, c, scale=scale)),
+        lambda q, kv, a, b, c, y, scale: ops.mul(ops.attention(q, kv, a, b, c, scale=scale, **PLAIN), y),
+        lambda q, kv, a, b, c, y, scale: ops.mul(y, ops.attention(q, kv, a, b, c, scale=scale, **PLAIN)),
     )
 
     def block(i: Any) -> Symbol:
@@ -370,7 +410,7 @@ def random_graphs(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Graph:
             elif kind == 2:
                 values.append(ops.silu(a))
             elif kind == 3:
-                values.append(ops.rms_norm(a, vector, eps=1e-5))
+                values.append(ops.rms_norm(a, vector, eps=1e-5, weight_offset=0.0))
             elif kind == 4:
                 values.append(ops.linear(a, matrix, vector if second % 3 == 0 else None))
             elif kind == 5:
@@ -378,7 +418,7 @@ def random_graphs(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Graph:
             else:
                 values += [ops.linear(a, matrices[(third + i) % 4]) for i in range(3)]
             if kind in (1, 4, 5, 6):  # keep the numbers small
-                values.append(ops.rms_norm(values[-1], vectors[0], eps=1e-5))
+                values.append(ops.rms_norm(values[-1], vectors[0], eps=1e-5, weight_offset=0.0))
         return tuple(dict.fromkeys(values[-num_outputs:]))
 
     return trace(block, {"x": ("T", 8), "y": ("T", 8)}, weights)

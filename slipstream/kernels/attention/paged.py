@@ -1,8 +1,10 @@
 """Writing K and V into pages, and attending to them.
 
-A layer's cache is one tensor kv_2NBKD: keys and values, N blocks of B tokens, K heads, D numbers a head. Ragged batches
-are the only kind: context and generation rows of many sequences in one call, each seeing its own past (causal).
-MHA, GQA and MQA differ only in K (arXiv:1911.02150, 2305.13245); pages as in PagedAttention (arXiv:2309.06180).
+A layer's cache is one tensor kv_PNBKD: P planes (keys and values), N blocks of B tokens, K heads, D numbers a head.
+Ragged batches are the only kind: context and generation rows of many sequences in one call, each seeing its own past.
+
+MHA, GQA and MQA differ only in K (arXiv:1911.02150, 2305.13245). Latent attention (MLA, arXiv:2405.04434) is MQA over
+one plane: the first value_dim numbers of a key are also its value. Pages as in PagedAttention (arXiv:2309.06180).
 """
 
 import torch
@@ -12,63 +14,116 @@ from torch.nn import functional
 from slipstream.kernels.registry import kernel, op
 
 
-def _nothing(k_TY: Tensor, v_TY: Tensor, kv_2NBKD: Tensor, slots_T: Tensor) -> None:
+def _nothing(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor) -> None:
     return None
 
 
-@op("kv_write(Tensor k, Tensor v, Tensor(a!) kv, Tensor slots) -> ()", shapes=_nothing)
-def kv_write(k_TY: Tensor, v_TY: Tensor, kv_2NBKD: Tensor, slots_T: Tensor) -> None:
-    """Store each token's key and value at its slot (block id * block size + offset)."""
-    _, num_blocks, block_size, *heads = kv_2NBKD.shape
-    pages_2PKD = kv_2NBKD.view(2, num_blocks * block_size, *heads)  # a view or an error: a copy would lose the write
-    pages_2PKD[0].index_copy_(0, slots_T, k_TY.unflatten(1, heads).to(kv_2NBKD.dtype))
-    pages_2PKD[1].index_copy_(0, slots_T, v_TY.unflatten(1, heads).to(kv_2NBKD.dtype))
+@op("kv_write(Tensor k, Tensor? v, Tensor(a!) kv, Tensor slots) -> ()", shapes=_nothing)
+def kv_write(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor) -> None:
+    """Store each token's key, and its value where the cache has two planes, at its slot (block id * size + offset)."""
+    num_planes, num_blocks, block_size, *heads = kv_PNBKD.shape
+    pages_PSKD = kv_PNBKD.view(
+        num_planes, num_blocks * block_size, *heads
+    )  # a view or an error: a copy loses the write
+    for page_SKD, x_TY in zip(pages_PSKD, (k_TY, v_TY), strict=False):
+        assert x_TY is not None, "a cache of two planes takes keys and values"
+        page_SKD.index_copy_(0, slots_T, x_TY.unflatten(1, heads).to(kv_PNBKD.dtype))
 
 
-def _like_q(q_TX: Tensor, *_: object, **__: object) -> Tensor:
-    return q_TX.new_empty(q_TX.shape)
+def _attention_shapes(
+    q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
+    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
+) -> Tensor:  # fmt: skip
+    return q_TX.new_empty(q_TX.shape[0], q_TX.shape[1] // kv_PNBKD.shape[4] * value_dim)
 
 
 @op(
-    "attention(Tensor q, Tensor kv, Tensor query_starts, Tensor kv_lens, Tensor block_tables, float scale) -> Tensor",
-    shapes=_like_q,
+    "attention(Tensor q, Tensor kv, Tensor query_starts, Tensor kv_lens, Tensor block_tables, Tensor? alibi_slopes, "
+    "Tensor? sinks, float scale, int window, float soft_cap, int value_dim) -> Tensor",
+    shapes=_attention_shapes,
 )
 def attention(
-    q_TX: Tensor, kv_2NBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor, scale: float
-) -> Tensor:
-    """softmax(q kᵀ · scale) v for each query row, over its sequence's pages up to its own position."""
-    out_TX = torch.empty(q_TX.shape, dtype=q_TX.dtype, device=q_TX.device)
+    q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
+    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
+) -> Tensor:  # fmt: skip
+    """softmax(q kᵀ · scale) v for each query row, over its sequence's pages up to its own position.
+
+    window: how many tokens a row sees, itself included; 0 for all. Pages out of every row's window are not read.
+    soft_cap: scores become soft_cap · tanh(score / soft_cap); 0 for none (arXiv:2408.00118).
+    alibi_slopes: float32 [heads]; scores gain slope · (key position - query position) (arXiv:2108.12409).
+    sinks: [heads]; one more score in each softmax, of a key without a value (gpt-oss).
+    value_dim: numbers a head of a value; a cache of one plane has them at the start of its keys.
+    """
+    num_heads = q_TX.shape[1] // kv_PNBKD.shape[4]
+    out_TX = torch.empty(q_TX.shape[0], num_heads * value_dim, dtype=q_TX.dtype, device=q_TX.device)
     starts, lens = query_starts.tolist(), kv_lens.tolist()
     for sequence, kv_len in enumerate(lens):
         rows = slice(starts[sequence], starts[sequence + 1])
         if rows.start != rows.stop:
-            out_TX[rows] = _attend_one(q_TX[rows], kv_2NBKD, block_tables_SB[sequence], kv_len, scale)
+            out_TX[rows] = _attend_one(
+                q_TX[rows], kv_PNBKD, block_tables_SB[sequence], kv_len, alibi_slopes_H, sinks_H,
+                scale, window, soft_cap, value_dim,
+            )  # fmt: skip
     return out_TX
 
 
-def _attend_one(q_QX: Tensor, kv_2NBKD: Tensor, block_ids_B: Tensor, kv_len: int, scale: float) -> Tensor:
-    _, _, block_size, num_kv_heads, head_dim = kv_2NBKD.shape
+def _attend_one(
+    q_QX: Tensor, kv_PNBKD: Tensor, block_ids_B: Tensor, kv_len: int, alibi_slopes_H: Tensor | None,
+    sinks_H: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
+) -> Tensor:  # fmt: skip
+    _, _, block_size, num_kv_heads, head_dim = kv_PNBKD.shape
     num_queries = q_QX.shape[0]
-    num_blocks = -(-kv_len // block_size)
-    k_KLD, v_KLD = (
-        pages.index_select(0, block_ids_B[:num_blocks]).flatten(0, 1)[:kv_len].transpose(0, 1) for pages in kv_2NBKD
-    )
+    first = _first_place(kv_len, num_queries, window, block_size)
+    block_ids = block_ids_B[first // block_size : -(-kv_len // block_size)]
+    pages_KLD = [page.index_select(0, block_ids).flatten(0, 1)[: kv_len - first].transpose(0, 1) for page in kv_PNBKD]
+    k_KLD, v_KLD = pages_KLD[0], pages_KLD[-1][:, :, :value_dim]
     q_KGQD = q_QX.view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     scores_KGQL = torch.matmul(q_KGQD.flatten(1, 2), k_KLD.transpose(1, 2)).unflatten(1, q_KGQD.shape[1:3])
     scores_KGQL = scores_KGQL.float() * scale
-    if num_queries > 1:
-        positions = torch.arange(kv_len, device=q_QX.device)
-        scores_KGQL.masked_fill_(positions > positions[kv_len - num_queries :, None], float("-inf"))
-    probs_KGQL = scores_KGQL.softmax(-1).to(q_QX.dtype)
+    if soft_cap:
+        scores_KGQL = soft_cap * torch.tanh(scores_KGQL / soft_cap)
+    distance_QL = _distances(kv_len, num_queries, first, q_QX.device)
+    if alibi_slopes_H is not None:
+        scores_KGQL -= alibi_slopes_H.float().view(num_kv_heads, -1, 1, 1) * distance_QL
+    is_hidden_QL = distance_QL < 0
+    if window:
+        is_hidden_QL |= distance_QL >= window
+    scores_KGQL.masked_fill_(is_hidden_QL, float("-inf"))
+    if sinks_H is not None:
+        sink_KGQ1 = sinks_H.float().view(num_kv_heads, -1, 1, 1).expand(*scores_KGQL.shape[:3], 1)
+        scores_KGQL = torch.cat([scores_KGQL, sink_KGQ1], -1)
+    probs_KGQL = scores_KGQL.softmax(-1)[..., : kv_len - first].to(q_QX.dtype)
     out_KGQD = torch.matmul(probs_KGQL.flatten(1, 2), v_KLD).unflatten(1, q_KGQD.shape[1:3])
     return out_KGQD.permute(2, 0, 1, 3).reshape(num_queries, -1)
 
 
+def _first_place(kv_len: int, num_queries: int, window: int, block_size: int) -> int:
+    """Position, at a block's start, before which no query row sees anything: those pages may be someone else's."""
+    first_visible = max(0, kv_len - num_queries + 1 - window) if window else 0
+    return first_visible - first_visible % block_size
+
+
+def _distances(kv_len: int, num_queries: int, first: int, device: torch.device) -> Tensor:
+    """[queries, keys] how many tokens before the query the key stands; negative where it comes after."""
+    positions = torch.arange(first, kv_len, device=device)
+    return positions[kv_len - num_queries - first :, None] - positions
+
+
 @kernel(attention, "batched_decode", lambda device, _dtype: device.type == "cpu")
 def attention_batched_decode(
-    q_TX: Tensor, kv_2NBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor, scale: float
-) -> Tensor:
-    """Sequences with one query row in one batched product over padded pages; the others by flash attention."""
+    q_TX: Tensor, kv_2NBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
+    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
+) -> Tensor:  # fmt: skip
+    """Sequences with one query row in one batched product over padded pages; the others by flash attention.
+
+    Plain softmax over keys and values of one size only; what else the op can be is left to the reference.
+    """
+    is_plain = alibi_slopes_H is None and sinks_H is None and not window and not soft_cap
+    if not is_plain or len(kv_2NBKD) == 1 or value_dim != kv_2NBKD.shape[4]:
+        return attention.reference(
+            q_TX, kv_2NBKD, query_starts, kv_lens, block_tables_SB, alibi_slopes_H, sinks_H,
+            scale, window, soft_cap, value_dim,
+        )  # fmt: skip
     out_TX = torch.empty(q_TX.shape, dtype=q_TX.dtype, device=q_TX.device)
     starts, lens = query_starts.tolist(), kv_lens.tolist()
     decoding = [s for s in range(len(lens)) if starts[s + 1] - starts[s] == 1]

@@ -83,7 +83,7 @@ def count_blocks(manifest: Manifest, device: torch.device, *, fraction: float, m
 
 def allocate_kv(manifest: Manifest, num_tensors: int, num_blocks: int, device: torch.device) -> list[Tensor]:
     """Zeroed caches; each serves one layer of every KV group."""
-    shape = (2, num_blocks, manifest.tokens_per_block, manifest.num_kv_heads, manifest.head_dim)
+    shape = (manifest.kv_planes, num_blocks, manifest.tokens_per_block, manifest.num_kv_heads, manifest.head_dim)
     dtype = getattr(torch, manifest.dtype)
     try:
         if device.type == "cpu":
