@@ -77,6 +77,7 @@ def plan_build(
     progress("capture", 0, 1)
     captured = capture(checkpoint.model.Model, checkpoint.config, checkpoint.dtype, limits.tokens_per_block)
     graph = captured.graph
+    graph.formats = checkpoint.formats
     ops_captured = graph.count_ops()
     watch.lap("capture")
     passes = run_pipeline(

@@ -4,7 +4,18 @@ import math
 
 from slipstream.engine.graph import Graph, TensorType
 
-_BYTES = {"float32": 4, "int64": 8, "int32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int8": 1, "bool": 1}
+_BYTES = {
+    "float32": 4,
+    "int64": 8,
+    "int32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float64": 8,
+    "int8": 1,
+    "uint8": 1,
+    "float8_e4m3fn": 1,
+    "bool": 1,
+}
 
 
 def plan_memory(graph: Graph, *, max_num_tokens: int, max_batch_size: int) -> dict[str, int]:

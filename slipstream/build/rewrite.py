@@ -139,6 +139,11 @@ class Match:
     def are_weights(self, *parameters: str) -> bool:
         return all(self.values[parameter] in self.graph.weights for parameter in parameters)
 
+    def can_be_joined(self, *parameters: str) -> bool:
+        """Weights stored in one way: rows of one can be put below rows of another."""
+        formats = {self.graph.formats.get(self.values[parameter]) for parameter in parameters}
+        return self.are_weights(*parameters) and len(formats) == 1
+
     def have_same_type(self, *parameters: str) -> bool:
         return len({self.type_of(parameter) for parameter in parameters}) == 1
 

@@ -9,6 +9,8 @@ import torch
 from slipstream.checkpoint.folder import FORMAT, TOKENIZER_FOLDER, VERSION, WEIGHTS_FILE, Checkpoint
 from slipstream.checkpoint.gguf import GGUFModel
 from slipstream.checkpoint.names import pattern, translator
+from slipstream.checkpoint.packed import PackedTensors, open_packed
+from slipstream.checkpoint.quantized import open_quantized
 from slipstream.checkpoint.source import Source, resolve
 from slipstream.checkpoint.tensors import ShardedTensors, TensorSource
 from slipstream.checkpoint.tokenizer_files import copy_tokenizer, write_gguf_tokenizer
@@ -17,6 +19,7 @@ from slipstream.engine.tensor_file import TensorFile
 from slipstream.errors import CorruptFile, ModelError
 from slipstream.models import ModelFile, read_config
 from slipstream.schema.build import DTYPES
+from slipstream.schema.format import WeightFormat
 from slipstream.schema.model import DecoderConfig
 
 
@@ -61,11 +64,21 @@ def open_checkpoint(source: Source, dtype: str = "auto") -> Checkpoint:
         generation_path = source.path / "generation_config.json"
         generation = read_json(generation_path) if generation_path.is_file() else {}
         options = read_json(source.path / "config.json")
-        tensors = ShardedTensors.open(source.path)
+        tensors = _open_folder(source.path, options)
+        options.pop("quantization_config", None)
         return _open(
             source, tensors, options, generation, dtype, lambda folder: copy_tokenizer(source.path, folder)
         )  # fmt: skip
     raise ModelError(f"{source.path} is an engine already; give a model folder or a .gguf file to convert.")
+
+
+def _open_folder(folder: Path, options: dict[str, Any]) -> TensorSource:
+    tensors = ShardedTensors.open(folder)
+    try:
+        return open_quantized(folder, options, tensors) or tensors
+    except BaseException:
+        tensors.close()
+        raise
 
 
 def _open(
@@ -86,7 +99,10 @@ def _open(
     if dtype == "auto":
         dtype = published_dtype(options)
     generation = {"eos_token_id": options.get("eos_token_id"), "bos_token_id": options.get("bos_token_id")} | generation
-    return Checkpoint(source.name, options, config, model, dtype, generation, tensors, names, write_tokenizer)
+    return Checkpoint(
+        source.name, options, config, model, dtype, generation, tensors, names, write_tokenizer,
+        formats_of(names, tensors),
+    )  # fmt: skip
 
 
 def _open_ours(source: Source, dtype: str) -> Checkpoint:
@@ -102,9 +118,10 @@ def _open_ours(source: Source, dtype: str) -> Checkpoint:
     stored = description.get("dtype")
     if not isinstance(stored, str) or stored not in DTYPES:
         raise CorruptFile(f"{source.path}/config.json: dtype is {stored!r}; it must be one of {', '.join(DTYPES)}.")
-    tensors = TensorFile.open(source.path / WEIGHTS_FILE)
-    names = {name: name for name in tensors.names()}
+    tensors: TensorSource = TensorFile.open(source.path / WEIGHTS_FILE)
     try:
+        tensors = _open_formats(tensors, description.get("formats", {}), model, config, source.path)
+        names = {name: name for name in tensors.names()}
         check_shapes(model, config, names, tensors, source.path)
     except BaseException:
         tensors.close()
@@ -113,8 +130,28 @@ def _open_ours(source: Source, dtype: str) -> Checkpoint:
     tokenizer = source.path / TOKENIZER_FOLDER
     return Checkpoint(
         str(description.get("name", source.name))[:256], options, config, model, chosen, generation, tensors, names,
-        lambda folder: copy_tokenizer(tokenizer, folder),
+        lambda folder: copy_tokenizer(tokenizer, folder), formats_of(names, tensors),
     )  # fmt: skip
+
+
+def _open_formats(
+    tensors: TensorSource, entries: Any, model: ModelFile, config: DecoderConfig, where: Path
+) -> TensorSource:
+    """The packed weights that config.json lists."""
+    if not isinstance(entries, dict):
+        raise CorruptFile(f"{where}/config.json: formats is {str(entries)[:80]!r}; it must be an object.")
+    if not entries:
+        return tensors
+    formats = {name: WeightFormat.from_dict(values, f"{where}/config.json") for name, values in entries.items()}
+    return open_packed(tensors, formats, parameter_shapes(model, config, where), str(where))
+
+
+def formats_of(names: dict[str, str], tensors: TensorSource) -> dict[str, WeightFormat]:
+    """Our names of the weights that are packed."""
+    if not isinstance(tensors, PackedTensors):
+        return {}
+    found = {ours: tensors.format_of(theirs) for ours, theirs in names.items()}
+    return {ours: format for ours, format in found.items() if format is not None}
 
 
 def published_dtype(options: dict[str, Any]) -> str:
@@ -144,15 +181,19 @@ def rename(model: ModelFile, config: DecoderConfig, found: Iterable[str], where:
     return names
 
 
+def parameter_shapes(model: ModelFile, config: DecoderConfig, where: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with torch.device("meta"):
+            return {name: tuple(p.shape) for name, p in model.Model(config).named_parameters()}
+    except RuntimeError:  # torch multiplies the sizes out even where it stores nothing
+        raise CorruptFile(f"{where}: the config asks for tensors larger than any memory.") from None
+
+
 def check_shapes(
     model: ModelFile, config: DecoderConfig, names: dict[str, str], tensors: TensorSource, where: Path
 ) -> None:
     """Raise CorruptFile unless the tensors are exactly the model's parameters."""
-    try:
-        with torch.device("meta"):
-            expected = {name: tuple(p.shape) for name, p in model.Model(config).named_parameters()}
-    except RuntimeError:  # torch multiplies the sizes out even where it stores nothing
-        raise CorruptFile(f"{where}: the config asks for tensors larger than any memory.") from None
+    expected = parameter_shapes(model, config, where)
     for name, shape in expected.items():
         if name not in names:
             raise CorruptFile(f"{where} lacks the tensor for {name} {list(shape)}.")

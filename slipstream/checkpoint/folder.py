@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from slipstream.engine.bounded_json import read_json
 from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.errors import ModelError
 from slipstream.models import ModelFile
+from slipstream.schema.format import PART_NAMES, WeightFormat
 from slipstream.schema.model import DecoderConfig
 
 FORMAT = "slipstream-checkpoint"
@@ -32,23 +33,45 @@ class Checkpoint:
     options: dict[str, Any]  # the Hugging Face style config.json
     config: DecoderConfig
     model: ModelFile
-    dtype: str  # what read() gives
+    dtype: str  # what read() gives, but for the parts of packed weights
     generation: dict[str, Any]  # generation_config.json; {} where there is none
     weights: TensorSource
     names: dict[str, str]  # our name → the source's
     write_tokenizer: Callable[[Path], None]
+    formats: dict[str, WeightFormat] = field(default_factory=dict)  # our names of the weights that are packed
 
     def read(self, name: str) -> Tensor:
-        """One weight in the checkpoint's dtype."""
+        """One weight in the checkpoint's dtype, a packed one dequantized; or a part of a packed one as it is stored."""
+        weight, part = self._split(name)
+        if part:
+            return self.weights.read(f"{self.names[weight]}.{part}")
         return self.weights.read(self.names[name]).to(getattr(torch, self.dtype))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.weights.shape(self.names[name])
+        weight, part = self._split(name)
+        return self.weights.shape(f"{self.names[weight]}.{part}" if part else self.names[name])
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What read() gives."""
+        weight, part = self._split(name)
+        return self.weights.dtype(f"{self.names[weight]}.{part}") if part else getattr(torch, self.dtype)
+
+    def stored_names(self) -> list[str]:
+        """What save() writes: each weight, a packed one by its parts."""
+        found: list[str] = []
+        for name in self.names:
+            parts = self.formats[name].parts(1, 1) if name in self.formats else {}
+            found += [f"{name}.{part}" for part in parts] or [name]
+        return found
+
+    def _split(self, name: str) -> tuple[str, str]:
+        weight, _, part = name.rpartition(".")
+        return (weight, part) if part in PART_NAMES and weight in self.formats else (name, "")
 
     @property
     def num_bytes(self) -> int:
-        """Of all weights, in the checkpoint's dtype."""
-        return sum(math.prod(self.shape(name)) for name in self.names) * getattr(torch, self.dtype).itemsize
+        """Of all weights as save() writes them."""
+        return sum(math.prod(self.shape(name)) * self.dtype_of(name).itemsize for name in self.stored_names())
 
     def close(self) -> None:
         self.weights.close()
@@ -56,12 +79,15 @@ class Checkpoint:
     def save(self, folder: Path, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Write the checkpoint folder; config.json comes last, so a folder that has it is whole."""
         with new_folder(folder, FORMAT) as description:
-            dtype = getattr(torch, self.dtype)
-            entries = [(name, self.shape(name), dtype, lambda name=name: self.read(name)) for name in self.names]
+            entries = [
+                (name, self.shape(name), self.dtype_of(name), lambda name=name: self.read(name))
+                for name in self.stored_names()
+            ]
             write_tensor_file(folder / WEIGHTS_FILE, entries, {"format": "pt"}, progress)
             self.write_tokenizer(folder / TOKENIZER_FOLDER)
             description |= {"name": self.name, "dtype": self.dtype}
             description |= {"model": self.options, "generation": self.generation}
+            description["formats"] = {name: format.to_dict() for name, format in self.formats.items()}
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slipstream.errors import EngineError
+from slipstream.schema.format import WeightFormat
 
 Attribute = bool | int | float | str | list[int] | list[float] | None  # a str names a dtype
 
@@ -58,6 +59,7 @@ class Graph:
     outputs: tuple[str, ...]
     types: dict[str, TensorType] = field(default_factory=dict)  # of every value
     prologue: list[Node] = field(default_factory=list)
+    formats: dict[str, WeightFormat] = field(default_factory=dict)  # of packed weights, while the build rewrites
 
     def users(self) -> dict[str, list[Node]]:
         """Each value's readers, in order."""

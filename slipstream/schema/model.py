@@ -66,11 +66,11 @@ class Options:
         self._values = {name: value for name, value in values.items() if name not in _SILENT_OPTIONS}
         self._source = source
 
-    def integer(self, name: str, default: int | None = None, *, high: int = 2**31) -> int:
+    def integer(self, name: str, default: int | None = None, *, low: int = 1, high: int = 2**31) -> int:
         value = self._values.pop(name, None)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-            raise CorruptFile(f"{self._source}: {name} is {value!r}; it must be a whole number from 1 to {high}.")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise CorruptFile(f"{self._source}: {name} is {value!r}; it must be a whole number from {low} to {high}.")
         return value
 
     def real(self, name: str, default: float | None = None) -> float:
@@ -94,10 +94,25 @@ class Options:
             raise CorruptFile(f"{self._source}: {name} is {value!r}; it must be an object.")
         return Options(value, f"{self._source}: {name}")
 
-    def choice(self, name: str, known: tuple[str, ...], default: str | None = None) -> str:
-        value = self._values.pop(name, default)
+    def sections(self) -> "list[Options]":
+        """Every option that is left, as an object of its own."""
+        return [each for name in list(self._values) if (each := self.section(name)) is not None]
+
+    def value(self, name: str) -> Any:
+        """Whatever is there, None where nothing is; the caller checks it."""
+        return self._values.pop(name, None)
+
+    def skip(self, *names: str) -> None:
+        """Options that are known and change nothing here."""
+        for name in names:
+            self._values.pop(name, None)
+
+    def choice(self, name: str, known: tuple[Any, ...], default: Any = None) -> Any:
+        value = self._values.pop(name, None)
+        value = default if value is None else value
         if value not in known:
-            raise UnsupportedModel(f"{self._source}: {name} is {value!r}; the known values are {', '.join(known)}.")
+            listed = ", ".join(map(str, known))
+            raise UnsupportedModel(f"{self._source}: {name} is {value!r}; the known values are {listed}.")
         return value
 
     def reals(self, name: str) -> tuple[float, ...] | None:

@@ -27,6 +27,7 @@ TABLE: dict[str, tuple[str, ...]] = {
         "engine/tensor_file",
         "engine/bounded_json",
         "engine/mapping",
+        "kernels/linear",  # packing: a published format becomes ours
         "text/vocabulary",
         "schema",
     ),

@@ -29,7 +29,7 @@ def rules(activation: Activation, activation_and_mul: Activation) -> tuple[Rule,
 
 def _are_halves(match: Match) -> bool:
     """Two weights of one shape: with another, the product would broadcast."""
-    return match.are_weights("gate", "up") and match.have_same_type("gate", "up")
+    return match.can_be_joined("gate", "up") and match.have_same_type("gate", "up")
 
 
 PASS = Rewrite(

@@ -28,7 +28,7 @@ def replacement_bias(
 def _are_the_three_readers(match: Match) -> bool:
     """x feeds exactly these three products, in this order."""
     readers = [node.inputs[1] for node in match.readers("x") if node.op == "linear"]
-    return readers == [match["q"], match["k"], match["v"]] and match.are_weights("q", "k", "v")
+    return readers == [match["q"], match["k"], match["v"]] and match.can_be_joined("q", "k", "v")
 
 
 def _sizes(match: Match) -> dict[str, list[int]]:

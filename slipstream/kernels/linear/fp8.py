@@ -7,7 +7,14 @@ A weight has one scale for each row, or one for each 128 columns of a row (DeepS
 import torch
 from torch import Tensor
 
-from slipstream.kernels.linear.groups import activation_scale, dequantize, per_column, product, quantized_shapes
+from slipstream.kernels.linear.groups import (
+    activation_scale,
+    dequantize,
+    linear_shapes,
+    per_column,
+    product,
+    quantized_shapes,
+)
 from slipstream.kernels.registry import op
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
@@ -49,13 +56,9 @@ def linear_fp8(
     return product(x_MK, dequantize(packed_NK, scale_NG, None, group_size), bias_N, getattr(torch, dtype))
 
 
-def _weight_only_shapes(x_MK: Tensor, packed_NK: Tensor, *_: object) -> Tensor:
-    return x_MK.new_empty(x_MK.shape[0], packed_NK.shape[0])
-
-
 @op(
     "linear_fp8a16(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int group_size) -> Tensor",
-    shapes=_weight_only_shapes,
+    shapes=linear_shapes,
 )
 def linear_fp8a16(x_MK: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int) -> Tensor:
     """packed E4M3 [N, K], x as it is."""

@@ -28,6 +28,11 @@ def dequantize(
     return torch.empty_like(weight_NK).index_copy_(1, order_K.long(), weight_NK)
 
 
+def linear_shapes(x_MK: Tensor, packed: Tensor, *_: object, **__: object) -> Tensor:
+    """What a linear gives whose activations are as they are."""
+    return x_MK.new_empty(x_MK.shape[0], packed.shape[0])
+
+
 def product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x Wᵀ + b of a dequantized weight, rounded to dtype once."""
     y_MN = x_MK.float() @ weight_NK.t()

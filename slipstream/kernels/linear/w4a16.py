@@ -7,7 +7,7 @@ one). Weights of 2 and 3 bits are held in this format too.
 import torch
 from torch import Tensor
 
-from slipstream.kernels.linear.groups import dequantize, product
+from slipstream.kernels.linear.groups import dequantize, linear_shapes, product
 from slipstream.kernels.registry import op
 
 SYMMETRIC_ZERO = 8
@@ -33,14 +33,10 @@ def weight(
     return dequantize(unpack(packed, num_in), scale_NG, zero_NG, group_size, order_K)
 
 
-def _shapes(x_MK: Tensor, packed: Tensor, *_: object) -> Tensor:
-    return x_MK.new_empty(x_MK.shape[0], packed.shape[0])
-
-
 @op(
     "linear_w4a16(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? order, Tensor? bias, int group_size)"
     " -> Tensor",
-    shapes=_shapes,
+    shapes=linear_shapes,
 )
 def linear_w4a16(
     x_MK: Tensor, packed: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, order_K: Tensor | None,

@@ -2,18 +2,14 @@
 
 from torch import Tensor
 
-from slipstream.kernels.linear.groups import dequantize, product
+from slipstream.kernels.linear.groups import dequantize, linear_shapes, product
 from slipstream.kernels.registry import op
-
-
-def _shapes(x_MK: Tensor, packed_NK: Tensor, *_: object) -> Tensor:
-    return x_MK.new_empty(x_MK.shape[0], packed_NK.shape[0])
 
 
 @op(
     "linear_w8a16(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? order, Tensor? bias, int group_size)"
     " -> Tensor",
-    shapes=_shapes,
+    shapes=linear_shapes,
 )
 def linear_w8a16(
     x_MK: Tensor, packed_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, order_K: Tensor | None,

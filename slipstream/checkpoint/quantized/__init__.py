@@ -1,0 +1,72 @@
+"""Quantized models as the tools of the field store them, read strictly: one file a method, METHODS lists them.
+
+`quantization_config` of config.json says which method; older tools wrote quantize_config.json (AutoGPTQ) or
+quant_config.json (AutoAWQ), ModelOpt writes hf_quant_config.json. Whatever of a linear is packed stays packed.
+"""
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slipstream.checkpoint.packed import PackedLinear, PackedTensors
+from slipstream.checkpoint.quantized import awq, compressed_tensors, fp8, gptq, modelopt
+from slipstream.checkpoint.quantized.linears import Parts
+from slipstream.checkpoint.tensors import TensorSource
+from slipstream.engine.bounded_json import read_json
+from slipstream.errors import CorruptFile, UnsupportedModel
+from slipstream.schema.model import Options
+
+METHODS: dict[str, Callable[[Options, Parts], dict[str, PackedLinear]]] = {
+    "awq": awq.read,
+    "compressed-tensors": compressed_tensors.read,
+    "fp8": fp8.read,
+    "gptq": gptq.read,
+    "modelopt": modelopt.read,
+}
+# Beside config.json: what says the same as its quantization_config.
+FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+# Scales of a quantized KV cache, under the names of llm-compressor, ModelOpt and older tools.
+KV_SCALE = re.compile(r".*\.(k_scale|v_scale|q_scale|prob_scale|kv_scale|output_scale|[kv]_proj\.[kv]_scale)")
+
+
+def open_quantized(folder: Path, options: dict[str, Any], tensors: TensorSource) -> PackedTensors | None:
+    """The model's tensors with its quantized linears packed; None where nothing is quantized.
+
+    Raises UnsupportedModel for a method, format or option that is not known, CorruptFile where the tensors are not
+    those that the config announces.
+    """
+    found = _find_config(folder, options)
+    if found is None:
+        return None
+    method, where, values = found
+    if method not in METHODS:
+        raise UnsupportedModel(f"{where}: quant_method is {method!r}; the known ones are {', '.join(METHODS)}.")
+    parts = Parts(tensors)
+    linears = METHODS[method](Options(values, where), parts)
+    if not linears:
+        raise CorruptFile(f"{where} announces {method}, but no tensor in {folder} is quantized that way.")
+    ignored = {name for name in parts.names if KV_SCALE.fullmatch(name) and name not in parts.used}
+    if ignored:
+        warnings.warn(
+            f"{folder} has {len(ignored)} scales of a quantized KV cache, which are not used: the cache keeps the "
+            "engine's dtype.",
+            stacklevel=2,
+        )
+    return PackedTensors(tensors, linears, parts.used | ignored)
+
+
+def _find_config(folder: Path, options: dict[str, Any]) -> tuple[str, str, dict[str, Any]] | None:
+    """Method, where it is described, and its options."""
+    values = options.get("quantization_config")
+    if isinstance(values, dict) and values:
+        method = str(values.get("quant_method", "")).lower()
+        return method, f"{folder}: quantization_config", {k: v for k, v in values.items() if k != "quant_method"}
+    if values:
+        raise CorruptFile(f"{folder}: quantization_config is {str(values)[:80]!r}; it must be an object.")
+    for name, method in FILES.items():
+        if (folder / name).is_file():
+            values = read_json(folder / name)
+            return method, str(folder / name), {k: v for k, v in values.items() if k != "quant_method"}
+    return None
