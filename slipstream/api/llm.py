@@ -21,7 +21,7 @@ from slipstream.api.handles import BeamHandle, Handle, SamplingHandle
 from slipstream.api.outputs import CompletionOutput, RequestOutput, ScoreOutput
 from slipstream.build.cache import cached_engine, device_for, tuned_choices
 from slipstream.build.extensions import import_plugin
-from slipstream.checkpoint.source import resolve
+from slipstream.checkpoint import OwnModel, resolve
 from slipstream.engine.folder import TOKENIZER_FOLDER, open_engine
 from slipstream.errors import CapacityError, EngineError, ModelError, RequestError
 from slipstream.progress import Stopwatch, progress_bar
@@ -59,6 +59,8 @@ class LLM:
         capacity_scheduler_policy: str = "guaranteed_no_evict",
         queue_policy: str = "fifo",
         chat_template: str | None = None,
+        model_cls_file: str | Path | None = None,
+        model_cls_name: str = "Model",
         disabled_passes: Sequence[str] = (),
         extra_passes: Sequence[str] = (),
         plugins: Sequence[str] = (),
@@ -71,6 +73,7 @@ class LLM:
         kv_cache_max_tokens: size of the KV cache; by default what fits in kv_cache_free_memory_fraction of free memory.
         capacity_scheduler_policy: guaranteed_no_evict, max_utilization or static_batch. queue_policy: fifo or priority.
         chat_template: a jinja template that replaces the model's own.
+        model_cls_file: a model file of your own (docs/adding/model.md), run as Python; model_cls_name: the class in it.
         extra_passes: rewrites of your own, "module:name" each (docs/adding/pass.md). plugins: modules to import first,
         for an engine whose graph has ops of their own; only those named here are ever imported.
         show_progress: a bar on stderr while an engine is built, where stderr is a terminal.
@@ -83,7 +86,7 @@ class LLM:
         _check_limits(limits)
         for module in plugins:
             import_plugin(module)
-        source = resolve(model)
+        source = resolve(model, None if model_cls_file is None else OwnModel(Path(model_cls_file), model_cls_name))
         if source.kind == "engine":
             path = _given_engine(source.path, disabled_passes, extra_passes)
         else:

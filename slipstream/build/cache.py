@@ -107,6 +107,7 @@ def _key(source: Source, config: BuildConfig, device: torch.device) -> str:
         "dtype": dtype_for(config.dtype, device),
         "device": device.type,
         "code": _code_digest(),
+        "own model": source.own_model and source.own_model.digest(),
         "extra passes": digest_of_sources(config.extra_passes),
         "torch": torch.__version__,
     }

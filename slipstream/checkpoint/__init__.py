@@ -6,6 +6,7 @@ dtype) and `tokenizer/`. A Checkpoint is the same thing not yet written: weights
 
 from slipstream.checkpoint.convert import convert, open_checkpoint
 from slipstream.checkpoint.folder import Checkpoint
+from slipstream.checkpoint.own_model import OwnModel
 from slipstream.checkpoint.source import Source, resolve
 
-__all__ = ["Checkpoint", "Source", "convert", "open_checkpoint", "resolve"]
+__all__ = ["Checkpoint", "OwnModel", "Source", "convert", "open_checkpoint", "resolve"]

@@ -9,6 +9,7 @@ import torch
 from slipstream.checkpoint.folder import FORMAT, TOKENIZER_FOLDER, VERSION, WEIGHTS_FILE, Checkpoint
 from slipstream.checkpoint.gguf import GGUFModel
 from slipstream.checkpoint.names import pattern, translator
+from slipstream.checkpoint.own_model import OwnModel
 from slipstream.checkpoint.packed import PackedTensors, open_packed
 from slipstream.checkpoint.quantized import open_quantized
 from slipstream.checkpoint.source import Source, resolve
@@ -28,10 +29,14 @@ def convert(
     output_dir: str | Path,
     *,
     dtype: str = "auto",
+    own_model: OwnModel | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> None:
-    """Write a model as a checkpoint folder. dtype "auto" keeps the dtype the model was published in."""
-    source = resolve(model)
+    """Write a model as a checkpoint folder. dtype "auto" keeps the dtype the model was published in.
+
+    own_model: the user's own model file, for an architecture that is not one of ours.
+    """
+    source = resolve(model, own_model)
     if source.path.resolve() == Path(output_dir).resolve():
         raise ModelError(f"{output_dir} is the model to convert itself; give another --output_dir.")
     checkpoint = open_checkpoint(source, dtype)
@@ -90,7 +95,7 @@ def _open(
     write_tokenizer: Callable[[Path], None],
 ) -> Checkpoint:
     try:
-        model, config = read_config(options, str(source.path))
+        model, config = read_config(options, str(source.path), _own(source))
         names = rename(model, config, tensors.names(), source.path)
         check_shapes(model, config, names, tensors, source.path)
     except BaseException:
@@ -114,7 +119,7 @@ def _open_ours(source: Source, dtype: str) -> Checkpoint:
     options, generation = description.get("model"), description.get("generation")
     if not isinstance(options, dict) or not isinstance(generation, dict):
         raise CorruptFile(f"{source.path}/config.json: model and generation must be objects.")
-    model, config = read_config(options, f"{source.path}/config.json")
+    model, config = read_config(options, f"{source.path}/config.json", _own(source))
     stored = description.get("dtype")
     if not isinstance(stored, str) or stored not in DTYPES:
         raise CorruptFile(f"{source.path}/config.json: dtype is {stored!r}; it must be one of {', '.join(DTYPES)}.")
@@ -152,6 +157,10 @@ def formats_of(names: dict[str, str], tensors: TensorSource) -> dict[str, Weight
         return {}
     found = {ours: tensors.format_of(theirs) for ours, theirs in names.items()}
     return {ours: format for ours, format in found.items() if format is not None}
+
+
+def _own(source: Source) -> ModelFile | None:
+    return None if source.own_model is None else source.own_model.load()
 
 
 def published_dtype(options: dict[str, Any]) -> str:

@@ -7,16 +7,19 @@ from typing import Any
 import torch
 
 from slipstream.checkpoint.names import to_hugging_face
+from slipstream.checkpoint.own_model import OwnModel
 from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.models import read_config
 
 
-def write_random_model(folder: Path, options: dict[str, Any], *, seed: int = 0, dtype: str = "float32") -> Path:
+def write_random_model(
+    folder: Path, options: dict[str, Any], *, seed: int = 0, dtype: str = "float32", own_model: OwnModel | None = None
+) -> Path:
     """Write config.json and model.safetensors under Hugging Face's names; equal seeds give equal bytes.
 
     Weights are normal with a deviation of fan_in ** -0.5 (norms near 1), so that logits are neither flat nor huge.
     """
-    model, config = read_config(options, str(folder))
+    model, config = read_config(options, str(folder), own_model.load() if own_model else None)
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in model.Model(config).named_parameters()}
     kind = getattr(torch, dtype)

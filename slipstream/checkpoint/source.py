@@ -4,10 +4,11 @@ import difflib
 import importlib.util
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from slipstream.checkpoint.own_model import OwnModel
 from slipstream.engine.bounded_json import read_json
 from slipstream.errors import ModelError
 
@@ -25,10 +26,18 @@ class Source:
     kind: Kind
     path: Path
     name: str  # for people: the folder's name, the file's stem or the Hub id
+    own_model: OwnModel | None = None  # the user's own model file; None: the one of its model_type
 
 
-def resolve(model: str | Path) -> Source:
+def resolve(model: str | Path, own_model: OwnModel | None = None) -> Source:
     """Find a model, downloading it from the Hub where need be. Raises ModelError with the forms that would work."""
+    source = _resolve(model)
+    if own_model is not None and source.kind == "engine":
+        raise ModelError(f"{source.path} is an engine, which is built already; leave --model_cls_file out.")
+    return replace(source, own_model=own_model)
+
+
+def _resolve(model: str | Path) -> Source:
     if not isinstance(model, str | os.PathLike):
         raise ModelError(f"The model is {model!r}; it must be a path or a name, such as smollm2.")
     path = Path(model)

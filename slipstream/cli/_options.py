@@ -8,6 +8,10 @@ import typer
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16 or float16. auto: float32 on a CPU, the model's own on a GPU.")
 ]
+ModelClsFile = Annotated[
+    Path | None, typer.Option(help="A model file of your own, for an architecture not known here; it is run as Python.")
+]
+ModelClsName = Annotated[str, typer.Option(help="The class in --model_cls_file.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto: the GPU where there is one.")]
 TokenizerDir = Annotated[
     Path | None, typer.Option(help="Folder of the tokenizer, where it is not the model's or engine's own.")

@@ -36,6 +36,8 @@ def build(
     output_dir: Annotated[
         str | None, typer.Option(help="Engine folder to write; new, empty, or an older engine.")
     ] = None,
+    model_cls_file: options.ModelClsFile = None,
+    model_cls_name: options.ModelClsName = "Model",
     dtype: options.Dtype = "auto",
     max_batch_size: Annotated[
         int, typer.Option(min=1, help="Most sequences in one step.")
@@ -101,7 +103,9 @@ def build(
         disabled_plugins=tuple(disable_plugin or ()),
     )
     known = None if input_timing_cache is None else _known_choices(input_timing_cache, where)
-    checkpoint = open_checkpoint(_source(checkpoint_dir, model), dtype_for(dtype, where))
+    checkpoint = open_checkpoint(
+        _source(checkpoint_dir, model, model_cls_file, model_cls_name), dtype_for(dtype, where)
+    )
     try:
         with progress_bar() as progress:
             plan = plan_build(checkpoint, config, progress)
@@ -123,20 +127,21 @@ def build(
         print(f"at most {human_bytes(_peak_memory())} of memory")
 
 
-def _source(checkpoint_dir: Path | None, model: str | None) -> "Source":
-    from slipstream.checkpoint import resolve
+def _source(checkpoint_dir: Path | None, model: str | None, cls_file: Path | None, cls_name: str) -> "Source":
+    from slipstream.checkpoint import OwnModel, resolve
 
+    own = None if cls_file is None else OwnModel(cls_file, cls_name)
     if checkpoint_dir is None:
         if model is None:
             raise UsageError(
                 "There is no model; give --model (a folder, .gguf file, Hub id or smollm2) or --checkpoint_dir."
             )
-        return resolve(model)
+        return resolve(model, own)
     if model is not None:
         raise UsageError("--model and --checkpoint_dir were both given; leave one of them out.")
     if not checkpoint_dir.is_dir():
         raise UsageError(f"--checkpoint_dir {checkpoint_dir} is not a folder; slipstream convert makes one.")
-    source = resolve(checkpoint_dir)
+    source = resolve(checkpoint_dir, own)
     if source.kind != "checkpoint":
         raise UsageError(
             f"--checkpoint_dir {checkpoint_dir} is no checkpoint; give it as --model, or convert it first."

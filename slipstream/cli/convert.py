@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from slipstream.cli import _options as options
 from slipstream.cli._tables import human_bytes
 from slipstream.errors import UsageError
 from slipstream.progress import progress_bar
@@ -13,6 +14,8 @@ from slipstream.progress import progress_bar
 def convert(
     model_dir: Annotated[str, typer.Option(help="Hugging Face folder, .gguf file, Hub id or smollm2.")],
     output_dir: Annotated[str, typer.Option(help="Checkpoint folder to write; new, empty, or an older checkpoint.")],
+    model_cls_file: options.ModelClsFile = None,
+    model_cls_name: options.ModelClsName = "Model",
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16. auto: the one the model was published in.")
     ] = "auto",
@@ -24,12 +27,14 @@ def convert(
     """
     if not output_dir:
         raise UsageError("--output_dir is empty; give a folder, such as checkpoints/mine, or . for this one.")
+    from slipstream.checkpoint import OwnModel, open_checkpoint, resolve
     from slipstream.checkpoint import convert as convert_model
-    from slipstream.checkpoint import open_checkpoint, resolve
+
+    own = None if model_cls_file is None else OwnModel(model_cls_file, model_cls_name)
 
     with progress_bar() as progress:
-        convert_model(model_dir, output_dir, dtype=dtype, progress=progress)
-    written = open_checkpoint(resolve(output_dir))
+        convert_model(model_dir, output_dir, dtype=dtype, own_model=own, progress=progress)
+    written = open_checkpoint(resolve(output_dir, own))
     tokenizer = "with" if any((Path(output_dir) / "tokenizer").iterdir()) else "without"
     print(
         f"{output_dir}: {written.options['model_type']}, {len(written.names)} tensors, "

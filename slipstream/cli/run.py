@@ -26,6 +26,8 @@ def run(
         str | None, typer.Option(help="Model folder, .gguf file, Hub id or smollm2; built on first use.")
     ] = None,
     engine_dir: Annotated[Path | None, typer.Option(help="Engine folder, instead of --model.")] = None,
+    model_cls_file: options.ModelClsFile = None,
+    model_cls_name: options.ModelClsName = "Model",
     tokenizer_dir: options.TokenizerDir = None,
     input_text: Annotated[list[str] | None, typer.Option(help="A prompt; several make a batch.")] = None,
     input_file: Annotated[
@@ -149,6 +151,8 @@ def run(
         enable_chunked_prefill=enable_chunked_context,
         capacity_scheduler_policy=capacity_scheduler_policy,
         chat_template=template,
+        model_cls_file=model_cls_file,
+        model_cls_name=model_cls_name,
         plugins=plugin or (),
     )
     clock.add(llm.startup_seconds)

@@ -42,12 +42,15 @@ def model_file(model_type: str) -> ModelFile:
     return importlib.import_module(f"{__name__}.{model_type}")
 
 
-def read_config(values: dict[str, Any], source: str) -> tuple[ModelFile, DecoderConfig]:
-    """A Hugging Face config.json as the model file that runs it and that file's own config."""
+def read_config(values: dict[str, Any], source: str, own: ModelFile | None = None) -> tuple[ModelFile, DecoderConfig]:
+    """A Hugging Face config.json as the model file that runs it and that file's own config.
+
+    own: a user's model file, which runs it whatever its model_type.
+    """
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise CorruptFile(f"{source}: model_type is {model_type!r}; it must be one of {', '.join(known_models())}.")
-    found = model_file(model_type)
+    found = own or model_file(model_type)
     options = Options(values, source)
     config = found.Config.from_options(options)
     options.finish(model_type)

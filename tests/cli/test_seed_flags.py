@@ -22,7 +22,8 @@ SEEDS = {
         quantize_lm_head num_medusa_heads max_draft_len autoq_format auto_quantize_bits
     """,
     "build": """
-        checkpoint_dir output_dir model_config build_config max_batch_size max_input_len
+        checkpoint_dir output_dir model_config build_config model_cls_file model_cls_name
+        max_batch_size max_input_len
         max_seq_len max_beam_width max_num_tokens opt_num_tokens kv_cache_type input_timing_cache output_timing_cache
         profiling_verbosity strip_plan weight_sparsity weight_streaming fast_build workers log_level visualize_network
         dry_run monitor_memory logits_dtype gather_context_logits gather_generation_logits gather_all_token_logits
