@@ -46,6 +46,7 @@ class BuildPlan:
 
     manifest: Manifest
     graph: Graph
+    captured: str  # the graph before the passes, as JSON
     constants: dict[str, Tensor]
     passes: list[PassReport]
     ops_captured: dict[str, int]
@@ -78,7 +79,7 @@ def plan_build(
     captured = capture(checkpoint.model.Model, checkpoint.config, checkpoint.dtype, limits.tokens_per_block)
     graph = captured.graph
     graph.formats = checkpoint.formats
-    ops_captured = graph.count_ops()
+    captured_json, ops_captured = graph.to_json(), graph.count_ops()
     watch.lap("capture")
     passes = run_pipeline(
         graph, promised=checkpoint.model.PROMISED_PASSES, disabled=config.disabled_passes, extra=extra
@@ -86,7 +87,7 @@ def plan_build(
     memory = plan_memory(graph, max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size)
     watch.lap("rewrite")
     manifest = _manifest(checkpoint, limits, graph, passes, config.disabled_plugins, memory)
-    return BuildPlan(manifest, graph, captured.constants, passes, ops_captured, watch.seconds)
+    return BuildPlan(manifest, graph, captured_json, captured.constants, passes, ops_captured, watch.seconds)
 
 
 def write_engine(
@@ -121,7 +122,8 @@ def write_engine(
             progress=lambda done, total: progress("tune", done, total),
         )  # fmt: skip
         watch.lap("tune")
-        write_rank_file(folder / RANK_FILE, graph, _weight_reader(graph, checkpoint, plan.constants), count)
+        reader = _weight_reader(graph, checkpoint, plan.constants)
+        write_rank_file(folder / RANK_FILE, graph, plan.captured, reader, count)
         choices.save(folder / CACHE_FILE)
         checkpoint.write_tokenizer(folder / TOKENIZER_FOLDER)
         description |= manifest.to_dict()

@@ -208,7 +208,6 @@ BUILDING: dict[str, Answers] = {
     "--parallel_build": noted_switch(_ONE_PROCESS),
     "--log_level": note(_LEVELS),
     "--enable_debug_output": noted_switch(_LEVELS),
-    "--visualize_network": {BARE: Note("the finished engine can be drawn, with slipstream inspect")},
     "--logits_dtype": note("logits are in the engine's dtype, and float32 once they are sampled from"),
     "--gather_context_logits": noted_switch(_PER_REQUEST),
     "--gather_generation_logits": noted_switch(_PER_REQUEST),

@@ -22,7 +22,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     )
     for index in range(len(columns) or max(map(len, cells), default=0)):
         name = columns[index] if columns else ""
-        is_number = bool(cells) and all(row[index].replace(" ", "").isdigit() for row in cells)
+        is_number = bool(cells) and all(row[index].replace(" ", "").lstrip("-").isdigit() for row in cells)
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     for row in cells:
         table.add_row(*(Text(value) for value in row))
@@ -61,4 +61,11 @@ def print_memory_plan(manifest: "Manifest", more: Iterable[Sequence[object]] = (
 
 def print_passes(passes: Iterable[Sequence[object]]) -> None:
     """Rows of (name, matches, ops before, ops after, benefit)."""
-    print_table("Passes", ("pass", "matches", "ops before", "ops after", "benefit"), passes)
+    rows = [
+        (name, matches, _removed(before, after), after, benefit) for name, matches, before, after, benefit in passes
+    ]
+    print_table("Passes", ("pass", "matches", "ops removed", "ops left", "benefit"), rows)
+
+
+def _removed(before: object, after: object) -> object:
+    return before - after if isinstance(before, int) and isinstance(after, int) else ""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slipstream.cli import _options as options
+from slipstream.cli._drawing import save_drawing
 from slipstream.cli._tables import human_bytes, print_memory_plan, print_passes, print_table
 from slipstream.errors import UsageError
 from slipstream.progress import progress_bar
@@ -72,6 +73,9 @@ def build(
     monitor_memory: Annotated[
         bool, typer.Option("--monitor_memory", help="Say how much memory the build took at most.")
     ] = False,
+    visualize_network: Annotated[
+        bool, typer.Option("--visualize_network", help="Draw the graph, too: graph.svg in the engine folder.")
+    ] = False,
     device: options.Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Print the memory plan and write nothing.")] = False,
 ) -> None:
@@ -121,6 +125,8 @@ def build(
         checkpoint.close()
     if output_timing_cache is not None:
         _copy_choices(Path(output_dir), output_timing_cache)
+    if visualize_network:
+        save_drawing(Path(output_dir) / "graph.svg", plan.graph, f"{plan.manifest.name}, as the engine runs it")
     _print_report(report)
     print(f"{output_dir}: {human_bytes(_size(Path(output_dir)))}, built in {sum(report.seconds.values()):.1f} s")
     if monitor_memory:

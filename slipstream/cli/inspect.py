@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slipstream.cli import _options as options
+from slipstream.cli._drawing import save_drawing
 from slipstream.cli._engine import engine_folder
 from slipstream.cli._tables import human_bytes, print_memory_plan, print_passes, print_table
-from slipstream.errors import CapacityError
+from slipstream.errors import CapacityError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 def inspect(
     engine_dir: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")],
     graph: Annotated[bool, typer.Option("--graph", help="Only the graph, as text: one op a line.")] = False,
+    before: Annotated[bool, typer.Option("--before", help="The graph as captured, before the passes.")] = False,
+    after: Annotated[bool, typer.Option("--after", help="The graph as the engine runs it (the default).")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Only draw the graph, to this file; equal layers once.")] = None,
     memory: Annotated[bool, typer.Option("--memory", help="Only the memory plan.")] = False,
     device: options.Device = "auto",
     plugin: options.Plugin = None,
@@ -29,7 +33,12 @@ def inspect(
     Example:
         slipstream inspect engines/smollm2
         slipstream inspect engines/smollm2 --graph | grep linear
+        slipstream inspect engines/smollm2 --svg before.svg --before
     """
+    if before and after:
+        raise UsageError("--before and --after were both given; leave one of them out.")
+    if (before or after) and not (graph or svg):
+        raise UsageError("--before and --after say which graph; give --graph to print it or --svg FILE to draw it.")
     folder = engine_folder(engine_dir)
     from slipstream.build.cache import device_for
     from slipstream.build.extensions import import_plugin
@@ -39,14 +48,18 @@ def inspect(
         import_plugin(module)
     engine = open_engine(folder)
     try:
+        chosen = engine.captured() if before else engine.graph
         if graph:
-            print(engine.graph.text())
+            print(chosen.text())
+        if svg is not None:
+            stage = "as captured" if before else "as the engine runs it"
+            save_drawing(svg, chosen, f"{engine.manifest.name}, {stage}")
         where = device_for(device)
-        if not (graph or memory):
+        if not (graph or svg or memory):
             _print_facts(engine)
             _print_passes(engine)
             _print_kernels(engine, where)
-        if memory or not graph:
+        if memory or not (graph or svg):
             _print_memory(engine, where)
     finally:
         engine.close()

@@ -1,7 +1,8 @@
 """The engine folder: what the build leaves and the runtime reads.
 
 config.json     Manifest: versions, shapes, limits, passes; written last, so a folder that has it is whole
-rank0.engine    graph and weights in one safetensors file: the graph is JSON in its header, the weights are mapped
+rank0.engine    graph and weights in one safetensors file: the graph is JSON in its header, the weights are mapped;
+                beside it the graph as captured, before the passes, which is for people and never run
 model.cache     Choices: the kernels measured fastest on this device; made again on another
 tokenizer/      tokenizer.json and its companions, so that the folder is all one needs
 """
@@ -33,12 +34,16 @@ class Engine:
     graph: Graph
     weights: TensorFile
 
+    def captured(self) -> Graph:
+        """The graph as it was before the passes. Raises EngineError where it cannot be read."""
+        return graph_from_json(self.weights.metadata.get("captured", "null"))
+
     def close(self) -> None:
         self.weights.close()
 
 
 def write_rank_file(
-    path: Path, graph: Graph, read_weight: Callable[[str], Tensor], progress: Callable[[int], None]
+    path: Path, graph: Graph, captured: str, read_weight: Callable[[str], Tensor], progress: Callable[[int], None]
 ) -> None:
     """Weights in the order the step reads them, so that a cold start reads the disk forward."""
     order = dict.fromkeys(name for node in graph.nodes for name in node.inputs if name in graph.weights)
@@ -47,7 +52,7 @@ def write_rank_file(
         kind = graph.weights[name]
         shape = tuple(int(size) for size in kind.shape)
         entries.append((name, shape, getattr(torch, kind.dtype), lambda name=name: read_weight(name)))
-    write_tensor_file(path, entries, {"graph": graph.to_json()}, progress)
+    write_tensor_file(path, entries, {"graph": graph.to_json(), "captured": captured}, progress)
 
 
 def open_engine(path: str | Path) -> Engine:

@@ -70,10 +70,34 @@ def test_parts_of_inspect(call: Call, engine: Path) -> None:
     graph = call("inspect", engine, "--graph").out
     assert graph.startswith("step.token_ids: int64[T]")
     assert graph.splitlines()[-1].startswith("return linear")
+    assert call("inspect", engine, "--graph", "--after").out == graph
+    captured = call("inspect", engine, "--graph", "--before").out
+    assert " = rope(" in captured
+    assert " = rope(" not in graph
     memory = call("inspect", engine, "--memory").out
     assert memory.startswith("Memory plan")
     assert "KV cache of a start now" in memory
     assert "Passes" not in memory
+
+
+def test_the_passes_say_how_many_ops_each_removed(call: Call, engine: Path) -> None:
+    out = call("inspect", engine).out
+    assert re.search(r"pass +matches +ops removed +ops left +benefit", out)
+    # three layers: q, k and v by one product that is split (4 ops for 3, and the join of their weights is folded later)
+    assert re.search(r"fuse_rope_kv_write +3 +6 ", out)
+    assert re.search(r"fuse_add_norm +6 +6 ", out)
+    assert re.search(r"last_token +1 +-1 ", out)
+
+
+def test_a_graph_is_drawn(call: Call, engine: Path, talker: Path, tmp_path: Path) -> None:
+    assert call("inspect", engine, "--svg", tmp_path / "after.svg").out == ""
+    assert call("inspect", engine, "--svg", tmp_path / "before.svg", "--before").code == 0
+    for name, ops in (("after", "35 ops, 15 drawn"), ("before", "55 ops, 21 drawn")):
+        drawing = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
+        assert f">{ops}<" in drawing
+        assert "×3<" in drawing
+    assert call("build", "--model", talker, "--output_dir", tmp_path / "e", "--visualize_network").code == 0
+    assert (tmp_path / "e" / "graph.svg").read_text(encoding="utf-8").startswith("<svg ")
 
 
 def test_kernels_of_another_machine(call: Call, engine: Path, tmp_path: Path) -> None:
@@ -101,6 +125,9 @@ MISTAKES = [
         "The module 'nowhere' cannot be imported",
     ),
     (["build", "--dry_run", "--model", "{talker}", "--pass", "fuse_all"], "offers a pass called 'fuse_all'"),
+    (["inspect", "{engine}", "--graph", "--before", "--after"], "--before and --after were both given"),
+    (["inspect", "{engine}", "--before"], "--before and --after say which graph"),
+    (["inspect", "{engine}", "--svg", "{empty}/no/x.svg"], "x.svg cannot be written (No such file or directory)"),
     (["inspect", "{engine}", "--plugin", "nowhere"], "The module 'nowhere' cannot be imported"),
     (["build", "--dry_run", "--model", "{talker}", "--max_seq_len", "9999"], "max_seq_len is 9999"),
     (["build", "--dry_run", "--model", "{talker}", "--max_num_tokens", "3"], "max_num_tokens is 3"),
