@@ -10,9 +10,9 @@ Number = TypeVar("Number", int, float)
 # Options that say nothing about the numbers a decoder computes.
 _SILENT_OPTIONS = frozenset(
     """
-    architectures attention_dropout auto_map bos_token_id dtype eos_token_id initializer_range is_llama_config
-    max_length model_type pad_token_id pretraining_tp torch_dtype transformers.js_config transformers_version
-    unk_token_id use_cache _name_or_path _attn_implementation
+    architectures attention_dropout auto_map bos_token_id cache_implementation dtype eos_token_id initializer_range
+    is_llama_config max_length model_type pad_token_id pretraining_tp torch_dtype transformers.js_config
+    transformers_version unk_token_id use_cache _name_or_path _attn_implementation
     """.split()  # noqa: SIM905 - a table of words
 )
 
@@ -80,6 +80,10 @@ class Options:
             raise CorruptFile(f"{self._source}: {name} is {value!r}; it must be a number that is not negative.")
         return float(value)
 
+    def cap(self, name: str, default: float) -> float:
+        """A soft cap: 0 for none, which a config spells null."""
+        return self.real(name, default) if self._values.get(name, default) is not None else 0.0
+
     def boolean(self, name: str, default: bool = False) -> bool:
         value = self._values.pop(name, default)
         if not isinstance(value, bool):
@@ -123,6 +127,14 @@ class Options:
             raise CorruptFile(f"{self._source}: {name} must be a list of positive numbers.")
         return tuple(float(x) for x in value)
 
+    def words(self, name: str, known: tuple[str, ...]) -> tuple[str, ...] | None:
+        value = self._values.pop(name, None)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(word in known for word in value):
+            raise CorruptFile(f"{self._source}: {name} must be a list of {', '.join(known)}.")
+        return tuple(value)
+
     def finish(self, known: str) -> None:
         """Refuse what is left. `known` describes the reader, for the message."""
         left = [name for name, value in self._values.items() if value not in (None, False)]
@@ -131,9 +143,22 @@ class Options:
             raise UnsupportedModel(f"{self._source}: {known} does not know the option {left[0]!r} ({value!r}).")
 
 
-def read_rope(options: Options, head_dim: int) -> RopeConfig:
-    """RoPE from either spelling: rope_theta + rope_scaling, or transformers 5's rope_parameters."""
-    rope = _read_rope(options)
+def read_windows(options: Options, num_layers: int, window: int, *, full_every: int) -> tuple[int, ...]:
+    """Each layer's attention window, by layer_types; where there are none, each `full_every`th layer sees all."""
+    kinds = options.words("layer_types", ("sliding_attention", "full_attention"))
+    if kinds is None:
+        return tuple(window if (layer + 1) % full_every else 0 for layer in range(num_layers))
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def read_rope(
+    options: Options, head_dim: int, *, theta: float = 10000.0, section: str = "rope_parameters"
+) -> RopeConfig:
+    """RoPE from either spelling: rope_theta + rope_scaling, or transformers 5's rope_parameters.
+
+    theta: where none is given. section: what the second spelling is called, in a model with several.
+    """
+    rope = _read_rope(options, theta, section)
     for name in ("theta", "factor"):
         if not getattr(rope, name):
             raise CorruptFile(f"{name} of RoPE is {getattr(rope, name)}; it must be above 0.")
@@ -149,10 +174,10 @@ def read_rope(options: Options, head_dim: int) -> RopeConfig:
     return rope
 
 
-def _read_rope(options: Options) -> RopeConfig:
-    parameters = options.section("rope_parameters")
+def _read_rope(options: Options, theta: float, section: str) -> RopeConfig:
+    parameters = options.section(section)
     scaling = options.section("rope_scaling")
-    theta = options.real("rope_theta", 10000.0)
+    theta = options.real("rope_theta", theta)
     factors = options.reals("rope_freq_factors")
     if parameters is not None:
         theta = parameters.real("rope_theta", theta)

@@ -20,6 +20,15 @@ from tests.oracle import GraphRunner
 TOLERANCE = 1e-4  # absolute, float32 logits
 NUM_TOKENS = 40
 
+MID_SIZE = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "vocab_size": 1024,
+    "max_position_embeddings": 512,
+}
+
 # Beside TINY: what changes the numbers of an architecture.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
@@ -37,15 +46,26 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
                 "original_max_position_embeddings": 32,
             },
         },
-        "mid_size": {
-            "hidden_size": 256,
-            "intermediate_size": 688,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 8,
-            "vocab_size": 1024,
-            "max_position_embeddings": 512,
+        "mid_size": MID_SIZE,
+    },
+    "gemma2": {
+        "untied_biases": {"tie_word_embeddings": False, "attention_bias": True},
+        "no_caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        "layer_types": {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+        "mid_size": MID_SIZE | {"head_dim": 48, "sliding_window": 16, "attn_logit_softcapping": 50.0},
+    },
+    "gemma3_text": {
+        "untied_capped": {"tie_word_embeddings": False, "final_logit_softcapping": 3.0},
+        "ropes_by_layer_type": {
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            },
         },
-    }
+        "old_rope_names": {"rope_theta": 30000.0, "rope_local_base_freq": 300.0},
+        "mid_size": MID_SIZE | {"head_dim": 48, "sliding_window": 16},
+    },
 }
 CASES = [
     pytest.param(name, options, id=f"{name}-{variant}")
@@ -59,7 +79,7 @@ CASES = [
 def test_logits_equal_transformers(name: str, changes: dict[str, Any], passes: str, tmp_path: Path) -> None:
     model = write_random_model(tmp_path / "model", model_file(name).TINY | changes, seed=1)
     engine = build_engine(model, tmp_path / "engine", passes)
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
     assert AutoConfig.from_pretrained(model).model_type == name
     token_ids = torch.randint(0, reference.config.vocab_size, (NUM_TOKENS,), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -69,7 +89,9 @@ def test_logits_equal_transformers(name: str, changes: dict[str, Any], passes: s
     for cut in ([NUM_TOKENS], [17, 1, 16, 6], [1] * NUM_TOKENS):
         runner = GraphRunner(engine)
         parts = [runner.logits(part.tolist()) for part in token_ids.split(cut)]
-        torch.testing.assert_close(torch.cat(parts), expected, atol=TOLERANCE, rtol=0)
+        actual = torch.cat(parts)
+        torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
+        assert torch.equal(actual.argmax(-1), expected.argmax(-1))
 
 
 def build_engine(model: Path, folder: Path, passes: str) -> Path:
