@@ -19,8 +19,11 @@ _BYTES = {
 
 
 def plan_memory(graph: Graph, *, max_num_tokens: int, max_batch_size: int) -> dict[str, int]:
-    """Bytes: weights (all), activations (the most alive at once in the largest step). The manifest knows the KV's."""
-    sizes = {"T": max_num_tokens, "S": max_batch_size, "S1": max_batch_size + 1, "R": max_batch_size, "B": 1, "N": 1}
+    """Bytes: weights (all), activations (the most alive at once in the largest step). The manifest knows the KV's.
+
+    The largest step has prompts whose logprobs were asked for: then every token has a row of logits.
+    """
+    sizes = {"T": max_num_tokens, "S": max_batch_size, "S1": max_batch_size + 1, "R": max_num_tokens, "B": 1, "N": 1}
     return {
         "weights": sum(_num_bytes(kind, sizes) for kind in graph.weights.values()),
         "activations": _peak(graph, sizes),

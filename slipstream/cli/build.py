@@ -11,7 +11,8 @@ import typer
 
 from slipstream.cli import _options as options
 from slipstream.cli._drawing import save_drawing
-from slipstream.cli._tables import human_bytes, print_memory_plan, print_passes, print_table
+from slipstream.cli._plan import print_fit, print_plan, this_machine
+from slipstream.cli._tables import human_bytes, print_passes, print_table
 from slipstream.errors import UsageError
 from slipstream.progress import progress_bar
 from slipstream.schema.build import PLUGINS, BuildConfig
@@ -19,7 +20,7 @@ from slipstream.schema.build import PLUGINS, BuildConfig
 if TYPE_CHECKING:
     import torch
 
-    from slipstream.build import BuildPlan, BuildReport
+    from slipstream.build import BuildReport
     from slipstream.checkpoint import Source
     from slipstream.engine.choices import Choices
 
@@ -77,25 +78,36 @@ def build(
         bool, typer.Option("--visualize_network", help="Draw the graph, too: graph.svg in the engine folder.")
     ] = False,
     device: options.Device = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print the memory plan and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry_run", help="Print the memory plan and what fits; read no weight, write nothing.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="With --dry_run: a GPU to plan for, such as H100-80GB, instead of this machine.")
+    ] = None,
 ) -> None:
     """Build an engine: capture the model, rewrite its graph, choose kernels for this device, write the folder.
 
     Example:
         slipstream build --model smollm2 --output_dir engines/smollm2 --max_batch_size 16
-        slipstream build --checkpoint_dir checkpoints/smollm2 --dry_run
+        slipstream build --model meta-llama/Meta-Llama-3-8B --dry_run --gpu H100-80GB
     """
     if not (output_dir or dry_run):
         raise UsageError("There is no --output_dir for the engine; give one, or --dry_run to see the memory plan only.")
+    if gpu is not None and not dry_run:
+        raise UsageError(f"--gpu {gpu} is a GPU to plan for, which only --dry_run does; add that, or leave --gpu out.")
+    import torch
+
     from slipstream.build import plan_build, write_engine
     from slipstream.build.cache import device_for, dtype_for
+    from slipstream.build.fit import gpu as named_gpu
     from slipstream.checkpoint import open_checkpoint
     from slipstream.checkpoint.folder import check_new_folder
     from slipstream.engine.manifest import FORMAT
 
     if output_dir:
         check_new_folder(Path(output_dir), FORMAT)  # before anything is said or done
-    where = device_for(device)
+    where = device_for(device) if gpu is None else torch.device("cuda")
+    target = this_machine(where) if gpu is None else named_gpu(gpu)
     config = BuildConfig(
         dtype=dtype,
         max_batch_size=max_batch_size,
@@ -113,8 +125,9 @@ def build(
     try:
         with progress_bar() as progress:
             plan = plan_build(checkpoint, config, progress)
-        _print_plan(plan)
+        print_plan(plan)
         if not output_dir or dry_run:
+            print_fit(plan, target)
             return
         with progress_bar() as progress:
             report = write_engine(
@@ -197,15 +210,6 @@ def _peak_memory() -> int:
     """Bytes this process had in memory at once; mapped files count where they are in memory."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _print_plan(plan: "BuildPlan") -> None:
-    manifest = plan.manifest
-    print(
-        f"{manifest.name}: {manifest.model_type} in {manifest.dtype}, at most {manifest.max_batch_size} "
-        f"sequences and {manifest.max_num_tokens} tokens a step, {manifest.max_seq_len} tokens a sequence\n"
-    )
-    print_memory_plan(manifest)
 
 
 def _print_report(report: "BuildReport") -> None:

@@ -56,7 +56,29 @@ def test_a_dry_run_writes_nothing(call: Call, talker: Path, tmp_path: Path) -> N
     # 3 layers × K and V × 2 heads × 16 wide × 4 bytes
     assert re.search(r"KV cache, one token +768 B", done.out)
     assert re.search(r"KV cache, one sequence of 100 tokens +75\.0 KiB", done.out)
+    assert "What fits on the CPU now" in done.out
+    assert re.search(r"--max_num_tokens +2 048 +[\d ]+ +beside", done.out)
     assert not output.exists()
+
+
+def test_a_dry_run_for_a_named_gpu(call: Call, talker: Path) -> None:
+    """The GPU need not be here, and the dtype is the one a GPU would get."""
+    done = call("build", "--model", talker, "--dry_run", "--gpu", "h100-80gb")
+    assert done.code == 0, done.err
+    lines = done.out.partition("What fits on H100-80GB")[2].splitlines()
+    starts = (
+        "memory",
+        "- CUDA",
+        "- weights",
+        "- activations of 2048",
+        "- recorded",
+        "= left",
+        "× 0.9",
+        "÷ 768 B",
+        "÷ 256",
+    )
+    for line, start in zip(lines[1:], starts, strict=False):
+        assert line.startswith(start)
 
 
 def test_a_pass_left_out(call: Call, talker: Path, tmp_path: Path) -> None:
@@ -131,6 +153,8 @@ MISTAKES = [
     (["inspect", "{engine}", "--plugin", "nowhere"], "The module 'nowhere' cannot be imported"),
     (["build", "--dry_run", "--model", "{talker}", "--max_seq_len", "9999"], "max_seq_len is 9999"),
     (["build", "--dry_run", "--model", "{talker}", "--max_num_tokens", "3"], "max_num_tokens is 3"),
+    (["build", "--dry_run", "--model", "{talker}", "--gpu", "H101"], "--gpu is 'H101'; the known ones are T4"),
+    (["build", "--output_dir", "{empty}/x", "--model", "{talker}", "--gpu", "H100-80GB"], "only --dry_run does"),
     (["build", "--dry_run", "--model", "{talker}", "--dtype", "fp7"], "dtype is 'fp7'"),
     (["build", "--dry_run", "--model", "{talker}", "--device", "cuda:9"], "device is 'cuda:9'"),
     (["convert", "--model_dir", "./nowhere", "--output_dir", "{empty}/x"], "No such folder or file"),

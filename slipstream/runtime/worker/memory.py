@@ -47,8 +47,9 @@ def free_memory(device: torch.device) -> int:
 def count_blocks(manifest: Manifest, device: torch.device, *, fraction: float, max_tokens: int | None) -> int:
     """KV blocks to allocate, the null block included.
 
-    As many as a full batch of the longest sequences could use, within `fraction` of what is free after the
-    activations; `max_tokens` asks for a number instead. Raises CapacityError where that does not fit.
+    As many as a full batch of the longest sequences could use, within `fraction` of what is free after activations
+    and, on a GPU, the weights, which are not there yet (a CPU maps them, and such pages count as free). `max_tokens`
+    asks for a number instead. Raises CapacityError where that does not fit.
     """
     if not 0 < fraction <= 1:
         raise CapacityError(
@@ -59,7 +60,10 @@ def count_blocks(manifest: Manifest, device: torch.device, *, fraction: float, m
             f"kv_cache_max_tokens is {max_tokens}; it must be at least 1, such as {manifest.max_seq_len}."
         )
     block_bytes = manifest.kv_bytes_per_token * manifest.tokens_per_block
-    budget = max(0, int(fraction * (free_memory(device) - manifest.memory.get("activations", 0))))
+    spoken_for = [manifest.memory.get("activations", 0)]
+    if device.type == "cuda":
+        spoken_for.append(manifest.memory.get("weights", 0))
+    budget = max(0, int(fraction * (free_memory(device) - sum(spoken_for))))
     fitting = budget // block_bytes
     if max_tokens is not None:
         wanted = -(-max_tokens // manifest.tokens_per_block) + 1
