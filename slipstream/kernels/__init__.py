@@ -7,8 +7,22 @@ build rewrites graphs of ops, the runtime runs them; nobody else computes on ten
 Importing this package registers every op below `slipstream::`.
 """
 
-from slipstream.kernels import activation, arithmetic, embedding, norm, rope
+from slipstream.kernels import activation, arithmetic, embedding, moe, norm, rope
 from slipstream.kernels.attention import paged
-from slipstream.kernels.linear import dense, fp8, w4a16, w8a8, w8a16
+from slipstream.kernels.linear import dense, fp8, heads, w4a16, w8a8, w8a16
 
-__all__ = ["activation", "arithmetic", "dense", "embedding", "fp8", "norm", "paged", "rope", "w4a16", "w8a8", "w8a16"]
+__all__ = [
+    "activation",
+    "arithmetic",
+    "dense",
+    "embedding",
+    "fp8",
+    "heads",
+    "moe",
+    "norm",
+    "paged",
+    "rope",
+    "w4a16",
+    "w8a8",
+    "w8a16",
+]

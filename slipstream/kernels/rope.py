@@ -37,6 +37,14 @@ def rope(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, head_dim: int) -> Tensor:
     return out.flatten(1)
 
 
+@op("rope_pairs(Tensor x, Tensor cos, Tensor sin) -> Tensor", shapes=_like_first)
+def rope_pairs(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    """Rotate all 2F numbers of each head, each paired with its neighbour (DeepSeek's order)."""
+    first, second = x_TX.unflatten(1, (-1, cos_TF.shape[1], 2)).unbind(3)
+    cos, sin = cos_TF[:, None].to(x_TX.dtype), sin_TF[:, None].to(x_TX.dtype)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], 3).flatten(1)
+
+
 @op(
     "rope_kv_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) kv, Tensor slots) -> Tensor",
     shapes=_like_first,

@@ -218,6 +218,103 @@ def naive_silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
+def naive_rope_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair (2i, 2i + 1) of a head as a complex number, turned."""
+    pairs = torch.complex(x[:, ::2].contiguous(), x[:, 1::2].contiguous())
+    turned = pairs * torch.complex(cos, sin).repeat(1, pairs.shape[1] // cos.shape[1])
+    return torch.stack([turned.real, turned.imag], 2).flatten(1)
+
+
+def naive_head_linear(x: Tensor, weight: Tensor, num_heads: int, is_transposed: bool) -> Tensor:
+    parts = zip(x.chunk(num_heads, 1), weight.chunk(num_heads, 0), strict=True)
+    return torch.cat([part @ (rows if is_transposed else rows.t()) for part, rows in parts], 1)
+
+
+def naive_join_heads(x: Tensor, y: Tensor, num_heads: int) -> Tensor:
+    parts = zip(x.chunk(num_heads, 1), y.chunk(num_heads, 1), strict=True)
+    return torch.cat([part for pair in parts for part in pair], 1)
+
+
+# ----- mixture of experts
+
+
+def router_inputs(
+    generator: torch.Generator, num_tokens: int, squash: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, weight and offsets of 8 experts in 4 groups, exact in bfloat16.
+
+    The rows are those whose scores are furthest apart: every way to sum picks the same experts.
+    """
+    weight, offsets = numbers(generator, 8, 24) / 4, numbers(generator, 8) / 4
+    x = numbers(generator, 20 * num_tokens + 1, 24)
+    x, weight, offsets = (each.bfloat16().float() for each in (x, weight, offsets))
+    choice = squash(x.double() @ weight.double().t()) + offsets
+    groups = choice.unflatten(1, (4, 2)).sum(2)
+    margins = torch.cat([each.sort(1).values.diff(dim=1) for each in (choice, groups)], 1).min(1).values
+    return x[margins.topk(num_tokens).indices], weight, offsets
+
+
+def naive_route_softmax(
+    x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, is_normalized: bool
+) -> list[Tensor]:
+    """One row after the other, the best expert first."""
+    shares, ids = torch.zeros(len(x), top_k, dtype=torch.float64), torch.zeros(len(x), top_k, dtype=torch.int64)
+    for row in range(len(x)):
+        scores = (weight @ x[row] + (0 if bias is None else bias)).exp()
+        best = sorted(range(len(weight)), key=lambda expert: -scores[expert])[:top_k]
+        ids[row] = torch.tensor(best)
+        shares[row] = scores[best] / (scores[best].sum() if is_normalized else scores.sum())
+    return [shares, ids]
+
+
+def naive_route_sigmoid(
+    x: Tensor, weight: Tensor, correction: Tensor, top_k: int, num_groups: int, top_groups: int, is_normalized: bool,
+    factor: float,
+) -> list[Tensor]:  # fmt: skip
+    shares, ids = torch.zeros(len(x), top_k, dtype=torch.float64), torch.zeros(len(x), top_k, dtype=torch.int64)
+    size = len(weight) // num_groups
+    for row in range(len(x)):
+        scores = 1 / (1 + (-(weight @ x[row])).exp())
+        choice = scores + correction
+        worth = [sum(sorted(choice[group * size : (group + 1) * size].tolist())[-2:]) for group in range(num_groups)]
+        groups = sorted(range(num_groups), key=lambda group: -worth[group])[:top_groups]
+        allowed = [expert for expert in range(len(weight)) if expert // size in groups]
+        best = sorted(allowed, key=lambda expert: -choice[expert])[:top_k]
+        ids[row] = torch.tensor(best)
+        shares[row] = scores[best] / (scores[best].sum() if is_normalized else 1) * factor
+    return [shares, ids]
+
+
+def experts_inputs(
+    generator: torch.Generator, num_tokens: int, *, is_plain: bool = False, top_k: int = 3
+) -> tuple[Any, ...]:
+    """Five experts of which no token takes the last; plain: SwiGLU without biases, else gpt-oss's form."""
+    shares = torch.rand(num_tokens, top_k, generator=generator)
+    ids = torch.rand(num_tokens, 4, generator=generator).argsort(1)[:, :top_k]
+    gate, up, down = (numbers(generator, 5, *shape) / 3 for shape in ((10, 12), (10, 12), (12, 10)))
+    if is_plain:
+        return numbers(generator, num_tokens, 12), shares, ids, gate, up, down, None, None, None, 1.0, 0.0, 0.0
+    biases = (numbers(generator, 5, size) for size in (10, 10, 12))
+    return numbers(generator, num_tokens, 12), shares, ids, gate, up, down, *biases, 1.702, 1.5, 1.0
+
+
+def naive_experts(
+    x: Tensor, shares: Tensor, ids: Tensor, gate: Tensor, up: Tensor, down: Tensor, gate_bias: Tensor | None,
+    up_bias: Tensor | None, down_bias: Tensor | None, alpha: float, limit: float, up_offset: float,
+) -> Tensor:  # fmt: skip
+    """Token by token, expert by expert."""
+    out = torch.zeros_like(x)
+    for token in range(len(x)):
+        for share, expert in zip(shares[token], ids[token].tolist(), strict=True):
+            g = gate[expert] @ x[token] + (0 if gate_bias is None else gate_bias[expert])
+            u = up[expert] @ x[token] + (0 if up_bias is None else up_bias[expert])
+            if limit:
+                g, u = g.clamp(max=limit), u.clamp(min=-limit, max=limit)
+            y = down[expert] @ (g / (1 + (-alpha * g).exp()) * (u + up_offset))
+            out[token] += share * (y + (0 if down_bias is None else down_bias[expert]))
+    return out
+
+
 # ----- quantized linears
 
 
@@ -407,13 +504,31 @@ CASES: dict[str, Case] = {
         ],
     ),
     "rope": Case(lambda g, t: (numbers(g, t, 24), *rope_inputs(g, t), 12 if t % 2 else 8), naive_rope),
+    "rope_pairs": Case(lambda g, t: (numbers(g, t, 24), *rope_inputs(g, t)), naive_rope_pairs),
     "kv_write": Case(kv_write_inputs, naive_kv_write),
     "rope_kv_write": Case(rope_kv_write_inputs, naive_rope_kv_write),
+    "head_linear": Case(
+        lambda g, t: (numbers(g, t, 24), numbers(g, *((12, 6) if t % 2 else (24, 5))) / 3, 4, t % 2 == 0),
+        naive_head_linear,
+    ),
+    "join_heads": Case(lambda g, t: (numbers(g, t, 24), numbers(g, t, 8), 4), naive_join_heads),
+    "route_softmax": Case(
+        lambda g, t: (*router_inputs(g, t, lambda scores: scores), 3, t % 2 == 0), naive_route_softmax
+    ),
+    "route_sigmoid": Case(
+        lambda g, t: (*router_inputs(g, t, torch.sigmoid), 3, 4, 2, t % 2 == 0, 2.5), naive_route_sigmoid
+    ),
+    "experts": Case(experts_inputs, naive_experts),
     "attention": Case(lambda g, t: attention_inputs(g, chunks_of(t)), naive_attention),
 }
 # Angles and scales are float32 whatever the engine's dtype; a product of 8-bit numbers is in the dtype it is asked for.
 FLOAT32_ONLY = {"rope_cos_sin", "linear_w8a8", "linear_fp8", "quantize_w8a8", "quantize_fp8"}
-EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)  # what quantizing gives
+OTHER_DTYPES = {
+    "quantize_w8a8": (torch.int8, torch.float32),
+    "quantize_fp8": (torch.float8_e4m3fn, torch.float32),
+    "route_softmax": (torch.float32, torch.int64),
+    "route_sigmoid": (torch.float32, torch.int64),
+}
 
 
 # ----- the runner
@@ -444,8 +559,10 @@ def check(op: Op, function: Callable[..., Any], arguments: tuple[Any, ...], dtyp
     expected = as_list(CASES[op.name].expected(*naive_arguments)) + mutated(op, naive_arguments)
     assert len(actual) == len(expected)
     for ours, naive in zip(actual, expected, strict=True):
-        assert ours.dtype == dtype or (op.name.startswith("quantize_") and ours.dtype in EIGHT_BITS)
-        torch.testing.assert_close(ours.double(), naive, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
+        assert ours.dtype in OTHER_DTYPES.get(op.name, (dtype,))
+        torch.testing.assert_close(
+            ours.double(), naive.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True
+        )
 
 
 def inputs_of(op: Op, num_tokens: int) -> tuple[Any, ...]:
@@ -577,6 +694,34 @@ def test_attention_shares_kv_heads(
     op: Op, function: Callable[..., Any], dtype: torch.dtype, heads: tuple[int, int]
 ) -> None:
     check(op, function, attention_inputs(torch.Generator().manual_seed(SEED), BATCHES["all kinds"], heads), dtype)
+
+
+# ----- mixture of experts in particular
+
+EXPERTS = known_ops()["experts"]
+
+
+@pytest.mark.parametrize("top_k", [1, 4])
+@pytest.mark.parametrize("is_plain", [True, False], ids=["plain", "clamped"])
+def test_experts_take_any_routing(is_plain: bool, top_k: int) -> None:
+    for num_tokens in NUM_TOKENS:
+        generator = torch.Generator().manual_seed(SEED)
+        x, shares, ids, *rest = experts_inputs(generator, num_tokens, is_plain=is_plain, top_k=top_k)
+        for chosen in (ids, torch.full_like(ids, 3), torch.full_like(ids, 0)):  # the same one twice counts twice
+            check(EXPERTS, EXPERTS.reference, (x, shares, chosen, *rest), torch.float32)
+
+
+def test_a_router_without_a_bias() -> None:
+    x, weight, offsets = router_inputs(torch.Generator().manual_seed(SEED), 7, lambda scores: scores)
+    route = known_ops()["route_softmax"].reference
+    for ours, theirs in zip(route(x, weight, None, 3, True), route(x, weight, 0 * offsets, 3, True), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_one_group_of_experts_is_none() -> None:
+    x, weight, offsets = router_inputs(torch.Generator().manual_seed(SEED), 7, torch.sigmoid)
+    check(known_ops()["route_sigmoid"], known_ops()["route_sigmoid"].reference,
+          (x, weight, offsets, 8, 1, 1, True, 1.0), torch.float32)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["kv_write", "rope_kv_write"])

@@ -1,0 +1,119 @@
+"""Mixture of experts: a router that picks each token's experts, and their feed-forward products as one op.
+
+T tokens, E experts, K of them a token, H hidden size, I an expert's intermediate size.
+"""
+
+import torch
+from torch import Tensor
+
+from slipstream.kernels.registry import op
+
+
+def _routes(x_TH: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape = (x_TH.shape[0], top_k)
+    return x_TH.new_empty(shape, dtype=torch.float32), x_TH.new_empty(shape, dtype=torch.int64)
+
+
+def _logits(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+    """In float32 whatever the engine's dtype: a rounded score picks another expert."""
+    return x_TH.float() @ weight_EH.float().t()
+
+
+def _softmax_shapes(
+    x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, top_k: int, is_normalized: bool
+) -> tuple[Tensor, Tensor]:
+    return _routes(x_TH, top_k)
+
+
+@op(
+    "route_softmax(Tensor x, Tensor weight, Tensor? bias, int top_k, bool is_normalized) -> (Tensor, Tensor)",
+    shapes=_softmax_shapes,
+)
+def route_softmax(
+    x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, top_k: int, is_normalized: bool
+) -> tuple[Tensor, Tensor]:
+    """The top_k most probable experts, as (float32 probabilities [T, K], ids [T, K]) (arXiv:1701.06538, 2401.04088).
+
+    is_normalized: the chosen probabilities are scaled to a sum of 1, which is the softmax of the chosen scores alone.
+    """
+    logits_TE = _logits(x_TH, weight_EH)
+    if bias_E is not None:
+        logits_TE += bias_E
+    probabilities_TK, ids_TK = logits_TE.softmax(1).topk(top_k, 1)
+    if is_normalized:
+        probabilities_TK /= probabilities_TK.sum(1, keepdim=True)
+    return probabilities_TK, ids_TK
+
+
+def _sigmoid_shapes(
+    x_TH: Tensor, weight_EH: Tensor, correction_E: Tensor, top_k: int, num_groups: int, top_groups: int,
+    is_normalized: bool, factor: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _routes(x_TH, top_k)
+
+
+@op(
+    "route_sigmoid(Tensor x, Tensor weight, Tensor correction, int top_k, int num_groups, int top_groups, "
+    "bool is_normalized, float factor) -> (Tensor, Tensor)",
+    shapes=_sigmoid_shapes,
+)
+def route_sigmoid(
+    x_TH: Tensor, weight_EH: Tensor, correction_E: Tensor, top_k: int, num_groups: int, top_groups: int,
+    is_normalized: bool, factor: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Experts by sigmoid score, as (float32 scores · factor [T, K], ids [T, K]) (DeepSeek-V3, arXiv:2412.19437).
+
+    The correction, which balances the load, counts for the choice alone. Experts are chosen from the top_groups of the
+    num_groups equal runs of experts, a group being as good as the sum of its two best.
+    """
+    scores_TE = _logits(x_TH, weight_EH).sigmoid_()
+    choice_TGE = (scores_TE + correction_E).unflatten(1, (num_groups, -1))
+    groups_TG = choice_TGE.topk(2, 2).values.sum(2)
+    is_out_TG = torch.ones_like(groups_TG, dtype=torch.bool).scatter_(1, groups_TG.topk(top_groups, 1).indices, False)
+    ids_TK = choice_TGE.masked_fill(is_out_TG[:, :, None], float("-inf")).flatten(1).topk(top_k, 1).indices
+    scores_TK = scores_TE.gather(1, ids_TK)
+    if is_normalized:
+        scores_TK /= scores_TK.sum(1, keepdim=True) + 1e-20
+    return scores_TK.mul_(factor), ids_TK
+
+
+def _like_first(x_TH: Tensor, *_: object, **__: object) -> Tensor:
+    return x_TH.new_empty(x_TH.shape)
+
+
+@op(
+    "experts(Tensor x, Tensor shares, Tensor expert_ids, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, "
+    "Tensor? up_bias, Tensor? down_bias, float alpha, float limit, float up_offset) -> Tensor",
+    shapes=_like_first,
+)
+def experts(
+    x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, gate_EIH: Tensor, up_EIH: Tensor, down_EHI: Tensor,
+    gate_bias_EI: Tensor | None, up_bias_EI: Tensor | None, down_bias_EH: Tensor | None,
+    alpha: float, limit: float, up_offset: float,
+) -> Tensor:  # fmt: skip
+    """The sum of each token's experts by their shares, an expert being down(g · sigmoid(alpha · g) · (u + up_offset)).
+
+    g and u are the gate's and up's products; a limit above 0 clamps g from above and u on both sides (gpt-oss). With
+    alpha 1, no limit and no offset this is SwiGLU (arXiv:2002.05202). Sums of experts are taken in float32.
+    """
+    out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
+    num_experts, top_k = len(gate_EIH), ids_TK.shape[1]
+    places = ids_TK.flatten()
+    order, counts = places.argsort(), places.bincount(minlength=num_experts)
+    for expert, chosen in enumerate(order.split(counts.tolist())):
+        if not len(chosen):
+            continue
+        rows = chosen // top_k
+        x_RH = x_TH[rows]
+        gate_RI = _linear(x_RH, gate_EIH, gate_bias_EI, expert)
+        up_RI = _linear(x_RH, up_EIH, up_bias_EI, expert)
+        if limit:
+            gate_RI, up_RI = gate_RI.clamp(max=limit), up_RI.clamp(-limit, limit)
+        hidden_RI = gate_RI * torch.sigmoid(alpha * gate_RI) * (up_RI + up_offset)
+        y_RH = _linear(hidden_RI, down_EHI, down_bias_EH, expert)
+        out_TH.index_add_(0, rows, y_RH.float() * shares_TK.flatten()[chosen, None])
+    return out_TH.to(x_TH.dtype)
+
+
+def _linear(x_RK: Tensor, weight_ENK: Tensor, bias_EN: Tensor | None, expert: int) -> Tensor:
+    return torch.nn.functional.linear(x_RK, weight_ENK[expert], None if bias_EN is None else bias_EN[expert])
