@@ -634,7 +634,8 @@ def test_shapes_are_those_of_the_real_outputs(op: Op, num_tokens: int) -> None:
 
 
 def test_every_case_belongs_to_an_op() -> None:
-    assert set(CASES) == set(known_ops())
+    ours = {name for name, op in known_ops().items() if op.reference.__module__.startswith("slipstream.")}
+    assert set(CASES) == ours  # other tests, run before, may have declared ops of their own
 
 
 # ----- attention in particular
