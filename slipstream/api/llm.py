@@ -12,12 +12,14 @@ import itertools
 import queue
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
 from slipstream.api.handles import BeamHandle, Handle, SamplingHandle
+from slipstream.api.options import check_options
 from slipstream.api.outputs import CompletionOutput, RequestOutput, ScoreOutput
 from slipstream.build.cache import cached_engine, device_for, tuned_choices
 from slipstream.build.extensions import import_plugin
@@ -27,6 +29,7 @@ from slipstream.errors import CapacityError, EngineError, ModelError, RequestErr
 from slipstream.progress import Stopwatch, progress_bar
 from slipstream.runtime.engine import start_engine
 from slipstream.runtime.loop import EngineLoop
+from slipstream.runtime.worker.memory import check_kv_size
 from slipstream.schema.build import BuildConfig, CapacityPolicy, QueuePolicy
 from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent
 from slipstream.schema.sampling import SamplingParams
@@ -36,6 +39,7 @@ from slipstream.text.tokenizer import Tokenizer
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
+_SAMPLING_NAMES = {field.name for field in fields(SamplingParams)}
 _SCORING = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
 
 
@@ -79,11 +83,18 @@ class LLM:
         show_progress: a bar on stderr while an engine is built, where stderr is a terminal.
         """
         watch = Stopwatch()
+        check_options({
+            "tokenizer": tokenizer, "dtype": dtype, "device": device, "enable_block_reuse": enable_block_reuse,
+            "enable_chunked_prefill": enable_chunked_prefill, "chat_template": chat_template,
+            "model_cls_file": model_cls_file, "model_cls_name": model_cls_name, "disabled_passes": disabled_passes,
+            "extra_passes": extra_passes, "plugins": plugins, "show_progress": show_progress,
+        })  # fmt: skip
         where = device_for(device)
         capacity = _choice(CapacityPolicy, "capacity_scheduler_policy", capacity_scheduler_policy)
         order = _choice(QueuePolicy, "queue_policy", queue_policy)
         limits = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "max_seq_len": max_seq_len}
         _check_limits(limits)
+        check_kv_size(kv_cache_free_memory_fraction, kv_cache_max_tokens)
         for module in plugins:
             import_plugin(module)
         source = resolve(model, None if model_cls_file is None else OwnModel(Path(model_cls_file), model_cls_name))
@@ -92,7 +103,7 @@ class LLM:
         else:
             config = _build_config(dtype, disabled_passes, extra_passes, limits)
             with progress_bar(show_progress) as progress:
-                path = cached_engine(source, config, where, progress)
+                path = cached_engine(source, config, where, progress, at_most=max_seq_len)
         watch.lap("find or build the engine")
         self._folder = open_engine(path)
         self.manifest = self._folder.manifest
@@ -267,10 +278,13 @@ class LLM:
         return self._loop.stats
 
     def chat_prompt(self, messages: Sequence[Message], **template_values: Any) -> list[int]:
-        """A conversation as token ids, ending where the answer begins."""
+        """A conversation as token ids, ending where the answer begins. Other names go to the chat template."""
+        for name in template_values:
+            if name in _SAMPLING_NAMES:
+                raise RequestError(f"{name} is no value of a chat template; give it in SamplingParams({name}=…).")
         tokenizer = self.tokenizer
         text = render_chat(
-            self._chat_template, list(messages),
+            self._chat_template, messages,
             bos_token=_token(tokenizer, tokenizer.bos_token_id), eos_token=_token(tokenizer, tokenizer.eos_token_id),
             **template_values,
         )  # fmt: skip
@@ -361,7 +375,7 @@ class LLM:
         return handle
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        if not isinstance(prompt, Iterable):
+        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | bytearray):
             raise RequestError(f"The prompt is {prompt!r}; it must be a string or a list of token ids.")
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not token_ids:
@@ -370,9 +384,10 @@ class LLM:
 
     def _vocabulary_id(self, what: str, token_id: Any) -> int:
         size = self.manifest.vocab_size
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < size:
+        is_integer = isinstance(token_id, Integral) and not isinstance(token_id, bool)  # NumPy's, too
+        if not is_integer or not 0 <= token_id < size:
             raise RequestError(f"{what} is {token_id!r}; the vocabulary of {self.manifest.name} is 0 to {size - 1}.")
-        return token_id
+        return int(token_id)
 
     def _request(
         self, token_ids: tuple[int, ...], sampling: SamplingParams, priority: int, cache_salt: str
@@ -472,9 +487,9 @@ def _open_tokenizer(engine_path: Path, given: str | Path | None) -> Tokenizer | 
 def _is_one_prompt(prompts: Any) -> bool:
     if isinstance(prompts, str):
         return True
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise RequestError(f"The prompt is {prompts!r}; it must be a string, token ids, or a list of those.")
-    return len(prompts) > 0 and all(isinstance(each, int) for each in prompts)
+    return len(prompts) > 0 and all(isinstance(each, Integral) for each in prompts)
 
 
 def _token(tokenizer: Tokenizer, token_id: int | None) -> str | None:

@@ -7,14 +7,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
 import torch
 
 import slipstream
-from slipstream.build import build
+from slipstream.build import build, resolve_limits
 from slipstream.build.extensions import digest_of_sources
 from slipstream.build.tune import describe_device, tune
 from slipstream.checkpoint import Source, open_checkpoint
@@ -35,8 +35,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SLIPSTREAM_CACHE") or default)
 
 
-def cached_engine(source: Source, config: BuildConfig, device: torch.device, progress: Progress) -> Path:
-    """The engine folder of a model, built now unless it was built before."""
+def cached_engine(
+    source: Source, config: BuildConfig, device: torch.device, progress: Progress, at_most: int | None = None
+) -> Path:
+    """The engine folder of a model, built now unless it was built before.
+
+    at_most: the max_seq_len of this run, refused before a build where the model has fewer positions.
+    """
     name = "".join(c if c.isalnum() or c in "-._" else "-" for c in source.name)[:80]
     parent = cache_folder() / "engines"
     folder = parent / f"{name}-{_key(source, config, device)}"
@@ -48,6 +53,7 @@ def cached_engine(source: Source, config: BuildConfig, device: torch.device, pro
         contextlib.closing(open_checkpoint(source, dtype_for(config.dtype, device))) as checkpoint,
         _scratch_folder(parent) as scratch,
     ):
+        resolve_limits(replace(config, max_seq_len=at_most), checkpoint)
         build(checkpoint, scratch / "engine", config, device=str(device), progress=progress)
         with contextlib.suppress(OSError):  # another process or thread was faster: its engine is as good
             (scratch / "engine").replace(folder)

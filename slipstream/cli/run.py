@@ -15,6 +15,7 @@ from slipstream.cli._prompts import Prompt, gather_prompts, read_text
 from slipstream.cli._sampling import RunSampling
 from slipstream.cli._startup import StartupClock
 from slipstream.errors import ModelError, UsageError
+from slipstream.schema.sampling import MAX_SEQUENCES
 
 if TYPE_CHECKING:
     from slipstream.api import LLM, RequestOutput
@@ -43,9 +44,11 @@ def run(
     chat_template: options.ChatTemplate = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Print the text as it comes.")] = False,
     max_output_len: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = RunSampling.max_output_len,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams of a beam search; 1 is none.")] = RunSampling.num_beams,
+    num_beams: Annotated[
+        int, typer.Option(min=1, max=MAX_SEQUENCES, help="Beams of a beam search; 1 is none.")
+    ] = RunSampling.num_beams,
     num_return_sequences: Annotated[
-        int | None, typer.Option(min=1, help="Texts for each prompt.  [default: all beams, else 1]")
+        int | None, typer.Option(min=1, max=MAX_SEQUENCES, help="Texts for each prompt.  [default: all beams, else 1]")
     ] = None,
     temperature: Annotated[float, typer.Option(help="Above 1 is bolder, 0 greedy.")] = RunSampling.temperature,
     top_k: Annotated[int, typer.Option(help="Choose among this many tokens; 1 is greedy, 0 all.")] = RunSampling.top_k,

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from slipstream import LLM, SamplingParams
@@ -276,9 +277,70 @@ def test_limits_above_the_engine_are_refused(tiny_llm: LLM) -> None:
 def test_limits_no_engine_could_have_are_refused_before_the_build(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:
-    monkeypatch.setattr("slipstream.api.llm.cached_engine", lambda *args: pytest.fail("it was built"))
+    forbid_builds(monkeypatch)
     with pytest.raises(CapacityError, match=f"{name} is .*at least 1"):
         LLM(tiny_model, **{name: value})
+
+
+def forbid_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slipstream.api.llm.cached_engine", lambda *args, **more: pytest.fail("it was built"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("kv_cache_max_tokens", "5", "is '5'; it must be a whole number"),
+        ("kv_cache_max_tokens", 0, "is 0; it must be a whole number of at least 1"),
+        ("kv_cache_free_memory_fraction", "half", "is 'half'; it must be a number above 0"),
+        ("kv_cache_free_memory_fraction", float("nan"), "is nan; it must be a number above 0"),
+        ("tokenizer", 5, "is 5; it must be the path of a folder"),
+        ("disabled_passes", "fuse_qkv", "is 'fuse_qkv'; it must be a list of names, such as ['fuse_qkv']"),
+        ("extra_passes", [5], "is [5]; it must be a list of names"),
+        ("enable_block_reuse", "no", "is 'no'; it must be True or False"),
+        ("chat_template", Path("my.jinja"), "it must be the text of a template"),
+        ("model_cls_file", 5, "is 5; it must be the path of a Python file"),
+        ("device", None, "is None; it must be a string, such as 'auto'"),
+    ],
+)
+def test_options_of_a_wrong_type_are_refused_before_the_build(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: Any, words: str
+) -> None:
+    forbid_builds(monkeypatch)
+    with pytest.raises(SlipstreamError, match=f"^{option} is ") as caught:
+        LLM(tiny_model, **{option: value})
+    assert words in str(caught.value)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused_before_the_build(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path))
+    monkeypatch.setattr("slipstream.build.cache.build", lambda *args, **more: pytest.fail("it was built"))
+    with pytest.raises(SlipstreamError, match=r"max_seq_len is 9999; .* takes 1 to 256"):
+        LLM(tiny_model, max_seq_len=9999)
+
+
+def test_ids_of_numpy_are_ids_and_bytes_are_not(tiny_llm: LLM) -> None:
+    expected = tiny_llm.generate(PROMPT, GREEDY).outputs[0].token_ids
+    assert tiny_llm.generate([np.int64(token_id) for token_id in PROMPT], GREEDY).outputs[0].token_ids == expected
+    assert tiny_llm.generate([np.array(PROMPT)], GREEDY)[0].outputs[0].token_ids == expected
+    for prompts in (b"ab", bytearray(b"ab")):
+        with pytest.raises(RequestError, match="it must be a string"):
+            tiny_llm.generate(prompts, GREEDY)
+        assert "it must be a string" in tiny_llm.generate([prompts], GREEDY)[0].error
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("messages", [None, 5, [], "hello", [{"content": "x"}]])
+def test_what_is_no_conversation_is_said_so(smollm2_llm: LLM, messages: Any) -> None:
+    with pytest.raises(RequestError, match="messages"):
+        smollm2_llm.chat(messages)
+
+
+@pytest.mark.real_model
+def test_a_sampling_value_is_not_lost_in_the_chat_template(smollm2_llm: LLM) -> None:
+    with pytest.raises(RequestError, match="max_tokens is no value of a chat template"):
+        smollm2_llm.chat([{"role": "user", "content": "Hi"}], max_tokens=5)
 
 
 def test_a_request_larger_than_the_pool_is_refused_and_says_what_fits(tiny_model: Path) -> None:

@@ -174,6 +174,8 @@ FLAG_MISTAKES = {
     "--max_output_len 0": "--max_output_len is 0; it must be greater than or equal to 1.",
     "--top-k=x": "--top_k is x; it must be a valid integer.",
     "--end_id 999": "is 999; the vocabulary of talker",
+    "--num_beams 500": "--num_beams is 500; it must be",
+    "--num_return_sequences 500 --top_k 0": "--num_return_sequences is 500; it must be",
     "--num_beams 2 --streaming": "--streaming has nothing to show with --num_beams 2",
     "--input_text b --streaming": "--streaming shows one text as it comes, and 2 are asked for",
     "--num_return_sequences 2": "add --top_k 0",

@@ -4,6 +4,7 @@ import ctypes
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,18 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def check_kv_size(fraction: Any, max_tokens: Any) -> None:
+    """Raises CapacityError for what no KV cache could have, before there is an engine to know more."""
+    if type(fraction) not in (int, float) or not 0 < fraction <= 1:
+        raise CapacityError(
+            f"kv_cache_free_memory_fraction is {fraction!r}; it must be a number above 0 and at most 1, such as 0.9."
+        )
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise CapacityError(
+            f"kv_cache_max_tokens is {max_tokens!r}; it must be a whole number of at least 1, such as 4096."
+        )
+
+
 def count_blocks(manifest: Manifest, device: torch.device, *, fraction: float, max_tokens: int | None) -> int:
     """KV blocks to allocate, the null block included.
 
@@ -51,14 +64,7 @@ def count_blocks(manifest: Manifest, device: torch.device, *, fraction: float, m
     and, on a GPU, the weights, which are not there yet (a CPU maps them, and such pages count as free). `max_tokens`
     asks for a number instead. Raises CapacityError where that does not fit.
     """
-    if not 0 < fraction <= 1:
-        raise CapacityError(
-            f"kv_cache_free_memory_fraction is {fraction:g}; it must be above 0 and at most 1, such as 0.9."
-        )
-    if max_tokens is not None and max_tokens < 1:
-        raise CapacityError(
-            f"kv_cache_max_tokens is {max_tokens}; it must be at least 1, such as {manifest.max_seq_len}."
-        )
+    check_kv_size(fraction, max_tokens)
     block_bytes = manifest.kv_bytes_per_token * manifest.tokens_per_block
     spoken_for = [manifest.memory.get("activations", 0)]
     if device.type == "cuda":

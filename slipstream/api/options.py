@@ -1,0 +1,51 @@
+"""What LLM(...) is given, checked before anything is built or loaded for it."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from slipstream.errors import UsageError
+
+
+def check_options(values: Mapping[str, Any]) -> None:
+    """Raises UsageError for the first option of a type that it cannot have, naming what it must be."""
+    for name, value in values.items():
+        is_right, kind = _KINDS[name]
+        if not is_right(value):
+            raise UsageError(f"{name} is {value!r}; it must be {kind}.")
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_path(value: Any) -> bool:
+    return value is None or (isinstance(value, str | os.PathLike) and str(value) != "")
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return not isinstance(value, str) and isinstance(value, Sequence) and all(isinstance(each, str) for each in value)
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "tokenizer": (_is_path, "the path of a folder"),
+    "dtype": (_is_name, "a string, such as 'auto'"),
+    "device": (_is_name, "a string, such as 'auto'"),
+    "enable_block_reuse": (_is_switch, "True or False"),
+    "enable_chunked_prefill": (_is_switch, "True or False"),
+    "chat_template": (_is_text, "the text of a template, not its file: Path(…).read_text()"),
+    "model_cls_file": (_is_path, "the path of a Python file"),
+    "model_cls_name": (_is_name, "the name of a class"),
+    "disabled_passes": (_is_list_of_names, "a list of names, such as ['fuse_qkv']"),
+    "extra_passes": (_is_list_of_names, "a list of names, such as ['my_module:PASS']"),
+    "plugins": (_is_list_of_names, "a list of names, such as ['my_module']"),
+    "show_progress": (_is_switch, "True or False"),
+}
