@@ -8,7 +8,7 @@ import torch
 
 from slipstream.checkpoint.folder import FORMAT, TOKENIZER_FOLDER, VERSION, WEIGHTS_FILE, Checkpoint
 from slipstream.checkpoint.gguf import GGUFModel
-from slipstream.checkpoint.names import pattern, translator
+from slipstream.checkpoint.layouts import Recipe, Shapes, from_hugging_face, pattern, renamed
 from slipstream.checkpoint.own_model import OwnModel
 from slipstream.checkpoint.packed import PackedTensors, open_packed
 from slipstream.checkpoint.quantized import open_quantized
@@ -96,8 +96,9 @@ def _open(
 ) -> Checkpoint:
     try:
         model, config = read_config(options, str(source.path), _own(source))
-        names = rename(model, config, tensors.names(), source.path)
-        check_shapes(model, config, names, tensors, source.path)
+        shapes = shapes_of(model, config, source.path)
+        recipes = find_weights(model, config, shapes, tensors.names(), source.path)
+        check_shapes(shapes, recipes, tensors, source.path)
     except BaseException:
         tensors.close()
         raise
@@ -105,8 +106,8 @@ def _open(
         dtype = published_dtype(options)
     generation = {"eos_token_id": options.get("eos_token_id"), "bos_token_id": options.get("bos_token_id")} | generation
     return Checkpoint(
-        source.name, options, config, model, dtype, generation, tensors, names, write_tokenizer,
-        formats_of(names, tensors),
+        source.name, options, config, model, dtype, generation, tensors, shapes, recipes, write_tokenizer,
+        formats_of(recipes, tensors),
     )  # fmt: skip
 
 
@@ -125,37 +126,36 @@ def _open_ours(source: Source, dtype: str) -> Checkpoint:
         raise CorruptFile(f"{source.path}/config.json: dtype is {stored!r}; it must be one of {', '.join(DTYPES)}.")
     tensors: TensorSource = TensorFile.open(source.path / WEIGHTS_FILE)
     try:
-        tensors = _open_formats(tensors, description.get("formats", {}), model, config, source.path)
-        names = {name: name for name in tensors.names()}
-        check_shapes(model, config, names, tensors, source.path)
+        shapes = shapes_of(model, config, source.path)
+        tensors = _open_formats(tensors, description.get("formats", {}), shapes, source.path)
+        recipes = {name: renamed(name, shapes.get(name, ())) for name in tensors.names()}
+        check_shapes(shapes, recipes, tensors, source.path)
     except BaseException:
         tensors.close()
         raise
     chosen = stored if dtype == "auto" else dtype
     tokenizer = source.path / TOKENIZER_FOLDER
     return Checkpoint(
-        str(description.get("name", source.name))[:256], options, config, model, chosen, generation, tensors, names,
-        lambda folder: copy_tokenizer(tokenizer, folder), formats_of(names, tensors),
+        str(description.get("name", source.name))[:256], options, config, model, chosen, generation, tensors,
+        shapes, recipes, lambda folder: copy_tokenizer(tokenizer, folder), formats_of(recipes, tensors),
     )  # fmt: skip
 
 
-def _open_formats(
-    tensors: TensorSource, entries: Any, model: ModelFile, config: DecoderConfig, where: Path
-) -> TensorSource:
+def _open_formats(tensors: TensorSource, entries: Any, shapes: Shapes, where: Path) -> TensorSource:
     """The packed weights that config.json lists."""
     if not isinstance(entries, dict):
         raise CorruptFile(f"{where}/config.json: formats is {str(entries)[:80]!r}; it must be an object.")
     if not entries:
         return tensors
     formats = {name: WeightFormat.from_dict(values, f"{where}/config.json") for name, values in entries.items()}
-    return open_packed(tensors, formats, parameter_shapes(model, config, where), str(where))
+    return open_packed(tensors, formats, shapes, str(where))
 
 
-def formats_of(names: dict[str, str], tensors: TensorSource) -> dict[str, WeightFormat]:
-    """Our names of the weights that are packed."""
+def formats_of(recipes: dict[str, Recipe], tensors: TensorSource) -> dict[str, WeightFormat]:
+    """Our names of the weights that stay packed; one that is a piece of theirs, or made of several, is dequantized."""
     if not isinstance(tensors, PackedTensors):
         return {}
-    found = {ours: tensors.format_of(theirs) for ours, theirs in names.items()}
+    found = {ours: tensors.format_of(recipe.sources[0]) for ours, recipe in recipes.items() if recipe.is_renaming}
     return {ours: format for ours, format in found.items() if format is not None}
 
 
@@ -168,29 +168,8 @@ def published_dtype(options: dict[str, Any]) -> str:
     return named if named in DTYPES else "float32"
 
 
-def rename(model: ModelFile, config: DecoderConfig, found: Iterable[str], where: Path) -> dict[str, str]:
-    """Our name → the source's, for every tensor the model's table knows; the others are an error."""
-    translate = translator(model.WEIGHTS)
-    ignored = [pattern(name) for name in model.IGNORED_WEIGHTS]
-    is_tied = getattr(config, "tie_word_embeddings", False)
-    names: dict[str, str] = {}
-    left_over: list[str] = []
-    for name in found:
-        ours = translate(name)
-        if ours is None:
-            if not any(each.fullmatch(name) for each in ignored):
-                left_over.append(name)
-        elif ours in names:
-            raise CorruptFile(f"{where} holds both {names[ours]} and {name}, which are the same weight.")
-        elif not (is_tied and ours == "lm_head.weight"):
-            names[ours] = name
-    if left_over:
-        more = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
-        raise CorruptFile(f"{where} holds the tensor {left_over[0]}{more}, which this model does not have.")
-    return names
-
-
-def parameter_shapes(model: ModelFile, config: DecoderConfig, where: Path) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: ModelFile, config: DecoderConfig, where: Path) -> Shapes:
+    """Of every parameter of the model, by name. Nothing is allocated."""
     try:
         with torch.device("meta"):
             return {name: tuple(p.shape) for name, p in model.Model(config).named_parameters()}
@@ -198,17 +177,32 @@ def parameter_shapes(model: ModelFile, config: DecoderConfig, where: Path) -> di
         raise CorruptFile(f"{where}: the config asks for tensors larger than any memory.") from None
 
 
-def check_shapes(
-    model: ModelFile, config: DecoderConfig, names: dict[str, str], tensors: TensorSource, where: Path
-) -> None:
+def find_weights(
+    model: ModelFile, config: DecoderConfig, shapes: Shapes, found: Iterable[str], where: Path
+) -> dict[str, Recipe]:
+    """How each of our weights is made of the source's tensors; what no line of the model's table knows is an error."""
+    recipes, left_over = from_hugging_face(model.WEIGHTS, config, shapes, found, str(where))
+    ignored = [pattern(name) for name in model.IGNORED_WEIGHTS]
+    left_over = [name for name in left_over if not any(each.fullmatch(name) for each in ignored)]
+    if left_over:
+        more = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
+        raise CorruptFile(f"{where} holds the tensor {left_over[0]}{more}, which this model does not have.")
+    if getattr(config, "tie_word_embeddings", False):
+        recipes.pop("lm_head.weight", None)
+    return recipes
+
+
+def check_shapes(shapes: Shapes, recipes: dict[str, Recipe], tensors: TensorSource, where: Path) -> None:
     """Raise CorruptFile unless the tensors are exactly the model's parameters."""
-    expected = parameter_shapes(model, config, where)
-    for name, shape in expected.items():
-        if name not in names:
+    for name, shape in shapes.items():
+        if name not in recipes:
             raise CorruptFile(f"{where} lacks the tensor for {name} {list(shape)}.")
-        actual = tensors.shape(names[name])
-        if actual != shape:
-            raise CorruptFile(f"{where}: {names[name]} is {list(actual)}; its config asks for {list(shape)}.")
-    for name in names:
-        if name not in expected:
-            raise CorruptFile(f"{where} holds the tensor {names[name]}, which its config has no place for.")
+        recipe = recipes[name]
+        for source in recipe.sources:
+            actual = tensors.shape(source)
+            if actual != recipe.source_shape:
+                expected = list(recipe.source_shape)
+                raise CorruptFile(f"{where}: {source} is {list(actual)}; its config asks for {expected}.")
+    for name, recipe in recipes.items():
+        if name not in shapes:
+            raise CorruptFile(f"{where} holds the tensor {recipe.sources[0]}, which its config has no place for.")

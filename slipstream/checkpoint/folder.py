@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slipstream.checkpoint.layouts import Recipe, Shapes
 from slipstream.checkpoint.tensors import TensorSource
 from slipstream.engine.bounded_json import read_json
 from slipstream.engine.tensor_file import write_tensor_file
@@ -36,7 +37,8 @@ class Checkpoint:
     dtype: str  # what read() gives, but for the parts of packed weights
     generation: dict[str, Any]  # generation_config.json; {} where there is none
     weights: TensorSource
-    names: dict[str, str]  # our name → the source's
+    shapes: Shapes  # of our weights, by name
+    recipes: dict[str, Recipe]  # how each of them is made from the source's
     write_tokenizer: Callable[[Path], None]
     formats: dict[str, WeightFormat] = field(default_factory=dict)  # our names of the weights that are packed
 
@@ -44,25 +46,29 @@ class Checkpoint:
         """One weight in the checkpoint's dtype, a packed one dequantized; or a part of a packed one as it is stored."""
         weight, part = self._split(name)
         if part:
-            return self.weights.read(f"{self.names[weight]}.{part}")
-        return self.weights.read(self.names[name]).to(getattr(torch, self.dtype))
+            return self.weights.read(self._part_source(weight, part))
+        recipe = self.recipes[name]
+        return recipe.make([self.weights.read(source) for source in recipe.sources]).to(getattr(torch, self.dtype))
 
     def shape(self, name: str) -> tuple[int, ...]:
         weight, part = self._split(name)
-        return self.weights.shape(f"{self.names[weight]}.{part}" if part else self.names[name])
+        return self.weights.shape(self._part_source(weight, part)) if part else self.shapes[name]
 
     def dtype_of(self, name: str) -> torch.dtype:
         """What read() gives."""
         weight, part = self._split(name)
-        return self.weights.dtype(f"{self.names[weight]}.{part}") if part else getattr(torch, self.dtype)
+        return self.weights.dtype(self._part_source(weight, part)) if part else getattr(torch, self.dtype)
 
     def stored_names(self) -> list[str]:
         """What save() writes: each weight, a packed one by its parts."""
         found: list[str] = []
-        for name in self.names:
+        for name in self.recipes:
             parts = self.formats[name].parts(1, 1) if name in self.formats else {}
             found += [f"{name}.{part}" for part in parts] or [name]
         return found
+
+    def _part_source(self, weight: str, part: str) -> str:
+        return f"{self.recipes[weight].sources[0]}.{part}"
 
     def _split(self, name: str) -> tuple[str, str]:
         weight, _, part = name.rpartition(".")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from slipstream.checkpoint.names import to_hugging_face
+from slipstream.checkpoint.layouts import theirs_shape, to_hugging_face
 from slipstream.checkpoint.own_model import OwnModel
 from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.models import read_config
@@ -30,10 +30,16 @@ def write_random_model(
         values = torch.randn(shape, generator=generator)
         return (1 + 0.1 * values if len(shape) == 1 and "norm" in name else values * shape[-1] ** -0.5).to(kind)
 
-    # In the order of the parameters, since one generator draws them all; the writer keeps that order within a dtype.
+    # Drawn at once and in the order of the parameters, since one generator makes them all.
+    drawn = {name: make(name) for name in shapes}
     entries = [
-        (to_hugging_face(model.WEIGHTS, name), shape, kind, lambda name=name: make(name))
-        for name, shape in shapes.items()
+        (
+            name,
+            theirs_shape(recipe, shapes),
+            kind,
+            lambda recipe=recipe: recipe.make([drawn[n] for n in recipe.sources]),
+        )
+        for name, recipe in to_hugging_face(model.WEIGHTS, config, shapes).items()
     ]
     folder.mkdir(parents=True, exist_ok=True)
     write_tensor_file(folder / "model.safetensors", entries, {"format": "pt"})

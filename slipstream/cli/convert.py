@@ -37,7 +37,7 @@ def convert(
     written = open_checkpoint(resolve(output_dir, own))
     tokenizer = "with" if any((Path(output_dir) / "tokenizer").iterdir()) else "without"
     print(
-        f"{output_dir}: {written.options['model_type']}, {len(written.names)} tensors, "
+        f"{output_dir}: {written.options['model_type']}, {len(written.recipes)} tensors, "
         f"{human_bytes(written.num_bytes)} in {written.dtype}, {tokenizer} tokenizer"
     )
     written.close()

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from slipstream.errors import CorruptFile, UnsupportedModel
 from slipstream.schema.model import DecoderConfig, Options
+from slipstream.schema.weights import WeightTable
 
 
 class ModelFile(Protocol):
-    WEIGHTS: dict[str, str]
+    WEIGHTS: WeightTable
     IGNORED_WEIGHTS: tuple[str, ...]
     PROMISED_PASSES: tuple[str, ...]
     TINY: dict[str, Any]

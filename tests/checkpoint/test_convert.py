@@ -11,12 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from slipstream.checkpoint import convert, open_checkpoint, resolve
 from slipstream.checkpoint.folder import new_folder
-from slipstream.checkpoint.names import pattern, to_hugging_face, translator
 from slipstream.checkpoint.random import write_random_model
 from slipstream.errors import CorruptFile, ModelError, UnsupportedModel
-from slipstream.models import known_models, llama, model_file, read_config
-
-EVERYTHING = llama.TINY | {"attention_bias": True, "mlp_bias": True}
+from slipstream.models import llama
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
@@ -34,39 +31,6 @@ def change_config(folder: Path, **options: Any) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | options))
     return folder
-
-
-# ----- names
-
-
-@pytest.mark.parametrize("model_type", known_models())
-def test_to_hugging_face_is_the_way_back_for_every_parameter(model_type: str) -> None:
-    model = model_file(model_type)
-    for options in (model.TINY, model.TINY | {"num_hidden_layers": 12}, EVERYTHING):
-        _, config = read_config(options | {"model_type": model_type}, "tiny")
-        with torch.device("meta"):
-            ours = [name for name, _ in model.Model(config).named_parameters()]
-        translate = translator(model.WEIGHTS)
-        theirs = [to_hugging_face(model.WEIGHTS, name) for name in ours]
-        assert [translate(name) for name in theirs] == ours
-        assert len(set(theirs)) == len(ours)
-
-
-def test_a_name_that_is_not_ours_has_no_way_back() -> None:
-    with pytest.raises(KeyError, match=r"model\.norm\.weight"):
-        to_hugging_face(llama.WEIGHTS, "model.norm.weight")
-
-
-def test_a_pattern_matches_whole_ascii_names_only() -> None:
-    rule = pattern("layers.{i}.{p}_proj.weight")
-    assert rule.fullmatch("layers.12.q_proj.weight")
-    for name in (
-        "layers.x.q_proj.weight",
-        "layers.1.q_projXweight",
-        "layers.١.q_proj.weight",
-        "layers.1.Q_proj.weight",
-    ):
-        assert not rule.fullmatch(name)
 
 
 # ----- what may be in a folder
@@ -116,13 +80,14 @@ def test_tied_embeddings_ignore_a_second_copy_of_the_head(tmp_path: Path) -> Non
     folder = tiny(tmp_path, tie_word_embeddings=True)
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     change_weights(folder, lambda t: t.update({"lm_head.weight": embedding.clone()}))
-    assert "lm_head.weight" not in open_checkpoint(resolve(folder)).names
+    assert "lm_head.weight" not in open_checkpoint(resolve(folder)).recipes
 
 
 def test_a_rotary_table_of_an_old_export_is_ignored(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     folder = change_weights(tiny(tmp_path), lambda t: t.update({name: torch.ones(8)}))
-    assert name not in open_checkpoint(resolve(folder)).names.values()
+    recipes = open_checkpoint(resolve(folder)).recipes.values()
+    assert all(name not in recipe.sources for recipe in recipes)
 
 
 # ----- what may be in a config.json
@@ -173,15 +138,17 @@ def test_an_unknown_dtype_lists_the_known_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
 def test_a_saved_checkpoint_opens_as_it_was(tmp_path: Path, dtype: str) -> None:
-    folder = write_random_model(tmp_path / "model", EVERYTHING, dtype="float32")
+    folder = write_random_model(
+        tmp_path / "model", llama.TINY | {"attention_bias": True, "mlp_bias": True}, dtype="float32"
+    )
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3], "temperature": 0.6}))
     before = open_checkpoint(resolve(folder), dtype)
     convert(folder, tmp_path / "out", dtype=dtype)
     after = open_checkpoint(resolve(tmp_path / "out"))
     assert (after.config, after.dtype, after.generation) == (before.config, before.dtype, before.generation)
     assert after.generation["eos_token_id"] == [2, 3]
-    assert set(after.names) == set(before.names)
-    for name in before.names:
+    assert set(after.recipes) == set(before.recipes)
+    for name in before.recipes:
         assert after.read(name).dtype == getattr(torch, before.dtype)
         assert torch.equal(after.read(name), before.read(name))
 

@@ -110,7 +110,7 @@ def test_compressed_tensors_itself_reads_the_same_weights(name: str, tmp_path: P
     # It multiplies in the scale's dtype, we in float32.
     rounding = 2**-8 if "pack" in name else 1e-6
     for ours in checkpoint.formats:
-        weight = theirs.get_parameter(checkpoint.names[ours])
+        weight = theirs.get_parameter(checkpoint.recipes[ours].sources[0])
         torch.testing.assert_close(checkpoint.read(ours), weight, atol=0, rtol=rounding)
 
 
