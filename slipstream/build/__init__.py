@@ -5,7 +5,7 @@ kernel for each op here) → plan memory → write the engine folder, streaming 
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from slipstream.errors import BuildError
 from slipstream.kernels.registry import known_ops
 from slipstream.progress import Progress, Stopwatch
 from slipstream.schema.build import MAX_BATCH_SIZE, PLUGINS, BuildConfig
+from slipstream.schema.model import DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def plan_build(
         if name not in PLUGINS:
             raise BuildError(f"no plugin to disable is called {name!r}; the plugins are {', '.join(PLUGINS)}.")
     progress("capture", 0, 1)
-    captured = capture(checkpoint.model.Model, checkpoint.config, checkpoint.dtype, limits.tokens_per_block)
+    decoder = replace(checkpoint.config, max_seq_len=limits.max_seq_len)
+    captured = capture(checkpoint.model.Model, decoder, checkpoint.dtype, limits.tokens_per_block)
     graph = captured.graph
     graph.formats = checkpoint.formats
     captured_json, ops_captured = graph.to_json(), graph.count_ops()
@@ -86,7 +88,7 @@ def plan_build(
     )
     memory = plan_memory(graph, max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size)
     watch.lap("rewrite")
-    manifest = _manifest(checkpoint, limits, graph, passes, config.disabled_plugins, memory)
+    manifest = _manifest(checkpoint, decoder, limits, graph, passes, config.disabled_plugins, memory)
     return BuildPlan(manifest, graph, captured_json, captured.constants, passes, ops_captured, watch.seconds)
 
 
@@ -141,8 +143,8 @@ class Limits:
 
 
 def resolve_limits(config: BuildConfig, checkpoint: Checkpoint) -> Limits:
-    longest = checkpoint.config.max_position_embeddings
-    max_seq_len = longest if config.max_seq_len is None else config.max_seq_len
+    longest = checkpoint.config.longest_seq_len
+    max_seq_len = checkpoint.config.max_position_embeddings if config.max_seq_len is None else config.max_seq_len
     highest = {"max_batch_size": MAX_BATCH_SIZE, "max_num_tokens": 2**31, "tokens_per_block": 2**16}
     for name, high in highest.items():
         if not 1 <= getattr(config, name) <= high:
@@ -159,26 +161,26 @@ def resolve_limits(config: BuildConfig, checkpoint: Checkpoint) -> Limits:
 
 def _manifest(
     checkpoint: Checkpoint,
+    decoder: DecoderConfig,
     limits: Limits,
     graph: Graph,
     passes: list[PassReport],
     disabled_plugins: tuple[str, ...],
     memory: dict[str, int],
 ) -> Manifest:
-    config = checkpoint.config
     selected = graph.types[graph.outputs[0]].shape[0] == "R"
     return Manifest(
         name=checkpoint.name,
         model_type=str(checkpoint.options["model_type"]),
         dtype=checkpoint.dtype,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        kv_planes=config.kv_planes,
-        windows=list(config.windows or (0,) * config.num_layers),
+        vocab_size=decoder.vocab_size,
+        hidden_size=decoder.hidden_size,
+        num_layers=decoder.num_layers,
+        num_heads=decoder.num_heads,
+        num_kv_heads=decoder.num_kv_heads,
+        head_dim=decoder.head_dim,
+        kv_planes=decoder.kv_planes,
+        windows=list(decoder.windows or (0,) * decoder.num_layers),
         max_batch_size=limits.max_batch_size,
         max_num_tokens=limits.max_num_tokens,
         max_seq_len=limits.max_seq_len,

@@ -187,7 +187,7 @@ def find_weights(
     if left_over:
         more = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
         raise CorruptFile(f"{where} holds the tensor {left_over[0]}{more}, which this model does not have.")
-    if getattr(config, "tie_word_embeddings", False):
+    if config.tie_word_embeddings:
         recipes.pop("lm_head.weight", None)
     return recipes
 

@@ -28,7 +28,8 @@ def write_random_model(
     def make(name: str) -> torch.Tensor:
         shape = shapes[name]
         values = torch.randn(shape, generator=generator)
-        return (1 + 0.1 * values if len(shape) == 1 and "norm" in name else values * shape[-1] ** -0.5).to(kind)
+        is_norm = len(shape) == 1 and name.endswith("norm.weight")
+        return (1 + 0.1 * values if is_norm else values * shape[-1] ** -0.5).to(kind)
 
     # Drawn at once and in the order of the parameters, since one generator makes them all.
     drawn = {name: make(name) for name in shapes}

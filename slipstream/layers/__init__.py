@@ -5,6 +5,7 @@ from slipstream.kernels.arithmetic import scale, soft_cap
 from slipstream.kernels.attention.metadata import StepTensors
 from slipstream.kernels.rope import rope
 from slipstream.layers.attention import Attention, attend
+from slipstream.layers.decoder import Decoder, PreNormLayer
 from slipstream.layers.linear import Embedding, Linear
 from slipstream.layers.mlp import ACTIVATIONS, MLP, GatedMLP
 from slipstream.layers.norm import LayerNorm, RMSNorm
@@ -14,10 +15,12 @@ __all__ = [
     "ACTIVATIONS",
     "MLP",
     "Attention",
+    "Decoder",
     "Embedding",
     "GatedMLP",
     "LayerNorm",
     "Linear",
+    "PreNormLayer",
     "RMSNorm",
     "RotaryTable",
     "StepTensors",

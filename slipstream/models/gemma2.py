@@ -34,7 +34,6 @@ class Config(DecoderConfig):
     activation: str
     rms_norm_eps: float
     rope: RopeConfig
-    tie_word_embeddings: bool
     attention_bias: bool
     query_pre_attn_scalar: int
     attn_soft_cap: float  # 0 for none
@@ -44,6 +43,7 @@ class Config(DecoderConfig):
     def from_options(cls, options: Options) -> Self:
         num_layers = options.integer("num_hidden_layers", high=MAX_LAYERS)
         head_dim = options.integer("head_dim", 256, high=MAX_HEAD_DIM)
+        longest = options.integer("max_position_embeddings", 8192)
         options.choice("hidden_act", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")  # hidden_activation is what counts
         return cls(
             vocab_size=options.integer("vocab_size"),
@@ -52,12 +52,14 @@ class Config(DecoderConfig):
             num_heads=options.integer("num_attention_heads"),
             num_kv_heads=options.integer("num_key_value_heads", 4),
             head_dim=head_dim,
-            max_position_embeddings=options.integer("max_position_embeddings", 8192),
-            windows=read_windows(options, num_layers, options.integer("sliding_window", 4096), full_every=2),
+            max_position_embeddings=longest,
+            windows=read_windows(
+                options, num_layers, options.integer("sliding_window", 4096), lambda layer: layer % 2 == 0
+            ),
             intermediate_size=options.integer("intermediate_size"),
             activation=options.choice("hidden_activation", tuple(ACTIVATIONS), "gelu_pytorch_tanh"),
             rms_norm_eps=options.real("rms_norm_eps", 1e-6),
-            rope=read_rope(options, head_dim),
+            rope=read_rope(options, head_dim, longest),
             tie_word_embeddings=options.boolean("tie_word_embeddings", True),
             attention_bias=options.boolean("attention_bias"),
             query_pre_attn_scalar=options.integer("query_pre_attn_scalar", 256),
@@ -91,7 +93,7 @@ class Model(nn.Module):
         super().__init__()
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.embed_scale = config.hidden_size**0.5
-        self.rotary = RotaryTable(config.rope, config.head_dim)
+        self.rotary = RotaryTable(config.rope, config.max_seq_len)
         self.layers = nn.ModuleList(Layer(config, window) for window in config.windows)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, weight_offset=1.0)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)

@@ -35,7 +35,6 @@ class Config(DecoderConfig):
     rms_norm_eps: float
     rope: RopeConfig  # of the layers that see all tokens
     local_rope: RopeConfig  # of those with a window
-    tie_word_embeddings: bool
     attention_bias: bool
     query_pre_attn_scalar: int
     final_soft_cap: float  # 0 for none
@@ -44,7 +43,8 @@ class Config(DecoderConfig):
     def from_options(cls, options: Options) -> Self:
         num_layers = options.integer("num_hidden_layers", high=MAX_LAYERS)
         head_dim = options.integer("head_dim", 256, high=MAX_HEAD_DIM)
-        rope, local_rope = _read_ropes(options, head_dim)
+        longest = options.integer("max_position_embeddings", 131072)
+        rope, local_rope = _read_ropes(options, head_dim, longest)
         pattern = options.integer("sliding_window_pattern", options.integer("_sliding_window_pattern", 6))
         options.choice("hidden_act", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")  # hidden_activation is what counts
         return cls(
@@ -54,8 +54,10 @@ class Config(DecoderConfig):
             num_heads=options.integer("num_attention_heads"),
             num_kv_heads=options.integer("num_key_value_heads", 4),
             head_dim=head_dim,
-            max_position_embeddings=options.integer("max_position_embeddings", 131072),
-            windows=read_windows(options, num_layers, options.integer("sliding_window", 4096), full_every=pattern),
+            max_position_embeddings=longest,
+            windows=read_windows(
+                options, num_layers, options.integer("sliding_window", 4096), lambda layer: (layer + 1) % pattern != 0
+            ),
             intermediate_size=options.integer("intermediate_size"),
             activation=options.choice("hidden_activation", tuple(ACTIVATIONS), "gelu_pytorch_tanh"),
             rms_norm_eps=options.real("rms_norm_eps", 1e-6),
@@ -68,15 +70,15 @@ class Config(DecoderConfig):
         )
 
 
-def _read_ropes(options: Options, head_dim: int) -> tuple[RopeConfig, RopeConfig]:
+def _read_ropes(options: Options, head_dim: int, longest: int) -> tuple[RopeConfig, RopeConfig]:
     """Of the layers that see all tokens, whose base is larger and may be stretched, and of those with a window."""
     ropes = options.section("rope_parameters")
     if ropes is None:
         local_theta = options.real("rope_local_base_freq", 10000.0)
-        return read_rope(options, head_dim, theta=1e6), RopeConfig(theta=local_theta)
+        return read_rope(options, head_dim, longest, theta=1e6), RopeConfig(rotary_dim=head_dim, theta=local_theta)
     both = (
-        read_rope(ropes, head_dim, theta=1e6, section="full_attention"),
-        read_rope(ropes, head_dim, section="sliding_attention"),
+        read_rope(ropes, head_dim, longest, theta=1e6, section="full_attention"),
+        read_rope(ropes, head_dim, longest, section="sliding_attention"),
     )
     ropes.finish("RoPE of Gemma 3")
     return both
@@ -109,8 +111,8 @@ class Model(nn.Module):
         super().__init__()
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.embed_scale = config.hidden_size**0.5
-        self.rotary = RotaryTable(config.rope, config.head_dim)
-        self.local_rotary = RotaryTable(config.local_rope, config.head_dim)
+        self.rotary = RotaryTable(config.rope, config.max_seq_len)
+        self.local_rotary = RotaryTable(config.local_rope, config.max_seq_len)
         self.windows = config.windows
         self.layers = nn.ModuleList(Layer(config, window) for window in config.windows)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, weight_offset=1.0)

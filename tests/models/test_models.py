@@ -29,6 +29,12 @@ MID_SIZE = {
     "max_position_embeddings": 512,
 }
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 2.5],
+    "long_factor": [1.0, 1.2, 2.0, 3.0, 5.0, 8.0, 8.5, 9.0],
+}
+
 # Beside TINY: what changes the numbers of an architecture.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
@@ -36,6 +42,30 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "mha_biases": {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
         "mqa_wide_head": {"num_key_value_heads": 1, "head_dim": 32},
         "linear_rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        "dynamic_rope": {"max_position_embeddings": 24, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+        "dynamic_rope_in_old_context": {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+        "yarn_rope": {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+        "yarn_rope_all_options": {
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 4.0,
+                "beta_slow": 0.25,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+                "truncate": False,
+            },
+        },
+        "longrope_short": {"rope_scaling": LONGROPE | {"original_max_position_embeddings": 64}},
+        "longrope_long": {"rope_scaling": LONGROPE | {"original_max_position_embeddings": 32}},
         "llama3_rope": {
             "rope_theta": 500000.0,
             "rope_scaling": {
@@ -98,6 +128,7 @@ def build_engine(model: Path, folder: Path, passes: str) -> Path:
     from slipstream.build.pipeline import FUSIONS
 
     disabled = tuple(each.name for each in FUSIONS) if passes == "none" else ()
-    config = BuildConfig(max_batch_size=4, max_num_tokens=64, disabled_passes=disabled)
+    # Where scaling depends on the length, transformers looks at the prompt's and an engine at its max_seq_len.
+    config = BuildConfig(max_batch_size=4, max_num_tokens=64, max_seq_len=NUM_TOKENS, disabled_passes=disabled)
     build(open_checkpoint(resolve(model)), folder, config)
     return folder
