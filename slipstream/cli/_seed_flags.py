@@ -161,11 +161,14 @@ PLUGINS: dict[str, Answers] = {
     "--use_lookup_plugin": plugin("lookup"),
     "--rmsnorm_plugin": plugin("rmsnorm"),
     "--use_rmsnorm_plugin": plugin("rmsnorm"),
+    "--layernorm_plugin": plugin("layernorm"),
+    "--use_layernorm_plugin": plugin("layernorm"),
+    "--moe_plugin": plugin("moe"),
     **{
         f"--{name}_plugin": other_plugin()
         for name in (
-            "bert_attention", "gemm_swiglu", "gemm_allreduce", "low_latency_gemm_swiglu", "layernorm", "lora", "moe",
-            "mamba_conv1d", "nccl", "fp8_rowwise_gemm", "qserve_gemm", "identity", "use_layernorm",
+            "bert_attention", "gemm_swiglu", "gemm_allreduce", "low_latency_gemm_swiglu", "lora",
+            "mamba_conv1d", "nccl", "fp8_rowwise_gemm", "qserve_gemm", "identity",
             "layernorm_quantization", "rmsnorm_quantization", "quantize_per_token", "quantize_tensor",
         )
     },

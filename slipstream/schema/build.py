@@ -16,6 +16,8 @@ PLUGINS = {
     "smooth_quant_gemm": ("linear_w8a8",),
     "lookup": ("embedding",),
     "rmsnorm": ("*rms_norm*",),
+    "layernorm": ("*layer_norm*",),
+    "moe": ("experts",),
 }
 
 
