@@ -1,11 +1,13 @@
 """Opening any model as a Checkpoint: rename by the model's table, and prove that nothing is missing or left over."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from slipstream.checkpoint.export import save_hugging_face
 from slipstream.checkpoint.folder import FORMAT, TOKENIZER_FOLDER, VERSION, WEIGHTS_FILE, Checkpoint
 from slipstream.checkpoint.gguf import GGUFModel
 from slipstream.checkpoint.layouts import Recipe, Shapes, from_hugging_face, pattern, renamed
@@ -15,6 +17,7 @@ from slipstream.checkpoint.quantized import open_quantized
 from slipstream.checkpoint.source import Source, resolve
 from slipstream.checkpoint.tensors import ShardedTensors, TensorSource
 from slipstream.checkpoint.tokenizer_files import copy_tokenizer, write_gguf_tokenizer
+from slipstream.checkpoint.trtllm import is_tensorrt_llm, open_tensorrt_llm
 from slipstream.engine.bounded_json import read_json
 from slipstream.engine.tensor_file import TensorFile
 from slipstream.errors import CorruptFile, ModelError
@@ -23,19 +26,25 @@ from slipstream.schema.build import DTYPES
 from slipstream.schema.format import WeightFormat
 from slipstream.schema.model import DecoderConfig
 
+OUTPUT_FORMATS = ("slipstream", "hf")
+
 
 def convert(
     model: str | Path,
     output_dir: str | Path,
     *,
     dtype: str = "auto",
+    output_format: str = "slipstream",
     own_model: OwnModel | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> None:
     """Write a model as a checkpoint folder. dtype "auto" keeps the dtype the model was published in.
 
+    output_format: slipstream, or hf for a Hugging Face folder (packed weights in it are compressed-tensors).
     own_model: the user's own model file, for an architecture that is not one of ours.
     """
+    if output_format not in OUTPUT_FORMATS:
+        raise ModelError(f"output_format is {output_format!r}; it must be {', '.join(OUTPUT_FORMATS)}.")
     source = resolve(model, own_model)
     if source.path.resolve() == Path(output_dir).resolve():
         raise ModelError(f"{output_dir} is the model to convert itself; give another --output_dir.")
@@ -48,7 +57,10 @@ def convert(
         progress("convert", written, total)
 
     try:
-        checkpoint.save(Path(output_dir), count)
+        if output_format == "hf":
+            save_hugging_face(checkpoint, Path(output_dir), count)
+        else:
+            checkpoint.save(Path(output_dir), count)
     finally:
         checkpoint.close()
 
@@ -69,7 +81,10 @@ def open_checkpoint(source: Source, dtype: str = "auto") -> Checkpoint:
         generation_path = source.path / "generation_config.json"
         generation = read_json(generation_path) if generation_path.is_file() else {}
         options = read_json(source.path / "config.json")
-        tensors = _open_folder(source.path, options)
+        if is_tensorrt_llm(source.path, options):
+            options, tensors = open_tensorrt_llm(source.path, options)
+        else:
+            tensors = _open_folder(source.path, options)
         options.pop("quantization_config", None)
         return _open(
             source, tensors, options, generation, dtype, lambda folder: copy_tokenizer(source.path, folder)
@@ -152,11 +167,24 @@ def _open_formats(tensors: TensorSource, entries: Any, shapes: Shapes, where: Pa
 
 
 def formats_of(recipes: dict[str, Recipe], tensors: TensorSource) -> dict[str, WeightFormat]:
-    """Our names of the weights that stay packed; one that is a piece of theirs, or made of several, is dequantized."""
+    """Our names of the weights that stay packed: those that are theirs, or rows of theirs. Others are dequantized."""
     if not isinstance(tensors, PackedTensors):
         return {}
-    found = {ours: tensors.format_of(recipe.sources[0]) for ours, recipe in recipes.items() if recipe.is_renaming}
-    return {ours: format for ours, format in found.items() if format is not None}
+    formats: dict[str, WeightFormat] = {}
+    dequantized = []
+    for ours, recipe in recipes.items():
+        format = tensors.format_of(recipe.sources[0])
+        if format is not None and recipe.takes_rows:
+            formats[ours] = format
+        elif format is not None:
+            dequantized.append(ours)
+    if dequantized:
+        more = f" and {len(dequantized) - 1} more" if len(dequantized) > 1 else ""
+        warnings.warn(
+            f"{dequantized[0]}{more} are dequantized: they are made of several tensors, or stored transposed.",
+            stacklevel=2,
+        )
+    return formats
 
 
 def _own(source: Source) -> ModelFile | None:
@@ -203,6 +231,8 @@ def check_shapes(shapes: Shapes, recipes: dict[str, Recipe], tensors: TensorSour
             if actual != recipe.source_shape:
                 expected = list(recipe.source_shape)
                 raise CorruptFile(f"{where}: {source} is {list(actual)}; its config asks for {expected}.")
-    for name, recipe in recipes.items():
-        if name not in shapes:
+    for name, recipe in list(recipes.items()):
+        if name not in shapes and name.endswith(".bias") and not tensors.read(recipe.sources[0]).any():
+            del recipes[name]  # some tools give every linear they quantize a bias
+        elif name not in shapes:
             raise CorruptFile(f"{where} holds the tensor {recipe.sources[0]}, which its config has no place for.")

@@ -17,7 +17,7 @@ from slipstream.engine.bounded_json import read_json
 from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.errors import ModelError
 from slipstream.models import ModelFile
-from slipstream.schema.format import PART_NAMES, WeightFormat
+from slipstream.schema.format import PART_NAMES, PartType, WeightFormat
 from slipstream.schema.model import DecoderConfig
 
 FORMAT = "slipstream-checkpoint"
@@ -46,18 +46,20 @@ class Checkpoint:
         """One weight in the checkpoint's dtype, a packed one dequantized; or a part of a packed one as it is stored."""
         weight, part = self._split(name)
         if part:
-            return self.weights.read(self._part_source(weight, part))
+            recipe = self.recipes[weight]
+            parts = [self.weights.read(f"{source}.{part}") for source in recipe.sources]
+            return parts[0] if part == "order" else recipe.make(parts)  # the order is of columns, which rows share
         recipe = self.recipes[name]
         return recipe.make([self.weights.read(source) for source in recipe.sources]).to(getattr(torch, self.dtype))
 
     def shape(self, name: str) -> tuple[int, ...]:
         weight, part = self._split(name)
-        return self.weights.shape(self._part_source(weight, part)) if part else self.shapes[name]
+        return self._part_type(weight, part)[0] if part else self.shapes[name]
 
     def dtype_of(self, name: str) -> torch.dtype:
         """What read() gives."""
         weight, part = self._split(name)
-        return self.weights.dtype(self._part_source(weight, part)) if part else getattr(torch, self.dtype)
+        return getattr(torch, self._part_type(weight, part)[1] if part else self.dtype)
 
     def stored_names(self) -> list[str]:
         """What save() writes: each weight, a packed one by its parts."""
@@ -67,8 +69,9 @@ class Checkpoint:
             found += [f"{name}.{part}" for part in parts] or [name]
         return found
 
-    def _part_source(self, weight: str, part: str) -> str:
-        return f"{self.recipes[weight].sources[0]}.{part}"
+    def _part_type(self, weight: str, part: str) -> PartType:
+        num_out, num_in = self.shapes[weight]
+        return self.formats[weight].parts(num_out, num_in)[part]
 
     def _split(self, name: str) -> tuple[str, str]:
         weight, _, part = name.rpartition(".")

@@ -26,15 +26,12 @@ class Recipe:
     sources: tuple[str, ...]
     source_shape: Shape  # of each source
     make: Callable[[list[Tensor]], Tensor]
-
-    @property
-    def is_renaming(self) -> bool:
-        return self.make is _only
+    takes_rows: bool = False  # whole rows, whatever is in them: it serves the parts of a packed weight too
 
 
 def renamed(source: str, shape: Shape) -> Recipe:
     """The same tensor under another name."""
-    return Recipe((source,), shape, _only)
+    return Recipe((source,), shape, _only, takes_rows=True)
 
 
 def from_hugging_face(
@@ -83,7 +80,8 @@ def to_hugging_face(table: WeightTable, config: Any, shapes: Shapes) -> dict[str
         else:
             names = tuple(_fill(name, values) for name in layout.names)
             join = _joiner(layout, config)
-            recipes.setdefault(_fill(key, values), Recipe(names, shape, join))
+            recipe = Recipe(names, shape, join, takes_rows=not layout.is_transposed)
+            recipes.setdefault(_fill(key, values), recipe)
     return recipes
 
 
@@ -145,7 +143,9 @@ def _recipes(
     start = 0
     for each, count in zip(names, counts, strict=True):
         rows = slice(start // num_groups, (start + count) // num_groups)
-        yield each, Recipe((name,), whole[::-1] if layout.is_transposed else whole, _taker(layout, num_groups, rows))
+        take = _taker(layout, num_groups, rows)
+        theirs = whole[::-1] if layout.is_transposed else whole
+        yield each, Recipe((name,), theirs, take, takes_rows=not layout.is_transposed)
         start += count
 
 

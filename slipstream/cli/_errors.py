@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,7 @@ def plain_errors() -> Iterator[None]:
 
     SLIPSTREAM_DEBUG=1 prints the traceback before the sentence. Any other exception is a bug of ours and passes.
     """
+    warnings.formatwarning = lambda message, *_rest: f"warning: {message}\n"  # without a place in our code
     try:
         yield
         sys.stdout.flush()  # here, where a closed pipe can still be caught, rather than at the interpreter's end

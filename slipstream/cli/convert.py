@@ -19,6 +19,9 @@ def convert(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16. auto: the one the model was published in.")
     ] = "auto",
+    output_format: Annotated[
+        str, typer.Option(help="slipstream: a checkpoint. hf: a Hugging Face folder again.")
+    ] = "slipstream",
 ) -> None:
     """Convert a model to a checkpoint: one dtype, our names, its tokenizer beside it.
 
@@ -33,9 +36,10 @@ def convert(
     own = None if model_cls_file is None else OwnModel(model_cls_file, model_cls_name)
 
     with progress_bar() as progress:
-        convert_model(model_dir, output_dir, dtype=dtype, own_model=own, progress=progress)
+        convert_model(model_dir, output_dir, dtype=dtype, output_format=output_format, own_model=own, progress=progress)
     written = open_checkpoint(resolve(output_dir, own))
-    tokenizer = "with" if any((Path(output_dir) / "tokenizer").iterdir()) else "without"
+    folder = Path(output_dir) if output_format == "hf" else Path(output_dir) / "tokenizer"
+    tokenizer = "with" if any(folder.glob("tokenizer*.*")) else "without"
     print(
         f"{output_dir}: {written.options['model_type']}, {len(written.recipes)} tensors, "
         f"{human_bytes(written.num_bytes)} in {written.dtype}, {tokenizer} tokenizer"

@@ -47,6 +47,8 @@ def write_quantized(folder: Path, options: dict[str, Any], format: Format) -> tu
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(7)
     for name, linear in quantized_linears(reference).items():
+        if f"{name}.weight" not in tensors:  # transformers has joined what the folder has apart
+            continue
         quantized = format.quantize(tensors.pop(f"{name}.weight").double(), rng)
         tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in quantized.stored.items()}
         linear.weight.data = quantized.weight.float()
@@ -65,6 +67,10 @@ def write_quantized(folder: Path, options: dict[str, Any], format: Format) -> tu
 def logits_of(model: Any) -> Tensor:
     with torch.no_grad():
         return model(torch.tensor([TOKEN_IDS])).logits[0]
+
+
+def bytes_in(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)
 
 
 def build_engine(model: Path, folder: Path, **changes: Any) -> Path:
@@ -112,6 +118,32 @@ def test_compressed_tensors_itself_reads_the_same_weights(name: str, tmp_path: P
     for ours in checkpoint.formats:
         weight = theirs.get_parameter(checkpoint.recipes[ours].sources[0])
         torch.testing.assert_close(checkpoint.read(ours), weight, atol=0, rtol=rounding)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_packed_weights_go_back_to_hugging_face_as_compressed_tensors(name: str, tmp_path: Path) -> None:
+    model, _ = write_quantized(tmp_path / "model", SHAPES, FORMATS[name])
+    convert(model, tmp_path / "hf", output_format="hf")
+    before, after = open_checkpoint(resolve(model)), open_checkpoint(resolve(tmp_path / "hf"))
+    assert after.formats == before.formats
+    for stored in before.stored_names():
+        assert torch.equal(bytes_in(before.read(stored)), bytes_in(after.read(stored))), stored
+    if "act-order" in name:
+        return  # the library's newest version has none
+    dequantize = CompressedTensorsConfig(dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, quantization_config=dequantize)
+    for ours in before.formats:
+        weight = theirs.get_parameter(before.recipes[ours].sources[0])
+        torch.testing.assert_close(before.read(ours), weight, atol=0, rtol=2**-8)
+
+
+def test_a_bias_of_zeros_that_a_tool_added_is_left_out(tmp_path: Path) -> None:
+    model, _ = write_quantized(tmp_path / "model", SHAPES, FORMATS["gptq-4-sym"])
+    change(model, lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.zeros(224)}))
+    assert "layers.0.mlp.up_proj.bias" not in open_checkpoint(resolve(model)).recipes
+    change(model, lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.ones(224)}))
+    with pytest.raises(CorruptFile, match=r"up_proj\.bias, which its config has no place for"):
+        open_checkpoint(resolve(model))
 
 
 def test_linears_of_many_formats_are_joined_where_they_are_stored_alike(tmp_path: Path) -> None:
