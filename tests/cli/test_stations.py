@@ -3,11 +3,16 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from slipstream.cli._tables import human_bytes
+from tests.checkpoint.naive_formats import FORMATS
+from tests.checkpoint.test_formats import SHAPES, change, write_quantized
 from tests.cli.conftest import Call
 
 
@@ -39,6 +44,26 @@ def test_convert_build_inspect_run(call: Call, talker: Path, tmp_path: Path) -> 
         assert part in done.out
     done = call("run", "--engine_dir", engine, "--input_text", "Hello", "--max_output_len", 4)
     assert done.out.startswith('Input [Text 0]: "Hello"\nOutput [Text 0 Beam 0]: "')
+
+
+def test_convert_gives_a_hugging_face_folder_back(call: Call, talker: Path, tmp_path: Path) -> None:
+    checkpoint, again = tmp_path / "checkpoint", tmp_path / "hf"
+    assert call("convert", "--model_dir", talker, "--output_dir", checkpoint).code == 0
+    done = call("convert", "--model_dir", checkpoint, "--output_dir", again, "--output_format", "hf")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.endswith("in float32, with tokenizer\n")
+    assert (again / "model.safetensors").read_bytes()[-4096:] == (talker / "model.safetensors").read_bytes()[-4096:]
+    assert (again / "tokenizer.json").read_bytes() == (talker / "tokenizer.json").read_bytes()
+
+
+def test_a_warning_is_one_line_without_a_place_in_our_code(tmp_path: Path) -> None:
+    model, _ = write_quantized(tmp_path / "model", SHAPES, FORMATS["modelopt-fp8"])
+    change(model, lambda t: t.update({"model.layers.0.self_attn.k_proj.k_scale": torch.ones(1)}))
+    command = [sys.executable, "-c", "import slipstream.cli; slipstream.cli.main()", "convert"]
+    command += ["--model_dir", str(model), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"warning: {model} has 1 scales of a quantized KV cache")
 
 
 def converted_size(checkpoint: Path) -> str:
