@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from slipstream.build import build
+from slipstream.checkpoint import open_checkpoint
 from slipstream.checkpoint.gguf import GGMLType, GGUFFile, GGUFModel
 from slipstream.checkpoint.source import resolve
 from slipstream.errors import CorruptFile, ModelError, UnsupportedModel
+from slipstream.schema.build import BuildConfig
 from tests.checkpoint.tiny_gguf import (
     HEAD_DIM,
     HEADS,
@@ -25,6 +28,7 @@ from tests.checkpoint.tiny_gguf import (
     write_gguf,
     write_llama,
 )
+from tests.oracle import GraphRunner
 
 QUANTIZED_BY_PACKAGE = [GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1, GGMLType.Q8_0]
 
@@ -95,6 +99,72 @@ def test_k_quants(
         size = gguf.GGML_QUANT_SIZES[ggml_type][1]
         expected = [value for block in blocks.reshape(-1, size) for value in reference(block.tobytes())]
         torch.testing.assert_close(tensor.flatten().double(), torch.tensor(expected, dtype=torch.float64))
+
+
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def iq4_nl(block: bytes) -> list[float]:
+    """One block of 32, after dequantize_row_iq4_nl of ggml-quants.c, in double precision."""
+    (d,), quants = struct.unpack("<e", block[:2]), block[2:]
+    return [d * IQ4_VALUES[byte & 15] for byte in quants] + [d * IQ4_VALUES[byte >> 4] for byte in quants]
+
+
+def iq4_xs(block: bytes) -> list[float]:
+    """One super-block, after dequantize_row_iq4_xs of ggml-quants.c, in double precision."""
+    d, high = struct.unpack("<eH", block[:4])
+    low, quants, values = block[4:8], block[8:], []
+    for part in range(8):
+        scale = ((low[part // 2] >> 4 * (part % 2)) & 15) | ((high >> 2 * part) & 3) << 4
+        sixteen = quants[16 * part : 16 * part + 16]
+        numbers = [IQ4_VALUES[byte & 15] for byte in sixteen] + [IQ4_VALUES[byte >> 4] for byte in sixteen]
+        values += [d * (scale - 32) * number for number in numbers]
+    return values
+
+
+@pytest.mark.parametrize(("ggml_type", "reference"), [(GGMLType.IQ4_NL, iq4_nl), (GGMLType.IQ4_XS, iq4_xs)])
+def test_i_quants_against_their_definition(
+    tmp_path: Path, ggml_type: GGMLType, reference: Callable[[bytes], list[float]]
+) -> None:
+    blocks = random_blocks(ggml_type, 3, 2, [0])
+    path = write_gguf(tmp_path / "x.gguf", {"x": blocks}, {}, {"x": ggml_type})
+    size = gguf.GGML_QUANT_SIZES[ggml_type][1]
+    expected = [value for block in blocks.reshape(-1, size) for value in reference(block.tobytes())]
+    actual = GGUFFile.open(path).read("x").flatten().double()
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
+
+
+DEQUANTIZED = [kind for kind in GGMLType if kind in gguf.quants._type_traits and kind.name != "BF16"]
+
+
+@pytest.mark.parametrize("ggml_type", DEQUANTIZED, ids=lambda kind: kind.name)
+def test_every_type_that_the_package_dequantizes_is_read(tmp_path: Path, ggml_type: GGMLType) -> None:
+    """The i-quants (IQ1_S to IQ4_XS), ternary and k-quants: whatever the installed package knows."""
+    assert {"IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M"} < {kind.name for kind in DEQUANTIZED}
+    blocks = random_blocks(ggml_type, 3, 2, [])
+    file = GGUFFile.open(write_gguf(tmp_path / "x.gguf", {"x": blocks}, {}, {"x": ggml_type}))
+    assert file.shape("x") == (3, 2 * gguf.GGML_QUANT_SIZES[ggml_type][0])
+    with np.errstate(all="ignore"):  # random bytes hold infinities too
+        assert np.array_equal(file.read("x").numpy(), gguf.dequantize(blocks, ggml_type), equal_nan=True)
+
+
+def test_a_model_of_i_quants_gives_the_logits_of_its_numbers(tmp_path: Path) -> None:
+    tensors, types = llama_tensors(), {}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            blocks = random_blocks(GGMLType.IQ4_NL, len(tensor), tensor.shape[1] // 32, [0])
+            blocks.reshape(-1, 18)[:, :2] = np.full(1, 1 / 300, np.float16).view(np.uint8)
+            tensors[name], types[name] = blocks, GGMLType.IQ4_NL
+    metadata = {key: value for key, value in llama_metadata().items() if not key.endswith("merges")}
+    packed = write_gguf(tmp_path / "packed.gguf", tensors, metadata, types)
+    plain = {name: gguf.dequantize(t, GGMLType.IQ4_NL) if name in types else t for name, t in tensors.items()}
+    dense = write_gguf(tmp_path / "dense.gguf", plain, metadata)
+    logits = []
+    for path in (packed, dense):
+        build(open_checkpoint(resolve(path), "float32"), tmp_path / path.stem, BuildConfig(max_batch_size=1))
+        logits.append(GraphRunner(tmp_path / path.stem).logits([1, 2, 3, 4]))
+    assert logits[0].std() > 0.1
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float64])
