@@ -15,7 +15,6 @@ from torch import Tensor
 from slipstream import __version__
 from slipstream.build.capture import capture
 from slipstream.build.extensions import load_passes
-from slipstream.build.memory import plan_memory
 from slipstream.build.pipeline import PassReport, run_pipeline
 from slipstream.build.tune import tune
 from slipstream.checkpoint.folder import Checkpoint, new_folder
@@ -23,6 +22,7 @@ from slipstream.engine.choices import Choices
 from slipstream.engine.folder import CACHE_FILE, RANK_FILE, TOKENIZER_FOLDER, write_rank_file
 from slipstream.engine.graph import Graph, Node
 from slipstream.engine.manifest import FORMAT, Manifest
+from slipstream.engine.memory import plan_memory
 from slipstream.errors import BuildError
 from slipstream.kernels.registry import known_ops
 from slipstream.progress import Progress, Stopwatch

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from slipstream.build.shapes import infer_types
 from slipstream.engine.graph import Graph, Node, TensorType
+from slipstream.engine.shapes import infer_types
 from slipstream.errors import BuildError
 from slipstream.kernels.attention.metadata import STEP_SHAPES, StepTensors
 from slipstream.kernels.registry import known_ops

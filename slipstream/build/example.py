@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from slipstream.build.rewrite import Symbol, ops
-from slipstream.build.shapes import infer_types
 from slipstream.engine.graph import Graph, Node, TensorType
+from slipstream.engine.shapes import infer_types
 
 __all__ = ["trace"]  # public, with the names of rewrite.py
 

@@ -3,9 +3,9 @@
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from slipstream.build.memory import plan_memory
 from slipstream.engine.graph import Graph
 from slipstream.engine.manifest import Manifest
+from slipstream.engine.memory import plan_memory
 from slipstream.errors import CapacityError, UsageError
 
 # MiB as nvidia-smi reports them in all.

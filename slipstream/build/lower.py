@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from slipstream.build.rewrite import NewNames
-from slipstream.build.shapes import infer_node
 from slipstream.engine.graph import Graph, Node, TensorType
+from slipstream.engine.shapes import infer_node
 from slipstream.kernels.registry import known_ops
 from slipstream.schema.format import QUANTIZES_ACTIVATIONS, WeightFormat
 

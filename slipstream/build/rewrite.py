@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, get_args
 
-from slipstream.build.shapes import infer_node
 from slipstream.engine.graph import Graph, Node, TensorType
+from slipstream.engine.shapes import infer_node
 from slipstream.errors import BuildError
 from slipstream.kernels.registry import known_ops
 

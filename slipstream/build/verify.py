@@ -1,9 +1,9 @@
 """What may appear in a graph after each stage of the build. A graph that breaks it never reaches an engine."""
 
-from slipstream.build.shapes import infer_types
+from slipstream.engine.check import ONLY_AT_BUILD, problem_of_call
 from slipstream.engine.graph import Graph
+from slipstream.engine.shapes import infer_types
 from slipstream.errors import BuildError
-from slipstream.kernels.registry import known_ops
 
 CAPTURED = "captured"  # as the model file wrote it
 REWRITTEN = "rewritten"  # after the fusions
@@ -20,26 +20,18 @@ _MADE_BY_PASSES = {
     "silu_and_mul",
     "split",
 }
-# Ops on weights, which the build computes; a step never does.
-_ONLY_AT_BUILD = {"concat"}
-
-FORBIDDEN: dict[str, set[str]] = {CAPTURED: _MADE_BY_PASSES, REWRITTEN: set(), FINAL: _ONLY_AT_BUILD}
+FORBIDDEN: dict[str, set[str]] = {CAPTURED: _MADE_BY_PASSES, REWRITTEN: set(), FINAL: ONLY_AT_BUILD}
 
 
 def verify(graph: Graph, stage: str) -> None:
     """Raise BuildError if the graph is not legal at this stage."""
     graph.check()
-    ops = known_ops()
     for node in graph.nodes:
-        if node.op not in ops:
-            raise BuildError(f"{stage} graph: no op is called {node.op!r}.")
+        problem = problem_of_call(node)
+        if problem is not None:
+            raise BuildError(f"the {stage} graph {problem}.")
         if node.op in FORBIDDEN[stage]:
             raise BuildError(f"{stage} graph: {node.op} may not appear at this stage ({node}).")
-        expected = {argument.name for argument in ops[node.op].attributes}
-        if set(node.attributes) != expected:
-            raise BuildError(
-                f"{stage} graph: {node.op} has attributes {sorted(node.attributes)}, not {sorted(expected)}."
-            )
     types = infer_types(graph)
     for name in graph.outputs:
         if types[name].dtype != graph.types[name].dtype or types[name].shape[1:] != graph.types[name].shape[1:]:

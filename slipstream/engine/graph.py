@@ -18,8 +18,9 @@ from slipstream.schema.format import WeightFormat
 Attribute = bool | int | float | str | list[int] | list[float] | None  # a str names a dtype
 
 _NAME = re.compile(r"[A-Za-z_][\w.+-]{0,255}", re.ASCII)
-MAX_NODES = 100_000  # ten a layer are usual
+MAX_NODES = 20_000  # ten a layer are usual
 MAX_VALUES = 200_000
+MAX_LIST = 4096  # numbers in one attribute
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 DTYPES = frozenset((*_FLOATS, "int64", "int32", "int16", "int8", "uint8", "bool"))
 # T tokens, S sequences (S1: one more), B blocks a sequence, R logit rows, N blocks in the cache
@@ -172,7 +173,7 @@ def _dtype(value: Any) -> str:
 def _size(size: Any) -> int | str:
     if isinstance(size, str) and size in DIMENSIONS:
         return size
-    if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 2**48:
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 2**48:
         raise ValueError(f"size {size!r}")
     return size
 
@@ -186,6 +187,8 @@ def _node(entry: dict[str, Any]) -> Node:
 def _attribute(value: Any) -> Attribute:
     if isinstance(value, str):
         return _dtype(value)
+    if isinstance(value, list) and len(value) > MAX_LIST:
+        raise ValueError(f"an attribute of {len(value)} numbers")
     for item in value if isinstance(value, list) else [value]:
         is_number = type(item) in (int, float) and abs(item) < 2**63  # which NaN is not
         if not is_number and (isinstance(value, list) or (item is not None and type(item) is not bool)):

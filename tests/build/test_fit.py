@@ -8,9 +8,9 @@ import torch
 
 from slipstream.build import BuildPlan, plan_build
 from slipstream.build.fit import GPUS, Device, fit, gpu
-from slipstream.build.memory import plan_memory
 from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.checkpoint.random import write_random_model
+from slipstream.engine.memory import plan_memory
 from slipstream.errors import CapacityError, UsageError
 from slipstream.models.llama import TINY
 from slipstream.runtime.worker import memory

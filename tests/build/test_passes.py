@@ -11,8 +11,8 @@ from slipstream.build.example import trace
 from slipstream.build.passes import dead_code, fold_constants, last_token, renumber
 from slipstream.build.pipeline import CLEAN_UP, FUSIONS
 from slipstream.build.rewrite import Symbol, ops
-from slipstream.build.shapes import infer_types
 from slipstream.engine.graph import Graph
+from slipstream.engine.shapes import infer_types
 from tests.build.support import assert_same, copied
 
 FILES = [importlib.import_module(f"{passes.__name__}.{each.name}") for each in pkgutil.iter_modules(passes.__path__)]

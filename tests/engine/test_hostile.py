@@ -8,6 +8,7 @@ import dis
 import json
 import re
 import shutil
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,15 @@ def node(index: int, **changes: Any) -> Callable[[dict[str, Any]], None]:
     return lambda graph: graph["nodes"][index].update(changes)
 
 
+def op(name: str, place: int, value: str) -> Callable[[dict[str, Any]], None]:
+    """Another value as an input of the first such op."""
+
+    def change(graph: dict[str, Any]) -> None:
+        next(each for each in graph["nodes"] if each["op"] == name)["in"][place] = value
+
+    return change
+
+
 def rename_everywhere(old: str, new: str) -> Callable[[dict[str, Any]], Any]:
     return lambda graph: json.loads(json.dumps(graph).replace(json.dumps(old), json.dumps(new)))
 
@@ -204,6 +214,26 @@ def rename_everywhere(old: str, new: str) -> Callable[[dict[str, Any]], Any]:
         (lambda graph: graph["nodes"].reverse(), "which nothing before it writes"),
         (lambda graph: graph["nodes"].append(None), "not a stored graph"),
         (lambda graph: graph.pop("weights"), "not a stored graph"),
+        (
+            op("rope_kv_write", 6, "step.token_ids"),
+            "gives rope_kv_write step.token_ids as slots, which must be step.slots",
+        ),
+        (op("rope_kv_write", 5, "norm.weight"), "gives rope_kv_write norm.weight as kv, which must be a KV cache"),
+        (op("attention", 1, "embedding"), "gives attention embedding as kv, which must be a KV cache"),
+        (op("attention", 2, "step.kv_lens"), "which must be step.query_starts"),
+        (op("select_rows", 1, "step.slots"), "gives select_rows step.slots as rows, which must be step.logit_rows"),
+        (op("embedding", 1, "step.slots"), "looks up step.slots in embed.weight, which has 128 rows"),
+        (op("embedding", 0, "norm.weight"), "looks up step.token_ids in norm.weight, which has 64 rows"),
+        (op("silu_and_mul", 0, "embedding"), r"cannot run: .*linear does not take \(float32\[T, 32\]"),
+        (op("add_rms_norm", 0, "kv.0"), "kv.0|cannot run"),
+        (lambda graph: graph["types"].update(linear=["float32", "T", 129]), "says linear is .*129.*, but it is"),
+        (lambda graph: graph["types"].update(embedding=["float32", "T", 0]), "size 0"),
+        (
+            lambda graph: graph["inputs"].update(x=["float32", "T"]) or graph["types"].update(x=["float32", "T"]),
+            r"reads x: float32\[T\], which no step has",
+        ),
+        (node(4, op="concat", **{"in": ["embedding", "embedding"]}, attributes={}, out=["concat"]), "concat|writes"),
+        (node(4, attributes={"sizes": [1] * 5000}), "an attribute of 5000 numbers"),
         (rename_everywhere("embedding", "__import__('os')"), "not a stored graph"),
     ],
 )
@@ -242,6 +272,24 @@ def test_an_input_s_name_reaches_the_source_only_as_a_string() -> None:
     step = compile_graph(graph_from_json(json.dumps(text)), {}, Choices("none"), CPU)
     assert_calls_only_ops(step)
     assert torch.equal(step({"eval.x": torch.zeros(1, 8)})[0], torch.zeros(1, 8))
+
+
+def test_an_engine_that_lies_about_its_memory_is_refused(tiny_engine: Path, tmp_path: Path) -> None:
+    """The plan is what decides how large the KV cache may be, so it is counted again."""
+    for name, change in (("lower", {"activations": 1}), ("gone", {})):
+        folder = changed_engine(tiny_engine, tmp_path / name, manifest=lambda values, c=change: values.update(memory=c))
+        with pytest.raises(EngineError, match=r"takes more or less memory than config\.json says"):
+            open_engine(folder)
+
+
+def test_an_op_of_a_module_that_is_not_imported_is_named_and_nothing_is(tiny_engine: Path, tmp_path: Path) -> None:
+    folder = changed_engine(
+        tiny_engine, tmp_path / "engine",
+        graph=node(0, op="magic"), manifest=lambda values: values.update(op_modules=["this", "antigravity"]),
+    )  # fmt: skip
+    with pytest.raises(EngineError, match=r"ops of this, antigravity: if you trust that code, .* --plugin this or LLM"):
+        open_engine(folder)
+    assert "antigravity" not in sys.modules
 
 
 def test_a_million_nodes_are_refused_before_anything_is_made_of_them(tiny_engine: Path, tmp_path: Path) -> None:
@@ -285,11 +333,11 @@ def test_opening_allocates_in_proportion_to_the_file(tiny_engine: Path, tmp_path
 
 
 def test_shapes_that_do_not_fit_at_run_time_end_the_requests_of_the_step(tiny_engine: Path, tmp_path: Path) -> None:
-    """Legal ops on values of other shapes than they take: the requests fail with a sentence, the engine goes on."""
+    """What no type tells (v is as wide as the cache's heads): the requests fail with a sentence, the engine goes on."""
 
     def unfit(graph: dict[str, Any]) -> None:
-        (gate,) = [each for each in graph["nodes"] if each["op"] == "silu_and_mul"]
-        gate["in"] = ["embedding"]
+        (write,) = [each for each in graph["nodes"] if each["op"] == "rope_kv_write"]
+        write["in"][2] = "embedding"
 
     engine = start_engine(
         open_engine(changed_engine(tiny_engine, tmp_path / "engine", graph=unfit)),

@@ -38,7 +38,7 @@ def infer_node(node: Node, types: dict[str, TensorType]) -> dict[str, TensorType
         result = op.shapes(*([inputs] if takes_list else inputs), **node.attributes)
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
         given = ", ".join("None" if name is None else str(types[name]) for name in node.inputs)
-        raise BuildError(f"{node} cannot be: {node.op} does not take ({given}): {error}.") from None
+        raise BuildError(f"{node} cannot be: {node.op} does not take ({given}): {str(error).rstrip('.')}.") from None
     results: Iterable[Tensor] = () if result is None else [result] if isinstance(result, Tensor) else result
     return {name: _type(tensor) for name, tensor in zip(node.outputs, results, strict=True)}
 

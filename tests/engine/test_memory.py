@@ -1,8 +1,8 @@
 """plan_memory against numbers counted by hand."""
 
 from slipstream.build.capture import capture
-from slipstream.build.memory import plan_memory
 from slipstream.build.pipeline import run_pipeline
+from slipstream.engine.memory import plan_memory
 from slipstream.models import llama, read_config
 
 

@@ -1,0 +1,107 @@
+"""What a graph must be to run here: known ops, called as they are declared, on values of the types they make.
+
+The build asks after each stage; opening an engine asks again, since its file may come from anyone. Ops trust what they
+are given (a kernel that gets a wrong index reads wherever it points), so what indexes anything comes straight from the
+step, under its own name, and nothing but a KV cache is written to.
+"""
+
+from typing import Any
+
+from slipstream.engine.graph import Graph, Node, TensorType
+from slipstream.engine.manifest import Manifest
+from slipstream.engine.memory import plan_memory
+from slipstream.engine.shapes import infer_types
+from slipstream.errors import BuildError, EngineError
+from slipstream.kernels.attention.metadata import STEP_SHAPES
+from slipstream.kernels.registry import Argument, Op, known_ops
+
+ONLY_AT_BUILD = {"concat"}  # on weights, which the build computes; a step never does
+
+_STEP_INPUTS = {f"step.{name}": TensorType(shape, "int64") for name, shape in STEP_SHAPES.items()}
+# Arguments of ops that index something → the one input that may stand there.
+_INDICES = {name: f"step.{name}" for name in ("positions", "slots", "query_starts", "kv_lens", "block_tables")}
+_INDICES["rows"] = "step.logit_rows"
+
+_KINDS: dict[str, tuple[type, ...]] = {"float": (float, int), "int": (int,), "bool": (bool,), "str": (str,)}
+
+
+def problem_of_call(node: Node) -> str | None:
+    """Why this op cannot be called like this, or None."""
+    op = known_ops().get(node.op)
+    if op is None:
+        return f"calls {node.op!r}, which is no op of this version"
+    ok = (
+        _takes(op, node.inputs)
+        and op.num_outputs in (None, len(node.outputs))
+        and set(node.attributes) == {argument.name for argument in op.attributes}
+        and all(_fits(argument, node.attributes[argument.name]) for argument in op.attributes)
+    )
+    return None if ok else f"calls {node.op} in a way it cannot be called: {str(node)[:200]}"
+
+
+def check_program(graph: Graph, manifest: Manifest) -> None:
+    """Raise EngineError unless this graph can run as this manifest says. Nothing is run or allocated."""
+    for node in graph.nodes:
+        problem = problem_of_call(node) or _problem_of_values(node, graph, manifest)
+        if problem is not None:
+            raise EngineError(f"the engine's graph {problem}; {_remedy(node, manifest)}.")
+    for name, kind in graph.inputs.items():
+        if not name.startswith("kv.") and _STEP_INPUTS.get(name) != kind:
+            raise EngineError(f"the engine's graph reads {name}: {kind}, which no step has; build it again.")
+    try:
+        inferred = infer_types(graph)
+    except BuildError as error:
+        raise EngineError(f"the engine's graph cannot run: {str(error).rstrip('.')}.") from None
+    wrong = next((name for name, kind in inferred.items() if graph.types[name] != kind), None)
+    if wrong is not None:
+        raise EngineError(
+            f"the engine's graph says {wrong} is {graph.types[wrong]}, but it is {inferred[wrong]}; build it again."
+        )
+    memory = plan_memory(graph, max_num_tokens=manifest.max_num_tokens, max_batch_size=manifest.max_batch_size)
+    if any(manifest.memory.get(name) != size for name, size in memory.items()):
+        raise EngineError("the engine's graph takes more or less memory than config.json says; build it again.")
+
+
+def _remedy(node: Node, manifest: Manifest) -> str:
+    if node.op in known_ops() or not manifest.op_modules:
+        return "build it again"
+    modules = manifest.op_modules
+    return (
+        f"it was built with ops of {', '.join(modules)}: if you trust that code, import it with "
+        f"--plugin {modules[0]} or LLM(..., plugins={modules})"
+    )
+
+
+def _problem_of_values(node: Node, graph: Graph, manifest: Manifest) -> str | None:
+    if node.op in ONLY_AT_BUILD:
+        return f"calls {node.op}, which only a build may"
+    for argument, name in zip(known_ops()[node.op].tensor_arguments, node.inputs, strict=False):
+        expected = _INDICES.get(argument.name)
+        if expected is not None and name != expected:
+            return f"gives {node.op} {name} as {argument.name}, which must be {expected}"
+        is_cache = name in graph.inputs and name not in _STEP_INPUTS
+        if (argument.is_mutated or argument.name == "kv") and not is_cache:
+            return f"gives {node.op} {name} as {argument.name}, which must be a KV cache"
+    if node.op == "embedding":
+        table, ids = node.inputs
+        longest = {"step.token_ids": manifest.vocab_size, "step.positions": manifest.max_seq_len}
+        rows = graph.types[str(table)].shape[0]
+        if ids not in longest or not isinstance(rows, int) or rows < longest[ids]:
+            return f"looks up {ids} in {table}, which has {rows} rows"
+    return None
+
+
+def _takes(op: Op, inputs: tuple[str | None, ...]) -> bool:
+    """As many tensors as the op has arguments, and each where one must be."""
+    if any(argument.kind == "Tensor[]" for argument in op.arguments):
+        return len(inputs) > 0 and None not in inputs
+    arguments = op.tensor_arguments
+    return len(inputs) == len(arguments) and all(
+        name is not None or argument.kind == "Tensor?" for name, argument in zip(inputs, arguments, strict=True)
+    )
+
+
+def _fits(argument: Argument, value: Any) -> bool:
+    if argument.kind == "int[]":
+        return isinstance(value, list) and all(type(item) is int for item in value)
+    return type(value) in _KINDS[argument.kind]
