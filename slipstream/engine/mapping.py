@@ -4,12 +4,17 @@ import contextlib
 import math
 import mmap
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from slipstream.errors import CorruptFile, ModelError
+
+# Without a reservation, or Linux refuses to map a file larger than the memory, as if every page were to be written.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+_FLAGS = mmap.MAP_PRIVATE | _NO_RESERVE
 
 
 def map_file(path: Path, at_least: int) -> mmap.mmap:
@@ -24,7 +29,7 @@ def map_file(path: Path, at_least: int) -> mmap.mmap:
             size = os.fstat(file.fileno()).st_size
             if size < at_least:
                 raise CorruptFile(f"{path} has only {size} bytes; the smallest valid file of its kind has {at_least}.")
-            mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+            mapping = mmap.mmap(file.fileno(), size, flags=_FLAGS, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
     if mapping[:23] == b"version https://git-lfs":

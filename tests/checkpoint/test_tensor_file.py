@@ -1,6 +1,7 @@
 """TensorFile against the safetensors library, the streaming writer, and every rule of the header by its message."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -166,3 +167,17 @@ def test_refuses_what_is_no_file(tmp_path: Path) -> None:
         TensorFile.open(tmp_path)
     with pytest.raises(ModelError, match="is not a file"):
         TensorFile.open(tmp_path / "none")
+
+
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path: Path) -> None:
+    """As the engine of a 70B is on most machines. A hole in a file takes no disk."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    shape = [2, memory]
+    header = json.dumps({"x": {"dtype": "U8", "shape": shape, "data_offsets": [0, 2 * memory]}}).encode()
+    path = tmp_path / "large.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 2 * memory)
+    with TensorFile.open(path) as opened:
+        assert list(opened.shape("x")) == shape
+        assert opened.read("x")[1, -1] == 0
