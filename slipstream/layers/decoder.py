@@ -39,8 +39,11 @@ class Decoder(nn.Module):
 
     def forward(self, step: StepTensors, kv: list[Tensor]) -> Tensor:
         """Logits [T, vocab_size] of every token in the step."""
-        x_TH = self.embed(step.token_ids)
+        return self.lm_head(self.run_layers(self.embed(step.token_ids), step, kv))
+
+    def run_layers(self, x_TH: Tensor, step: StepTensors, kv: list[Tensor]) -> Tensor:
+        """From embedded tokens to what lm_head reads."""
         cos, sin = self.rotary(step.positions)
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             x_TH = layer(x_TH, cos, sin, layer_kv, step)
-        return self.lm_head(self.norm(x_TH))
+        return self.norm(x_TH)

@@ -80,7 +80,7 @@ def read_decoder(
         "hidden_size": hidden_size,
         "num_layers": options.integer("num_hidden_layers", high=MAX_LAYERS),
         "num_heads": num_heads,
-        "num_kv_heads": options.integer("num_key_value_heads", num_kv_heads or num_heads),
+        "num_kv_heads": options.optional_integer("num_key_value_heads", num_kv_heads) or num_heads,
         "head_dim": head_dim,
         "max_position_embeddings": max_position_embeddings,
         "rope": read_rope(options, head_dim, max_position_embeddings),

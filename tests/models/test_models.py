@@ -35,6 +35,10 @@ LONGROPE = {
     "long_factor": [1.0, 1.2, 2.0, 3.0, 5.0, 8.0, 8.5, 9.0],
 }
 
+LINEAR = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
+SLIDING = {"use_sliding_window": True, "sliding_window": 12}
+
 # Beside TINY: what changes the numbers of an architecture.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
@@ -95,6 +99,59 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "old_rope_names": {"rope_theta": 30000.0, "rope_local_base_freq": 300.0},
         "mid_size": MID_SIZE | {"head_dim": 48, "sliding_window": 16},
+    },
+    "mistral": {
+        "no_window": {"sliding_window": None},
+        "tied": {"tie_word_embeddings": True},
+        "window_of_one_block": {"sliding_window": 16, "head_dim": 32, **LINEAR},
+        "mid_size": MID_SIZE | {"sliding_window": 20, "num_key_value_heads": 8},
+    },
+    "qwen2": {
+        "tied_yarn": {"tie_word_embeddings": True, **YARN},
+        "upper_windows": {**SLIDING, "max_window_layers": 1},
+        "windows_by_layer_types": {
+            **SLIDING,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        "unused_windows": {"sliding_window": 12, "max_window_layers": 0, "use_sliding_window": False},
+        "mid_size": MID_SIZE | {**SLIDING, "max_window_layers": 4, "num_key_value_heads": 1},
+    },
+    "qwen3": {
+        "tied_biases": {"tie_word_embeddings": True, "attention_bias": True},
+        "windows_yarn": {**SLIDING, "max_window_layers": 0, **YARN},
+        "mid_size": MID_SIZE | {"num_key_value_heads": 8},
+    },
+    "phi3": {
+        "window": {"sliding_window": 12, "tie_word_embeddings": True},
+        "longrope_short": {"rope_scaling": LONGROPE, "original_max_position_embeddings": 64},
+        "longrope_long": {"rope_scaling": LONGROPE | {"type": "su"}, "original_max_position_embeddings": 32},
+        "partial_rotary_longrope": {
+            "partial_rotary_factor": 0.5,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1000.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 2.0, 3.0, 4.0],
+                "attention_factor": 1.25,
+            },
+            "original_max_position_embeddings": 16,
+        },
+        "mid_size": MID_SIZE | {"partial_rotary_factor": 0.75, "sliding_window": 1000},
+    },
+    "granite": {
+        "tied_biases": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+        "dynamic_rope": {"max_position_embeddings": 24, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        "mid_size": MID_SIZE | {"logits_scaling": 0.3},
+    },
+    "olmo2": {
+        "tied_biases_mqa": {"tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 1},
+        "yarn": YARN,
+        "mid_size": MID_SIZE | {"num_key_value_heads": None},
+    },
+    "starcoder2": {
+        "untied_no_biases": {"tie_word_embeddings": False, "use_bias": False, "sliding_window": None},
+        "exact_gelu": {"hidden_act": "gelu", **LINEAR},
+        "mid_size": MID_SIZE | {"sliding_window": 20},
     },
 }
 CASES = [
