@@ -8,8 +8,10 @@ from slipstream.build import lower
 from slipstream.build.passes import (
     dead_code,
     fold_constants,
+    fuse_act_quant,
     fuse_add_norm,
     fuse_gate_up,
+    fuse_norm_quant,
     fuse_qkv,
     fuse_rope_kv_write,
     last_token,
@@ -41,9 +43,15 @@ FUSIONS: tuple[Pass, ...] = (
     last_token.PASS,
 )
 
-CLEAN_UP: tuple[Pass, ...] = (
-    # every fusion has seen dense linears alone
+LOWERING: tuple[Pass, ...] = (
+    # every pass before has seen dense linears alone
     lower.PASS,
+    # what quantized products read is quantized where it is made
+    fuse_norm_quant.PASS,
+    fuse_act_quant.PASS,
+)
+
+CLEAN_UP: tuple[Pass, ...] = (
     fold_constants.PASS,
     dead_code.PASS,
     # names last, when nothing is made or moved any more
@@ -66,9 +74,9 @@ def run_pipeline(
     """Rewrite a captured graph in place into one that an engine may hold.
 
     `promised` names the passes the model file vouches for: one that finds nothing is an error, not a log line.
-    `extra` are a user's own: they see what the fusions made, and the clean-up sees what they made.
+    `extra` are a user's own: they see what the fusions made, and lowering and clean-up see what they made.
     """
-    known = [each.name for each in FUSIONS]
+    known = [each.name for each in (*FUSIONS, *LOWERING)]
     for name in disabled:
         if name not in known:
             raise BuildError(f"no pass to disable is called {name!r}; the passes are {', '.join(known)}.")
@@ -83,6 +91,7 @@ def run_pipeline(
                 f"fix the model file, or disable the pass with --disable_pass {report.name}."
             )
     reports += [_run_extra(each, graph) for each in extra]
+    reports += [_run(each, graph) for each in LOWERING if each.name not in disabled]
     reports += [_run(each, graph) for each in CLEAN_UP]
     verify(graph, FINAL)
     return reports
@@ -90,7 +99,7 @@ def run_pipeline(
 
 def _run_extra(each: Pass, graph: Graph) -> PassReport:
     """A user's pass: whatever it raises or leaves behind, the error names it."""
-    if each.name in [known.name for known in (*FUSIONS, *CLEAN_UP)]:
+    if each.name in [known.name for known in (*FUSIONS, *LOWERING, *CLEAN_UP)]:
         raise BuildError(f"a pass of yours is called {each.name!r}, as one of Slipstream's own; give it another name.")
     expected = [graph.types[name] for name in graph.outputs]
     try:

@@ -4,6 +4,7 @@ from slipstream.engine.check import ONLY_AT_BUILD, problem_of_call
 from slipstream.engine.graph import Graph
 from slipstream.engine.shapes import infer_types
 from slipstream.errors import BuildError
+from slipstream.schema.format import PACKED_DTYPES, QUANTIZES_ACTIVATIONS
 
 CAPTURED = "captured"  # as the model file wrote it
 REWRITTEN = "rewritten"  # after the fusions
@@ -20,7 +21,23 @@ _MADE_BY_PASSES = {
     "silu_and_mul",
     "split",
 }
-FORBIDDEN: dict[str, set[str]] = {CAPTURED: _MADE_BY_PASSES, REWRITTEN: set(), FINAL: ONLY_AT_BUILD}
+# Ops of a format, which lowering makes: the fusions, and a user's passes, see dense linears alone.
+_MADE_BY_LOWERING = {
+    *(f"linear_{kind}" for kind in PACKED_DTYPES),
+    *(f"quantize_{kind}" for kind in QUANTIZES_ACTIVATIONS),
+    "add_layer_norm_quantize",
+    "add_rms_norm_quantize",
+    "gelu_and_mul_quantize",
+    "gelu_quantize",
+    "layer_norm_quantize",
+    "rms_norm_quantize",
+    "silu_and_mul_quantize",
+}
+FORBIDDEN: dict[str, set[str]] = {
+    CAPTURED: _MADE_BY_PASSES | _MADE_BY_LOWERING,
+    REWRITTEN: _MADE_BY_LOWERING,
+    FINAL: ONLY_AT_BUILD,
+}
 
 
 def verify(graph: Graph, stage: str) -> None:

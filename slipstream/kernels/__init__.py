@@ -7,7 +7,7 @@ build rewrites graphs of ops, the runtime runs them; nobody else computes on ten
 Importing this package registers every op below `slipstream::`.
 """
 
-from slipstream.kernels import activation, arithmetic, embedding, moe, norm, rope
+from slipstream.kernels import activation, arithmetic, embedding, moe, norm, quantized, rope
 from slipstream.kernels.attention import paged
 from slipstream.kernels.linear import dense, fp8, heads, w4a16, w8a8, w8a16
 
@@ -21,6 +21,7 @@ __all__ = [
     "moe",
     "norm",
     "paged",
+    "quantized",
     "rope",
     "w4a16",
     "w8a8",

@@ -9,7 +9,7 @@ import pytest
 from slipstream.build import passes
 from slipstream.build.example import trace
 from slipstream.build.passes import dead_code, fold_constants, last_token, renumber
-from slipstream.build.pipeline import CLEAN_UP, FUSIONS
+from slipstream.build.pipeline import CLEAN_UP, FUSIONS, LOWERING
 from slipstream.build.rewrite import Symbol, ops
 from slipstream.engine.graph import Graph
 from slipstream.engine.shapes import infer_types
@@ -23,7 +23,7 @@ every_pass = pytest.mark.parametrize("file", FILES, ids=[file.__name__.rpartitio
 def test_a_pass_is_named_after_its_file_and_is_in_the_pipeline(file: ModuleType) -> None:
     assert file.PASS.name == file.__name__.rpartition(".")[2]
     assert file.PASS.benefit
-    assert file.PASS in (*FUSIONS, *CLEAN_UP)
+    assert file.PASS in (*FUSIONS, *LOWERING, *CLEAN_UP)
 
 
 @every_pass

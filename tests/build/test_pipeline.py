@@ -20,6 +20,7 @@ from slipstream.engine.graph import Graph, graph_from_json
 from slipstream.errors import BuildError
 from slipstream.models import llama, read_config
 from slipstream.schema.build import BuildConfig
+from slipstream.schema.format import QUANTIZES_ACTIVATIONS, WeightFormat
 from tests.build.support import assert_same, copied
 
 SMALL = BuildConfig(max_batch_size=4, max_num_tokens=32, max_seq_len=64)
@@ -148,6 +149,44 @@ def test_limits_out_of_range_are_named(config: BuildConfig, message: str, tmp_pa
         resolve_limits(config, checkpoint)
 
 
+# ----- quantized
+
+
+@pytest.mark.parametrize("kind", QUANTIZES_ACTIVATIONS)
+def test_activations_are_quantized_once_where_they_are_made(kind: str) -> None:
+    """By the norms and the activation, for all products that read them; only attention's result needs an op for it."""
+
+    def ops_of(disabled: tuple[str, ...]) -> dict[str, int]:
+        graph = captured()
+        graph.formats = {name: WeightFormat(kind=kind) for name in graph.weights if name.endswith("_proj.weight")}
+        run_pipeline(graph, promised=llama.PROMISED_PASSES, disabled=disabled)
+        return {op: count for op, count in graph.count_ops().items() if "quantize" in op or kind in op}
+
+    assert ops_of(()) == {
+        f"linear_{kind}": 4 * NUM_LAYERS,
+        f"quantize_{kind}": NUM_LAYERS,
+        "rms_norm_quantize": 1,
+        "add_rms_norm_quantize": 2 * NUM_LAYERS - 1,
+        "silu_and_mul_quantize": NUM_LAYERS,
+    }
+    all_names = tuple(each.name for each in FUSIONS)
+    assert ops_of((*all_names, "fuse_norm_quant", "fuse_act_quant")) == {
+        f"linear_{kind}": 7 * NUM_LAYERS,
+        f"quantize_{kind}": 4 * NUM_LAYERS,
+    }
+    assert ops_of(all_names)["rms_norm_quantize"] == 2 * NUM_LAYERS  # of q, k and v, and of gate and up
+
+
+def test_products_quantized_in_different_ways_leave_the_norm_as_it_is() -> None:
+    graph = captured()
+    first = next(name for name in graph.weights if name.endswith("gate_proj.weight"))
+    graph.formats = dict.fromkeys([first, first.replace("gate", "up")], WeightFormat(kind="w8a8"))
+    graph.formats[first] = WeightFormat(kind="w8a8", input_scale=0.5)
+    run_pipeline(graph, promised=llama.PROMISED_PASSES, disabled=())
+    assert graph.count_ops()["quantize_w8a8"] == 2
+    assert "add_rms_norm_quantize" not in graph.count_ops()
+
+
 # ----- verify
 
 
@@ -158,6 +197,10 @@ def test_verify_refuses_what_a_stage_may_not_hold() -> None:
     verify(fused, REWRITTEN)
     joined = trace(lambda x, a: ops.linear(x, ops.concat(a, a)), {"x": ("T", 8)}, {"a": (8, 8)})
     verify(joined, REWRITTEN)
+    quantized = trace(lambda x: ops.quantize_fp8(x, input_scale=0.0, input_group_size=0), {"x": ("T", 8)}, {})
+    with pytest.raises(BuildError, match="rewritten graph: quantize_fp8 may not appear"):
+        verify(quantized, REWRITTEN)
+    verify(quantized, FINAL)
     with pytest.raises(BuildError, match="final graph: concat may not appear"):
         verify(joined, FINAL)
 

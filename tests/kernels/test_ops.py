@@ -387,6 +387,65 @@ def naive_quantize(values: Tensor) -> Callable[..., list[Tensor]]:
     return quantize
 
 
+# Norms and activations that quantize: what they quantize is chosen first, away from the middle between two values.
+
+
+def to_quantize(generator: torch.Generator, num_tokens: int) -> tuple[Tensor, tuple[float, int, str]]:
+    """24 columns, and how: int8 or E4M3, a scale for every 8 of them or one found before."""
+    dtype, values = (("int8", INT8_VALUES), ("float8_e4m3fn", E4M3_VALUES))[num_tokens % 3 == 1]
+    return activations_to_quantize(generator, num_tokens, values), (0.0, 8, dtype)
+
+
+def naive_quantize_to(x: Tensor, input_scale: float, group_size: int, dtype: str) -> list[Tensor]:
+    return naive_quantize({"int8": INT8_VALUES, "float8_e4m3fn": E4M3_VALUES}[dtype])(x, input_scale, group_size)
+
+
+def powers_of_two(generator: torch.Generator, *shape: int) -> Tensor:
+    return 2.0 ** (whole(generator, 5, *shape) - 2)
+
+
+def rms_norm_quantize_inputs(generator: torch.Generator, num_tokens: int) -> tuple[Any, ...]:
+    """x times the weight is what to_quantize gives; the norm's factor, one for a row, goes into the scales."""
+    x, how = to_quantize(generator, num_tokens)
+    weight, offset = powers_of_two(generator, 24), float(num_tokens % 2)
+    return x / weight, weight - offset, 1e-5, offset, *how
+
+
+def layer_norm_quantize_inputs(generator: torch.Generator, num_tokens: int) -> tuple[Any, ...]:
+    """The same, with a mean of zero: each row is followed by its negative."""
+    x, how = to_quantize(generator, num_tokens)
+    weight = powers_of_two(generator, 24)
+    return torch.cat([x / weight, -x / weight], 1), weight.repeat(2), None, 1e-5, *how
+
+
+def residual_of(generator: torch.Generator, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two numbers for each whose sum it is."""
+    residual = numbers(generator, *x.shape)
+    return x - residual, residual
+
+
+def gated_quantize_inputs(
+    generator: torch.Generator, num_tokens: int, activation: Callable[[Tensor], Tensor]
+) -> tuple[Any, ...]:
+    x, how = to_quantize(generator, num_tokens)
+    gate = (1 + torch.rand(x.shape, generator=generator)).double()
+    return torch.cat([gate, x / activation(gate)], 1).float(), how
+
+
+def gelu_quantize_inputs(generator: torch.Generator, num_tokens: int) -> tuple[Any, ...]:
+    """A scale found before, and x where GELU of it, found by bisection, is a value to quantize: 0 and more."""
+    _, (_, _, dtype) = to_quantize(generator, num_tokens)
+    values = {"int8": INT8_VALUES, "float8_e4m3fn": E4M3_VALUES}[dtype]
+    values = values[(values >= 0) & (values <= 100)]
+    target = values[whole(generator, len(values), num_tokens, 24)] * 0.999 / 16
+    low, high = torch.zeros_like(target), torch.full_like(target, 7.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_low = naive_gelu(middle, num_tokens % 2 == 0) < target
+        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+    return low.float(), num_tokens % 2 == 0, 1 / 16, 0, dtype
+
+
 CASES: dict[str, Case] = {
     "add": Case(lambda g, t: (numbers(g, t, 24), numbers(g, t, 24)), lambda x, y: x + y),
     "mul": Case(lambda g, t: (numbers(g, t, 24), numbers(g, t, 24)), lambda x, y: x * y),
@@ -497,6 +556,41 @@ CASES: dict[str, Case] = {
         lambda g, t: (numbers(g, t, 24), numbers(g, t, 24), numbers(g, 24), numbers(g, 24), 1e-5),
         lambda x, residual, weight, bias, eps: [naive_layer_norm(x + residual, weight, bias, eps), x + residual],
     ),
+    "rms_norm_quantize": Case(
+        rms_norm_quantize_inputs,
+        lambda x, weight, eps, offset, *how: naive_quantize_to(naive_rms_norm(x, weight, eps, offset), *how),
+    ),
+    "add_rms_norm_quantize": Case(
+        lambda g, t: (lambda x, *rest: (*residual_of(g, x), *rest))(*rms_norm_quantize_inputs(g, t)),
+        lambda x, residual, weight, eps, offset, *how: [
+            *naive_quantize_to(naive_rms_norm(x + residual, weight, eps, offset), *how),
+            x + residual,
+        ],
+    ),
+    "layer_norm_quantize": Case(
+        layer_norm_quantize_inputs,
+        lambda x, weight, bias, eps, *how: naive_quantize_to(naive_layer_norm(x, weight, bias, eps), *how),
+    ),
+    "add_layer_norm_quantize": Case(
+        lambda g, t: (lambda x, *rest: (*residual_of(g, x), *rest))(*layer_norm_quantize_inputs(g, t)),
+        lambda x, residual, weight, bias, eps, *how: [
+            *naive_quantize_to(naive_layer_norm(x + residual, weight, bias, eps), *how),
+            x + residual,
+        ],
+    ),
+    "silu_and_mul_quantize": Case(
+        lambda g, t: (lambda x, how: (x, *how))(*gated_quantize_inputs(g, t, naive_silu)),
+        lambda x, *how: naive_quantize_to(naive_silu(x[:, :24]) * x[:, 24:], *how),
+    ),
+    "gelu_and_mul_quantize": Case(
+        lambda g, t: (lambda x, how: (x, t % 2 == 0, *how))(
+            *gated_quantize_inputs(g, t, lambda gate: naive_gelu(gate, t % 2 == 0))
+        ),
+        lambda x, approximate, *how: naive_quantize_to(naive_gelu(x[:, :24], approximate) * x[:, 24:], *how),
+    ),
+    "gelu_quantize": Case(
+        gelu_quantize_inputs, lambda x, approximate, *how: naive_quantize_to(naive_gelu(x, approximate), *how)
+    ),
     "rope_cos_sin": Case(
         lambda g, t: (whole(g, 4096, t), torch.rand(4, generator=g) / 100, 1.25),
         lambda positions, frequencies, scale: [
@@ -522,13 +616,14 @@ CASES: dict[str, Case] = {
     "attention": Case(lambda g, t: attention_inputs(g, chunks_of(t)), naive_attention),
 }
 # Angles and scales are float32 whatever the engine's dtype; a product of 8-bit numbers is in the dtype it is asked for.
-FLOAT32_ONLY = {"rope_cos_sin", "linear_w8a8", "linear_fp8", "quantize_w8a8", "quantize_fp8"}
+QUANTIZING = {name for name in known_ops() if name.endswith("_quantize")}
+FLOAT32_ONLY = {"rope_cos_sin", "linear_w8a8", "linear_fp8", "quantize_w8a8", "quantize_fp8"} | QUANTIZING
 OTHER_DTYPES = {
     "quantize_w8a8": (torch.int8, torch.float32),
     "quantize_fp8": (torch.float8_e4m3fn, torch.float32),
     "route_softmax": (torch.float32, torch.int64),
     "route_sigmoid": (torch.float32, torch.int64),
-}
+} | dict.fromkeys(QUANTIZING, (torch.int8, torch.float8_e4m3fn, torch.float32))
 
 
 # ----- the runner

@@ -1,0 +1,149 @@
+"""Norms and activations that give their result quantized, as the linears of 8 bits read it: numbers and their scales.
+
+The full-width result is never written. dtype names what a number is: int8, or float8_e4m3fn.
+"""
+
+import torch
+from torch import Tensor
+
+from slipstream.kernels import activation, norm
+from slipstream.kernels.linear import fp8, w8a8
+from slipstream.kernels.linear.groups import quantized_shapes
+from slipstream.kernels.registry import op
+
+_QUANTIZE = {"int8": w8a8.quantize_w8a8, "float8_e4m3fn": fp8.quantize_fp8}
+
+_HOW = "float input_scale, int input_group_size, str dtype"
+
+
+def _quantize(x_TN: Tensor, input_scale: float, group_size: int, dtype: str) -> tuple[Tensor, Tensor]:
+    quantized_TN, scale_TG = _QUANTIZE[dtype].reference(x_TN, input_scale, group_size)
+    return quantized_TN, scale_TG
+
+
+def _quantized(x_TN: Tensor, group_size: int, dtype: str) -> tuple[Tensor, Tensor]:
+    if dtype not in _QUANTIZE:
+        raise ValueError(f"dtype {dtype}")
+    return quantized_shapes(x_TN, group_size, getattr(torch, dtype))
+
+
+def _norm_shapes(
+    x_TH: Tensor, _weight: Tensor, eps: float, weight_offset: float, input_scale: float, input_group_size: int,
+    dtype: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _quantized(x_TH, input_group_size, dtype)
+
+
+@op(
+    f"rms_norm_quantize(Tensor x, Tensor weight, float eps, float weight_offset, {_HOW}) -> (Tensor, Tensor)",
+    shapes=_norm_shapes,
+)
+def rms_norm_quantize(
+    x_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float, input_scale: float, input_group_size: int,
+    dtype: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """rms_norm(x), and its scales float32 [T, G]."""
+    normed_TH = norm.rms_norm.reference(x_TH, weight_H, eps, weight_offset)
+    return _quantize(normed_TH, input_scale, input_group_size, dtype)
+
+
+def _add_norm_shapes(
+    x_TH: Tensor, _residual: Tensor, _weight: Tensor, eps: float, weight_offset: float, input_scale: float,
+    input_group_size: int, dtype: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return *_quantized(x_TH, input_group_size, dtype), torch.empty_like(x_TH)
+
+
+@op(
+    "add_rms_norm_quantize(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset, "
+    f"{_HOW}) -> (Tensor, Tensor, Tensor)",
+    shapes=_add_norm_shapes,
+)
+def add_rms_norm_quantize(
+    x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float, input_scale: float,
+    input_group_size: int, dtype: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """rms_norm(x + residual), its scales, and x + residual as it is."""
+    normed_TH, total_TH = norm.add_rms_norm.reference(x_TH, residual_TH, weight_H, eps, weight_offset)
+    return *_quantize(normed_TH, input_scale, input_group_size, dtype), total_TH
+
+
+def _layer_norm_shapes(
+    x_TH: Tensor, _weight: Tensor, _bias: Tensor | None, eps: float, input_scale: float, input_group_size: int,
+    dtype: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _quantized(x_TH, input_group_size, dtype)
+
+
+@op(
+    f"layer_norm_quantize(Tensor x, Tensor weight, Tensor? bias, float eps, {_HOW}) -> (Tensor, Tensor)",
+    shapes=_layer_norm_shapes,
+)
+def layer_norm_quantize(
+    x_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float, input_scale: float, input_group_size: int,
+    dtype: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """layer_norm(x), and its scales float32 [T, G]."""
+    normed_TH = norm.layer_norm.reference(x_TH, weight_H, bias_H, eps)
+    return _quantize(normed_TH, input_scale, input_group_size, dtype)
+
+
+def _add_layer_norm_shapes(
+    x_TH: Tensor, _residual: Tensor, _weight: Tensor, _bias: Tensor | None, eps: float, input_scale: float,
+    input_group_size: int, dtype: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return *_quantized(x_TH, input_group_size, dtype), torch.empty_like(x_TH)
+
+
+@op(
+    "add_layer_norm_quantize(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, "
+    f"{_HOW}) -> (Tensor, Tensor, Tensor)",
+    shapes=_add_layer_norm_shapes,
+)
+def add_layer_norm_quantize(
+    x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float, input_scale: float,
+    input_group_size: int, dtype: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """layer_norm(x + residual), its scales, and x + residual as it is."""
+    normed_TH, total_TH = norm.add_layer_norm.reference(x_TH, residual_TH, weight_H, bias_H, eps)
+    return *_quantize(normed_TH, input_scale, input_group_size, dtype), total_TH
+
+
+def _gated_shapes(x_TI2: Tensor, input_scale: float, input_group_size: int, dtype: str) -> tuple[Tensor, Tensor]:
+    return _quantized(x_TI2[:, : x_TI2.shape[1] // 2], input_group_size, dtype)
+
+
+@op(f"silu_and_mul_quantize(Tensor x, {_HOW}) -> (Tensor, Tensor)", shapes=_gated_shapes)
+def silu_and_mul_quantize(
+    x_TI2: Tensor, input_scale: float, input_group_size: int, dtype: str
+) -> tuple[Tensor, Tensor]:
+    """silu_and_mul(x), and its scales float32 [T, G]."""
+    return _quantize(activation.silu_and_mul.reference(x_TI2), input_scale, input_group_size, dtype)
+
+
+def _gated_gelu_shapes(
+    x_TI2: Tensor, approximate: bool, input_scale: float, input_group_size: int, dtype: str
+) -> tuple[Tensor, Tensor]:
+    return _gated_shapes(x_TI2, input_scale, input_group_size, dtype)
+
+
+@op(f"gelu_and_mul_quantize(Tensor x, bool approximate, {_HOW}) -> (Tensor, Tensor)", shapes=_gated_gelu_shapes)
+def gelu_and_mul_quantize(
+    x_TI2: Tensor, approximate: bool, input_scale: float, input_group_size: int, dtype: str
+) -> tuple[Tensor, Tensor]:
+    """gelu_and_mul(x), and its scales float32 [T, G]."""
+    return _quantize(activation.gelu_and_mul.reference(x_TI2, approximate), input_scale, input_group_size, dtype)
+
+
+def _gelu_shapes(
+    x_TI: Tensor, approximate: bool, input_scale: float, input_group_size: int, dtype: str
+) -> tuple[Tensor, Tensor]:
+    return _quantized(x_TI, input_group_size, dtype)
+
+
+@op(f"gelu_quantize(Tensor x, bool approximate, {_HOW}) -> (Tensor, Tensor)", shapes=_gelu_shapes)
+def gelu_quantize(
+    x_TI: Tensor, approximate: bool, input_scale: float, input_group_size: int, dtype: str
+) -> tuple[Tensor, Tensor]:
+    """gelu(x), and its scales float32 [T, G]."""
+    return _quantize(activation.gelu.reference(x_TI, approximate), input_scale, input_group_size, dtype)
