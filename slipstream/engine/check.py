@@ -15,7 +15,7 @@ from slipstream.errors import BuildError, EngineError
 from slipstream.kernels.attention.metadata import STEP_SHAPES
 from slipstream.kernels.registry import Argument, Op, known_ops
 
-ONLY_AT_BUILD = {"concat"}  # on weights, which the build computes; a step never does
+ONLY_AT_BUILD = {"concat", "normalize_rows"}  # on weights, which the build computes; a step never does
 
 _STEP_INPUTS = {f"step.{name}": TensorType(shape, "int64") for name, shape in STEP_SHAPES.items()}
 # Arguments of ops that index something → the one input that may stand there.

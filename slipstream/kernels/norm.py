@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv:1910.07467), alone and with the residual sum before it, and LayerNorm (arXiv:1607.06450)."""
+"""RMSNorm (arXiv:1910.07467) and LayerNorm (arXiv:1607.06450), alone and with the residual sum before; unit rows."""
 
 import torch
 from torch import Tensor
@@ -35,6 +35,12 @@ def add_rms_norm(
     """(rms_norm(x + residual), x + residual)"""
     total_TH = x_TH + residual_TH
     return rms_norm.reference(total_TH, weight_H, eps, weight_offset), total_TH
+
+
+@op("normalize_rows(Tensor weight) -> Tensor")
+def normalize_rows(weight_NK: Tensor) -> Tensor:
+    """Each row scaled to length 1; a row of zeros stays."""
+    return functional.normalize(weight_NK.float(), dim=1).to(weight_NK.dtype)
 
 
 @op("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor")

@@ -4,9 +4,10 @@ from slipstream.kernels.activation import gelu, silu
 from slipstream.kernels.arithmetic import scale, soft_cap
 from slipstream.kernels.attention.metadata import StepTensors
 from slipstream.kernels.rope import rope
+from slipstream.layers.alibi import alibi_slopes
 from slipstream.layers.attention import Attention, attend
 from slipstream.layers.decoder import Decoder, PreNormLayer
-from slipstream.layers.linear import Embedding, Linear
+from slipstream.layers.linear import Embedding, Linear, NormalizedLinear
 from slipstream.layers.mlp import ACTIVATIONS, MLP, GatedMLP
 from slipstream.layers.norm import LayerNorm, RMSNorm
 from slipstream.layers.rope import RotaryTable
@@ -20,10 +21,12 @@ __all__ = [
     "GatedMLP",
     "LayerNorm",
     "Linear",
+    "NormalizedLinear",
     "PreNormLayer",
     "RMSNorm",
     "RotaryTable",
     "StepTensors",
+    "alibi_slopes",
     "attend",
     "gelu",
     "rope",

@@ -11,6 +11,7 @@ class Attention(nn.Module):
     """out_bias: of the output projection, where it differs from that of query, key and value.
     scale: what scores are multiplied by; 1 / sqrt(head_dim) if None. window, soft_cap: as attend() takes them.
     q_norm, k_norm: norms of queries and keys before their rotation.
+    alibi_slopes: float32 [num_heads], where positions are told by ALiBi (layers/alibi.py).
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class Attention(nn.Module):
         soft_cap: float = 0.0,
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
+        alibi_slopes: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.head_dim, self.window, self.soft_cap = head_dim, window, soft_cap
@@ -36,16 +38,10 @@ class Attention(nn.Module):
         self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=bias if out_bias is None else out_bias)
         self.q_norm, self.k_norm = q_norm, k_norm
+        self.alibi_slopes: Tensor | None
+        self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
 
-    def forward(
-        self,
-        x_TH: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        kv: Tensor,
-        step: StepTensors,
-        alibi_slopes: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x_TH: Tensor, cos: Tensor | None, sin: Tensor | None, kv: Tensor, step: StepTensors) -> Tensor:
         """cos and sin are None where positions are not rotary."""
         q_TX, k_TY, v_TY = self.q_proj(x_TH), self.k_proj(x_TH), self.v_proj(x_TH)
         if self.q_norm is not None and self.k_norm is not None:
@@ -54,7 +50,7 @@ class Attention(nn.Module):
             q_TX, k_TY = rope.rope(q_TX, cos, sin, self.head_dim), rope.rope(k_TY, cos, sin, self.head_dim)
         out_TX = attend(
             q_TX, k_TY, v_TY, kv, step, scale=self.scale, value_dim=self.head_dim, window=self.window,
-            soft_cap=self.soft_cap, alibi_slopes=alibi_slopes,
+            soft_cap=self.soft_cap, alibi_slopes=self.alibi_slopes,
         )  # fmt: skip
         return self.o_proj(out_TX)
 

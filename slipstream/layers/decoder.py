@@ -18,19 +18,18 @@ class PreNormLayer(nn.Module):
         self.input_norm, self.attention = input_norm, attention
         self.post_norm, self.mlp = post_norm, mlp
 
-    def forward(self, x_TH: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, step: StepTensors) -> Tensor:
+    def forward(self, x_TH: Tensor, cos: Tensor | None, sin: Tensor | None, kv: Tensor, step: StepTensors) -> Tensor:
         x_TH = x_TH + self.attention(self.input_norm(x_TH), cos, sin, kv, step)
         return x_TH + self.mlp(self.post_norm(x_TH))
 
 
 class Decoder(nn.Module):
-    """Embedding, layers that share one rotary table, a last norm, and the head, tied to the embedding or not."""
+    """Embedding, layers that share a rotary table (or none), a last norm, the head, tied to the embedding or not."""
 
     def __init__(self, config: DecoderConfig, layers: Iterable[nn.Module], norm: nn.Module) -> None:
         super().__init__()
-        assert config.rope is not None
         self.embed = Embedding(config.vocab_size, config.hidden_size)
-        self.rotary = RotaryTable(config.rope, config.max_seq_len)
+        self.rotary = RotaryTable(config.rope, config.max_seq_len) if config.rope else None
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -43,7 +42,7 @@ class Decoder(nn.Module):
 
     def run_layers(self, x_TH: Tensor, step: StepTensors, kv: list[Tensor]) -> Tensor:
         """From embedded tokens to what lm_head reads."""
-        cos, sin = self.rotary(step.positions)
+        cos, sin = self.rotary(step.positions) if self.rotary else (None, None)
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             x_TH = layer(x_TH, cos, sin, layer_kv, step)
         return self.norm(x_TH)

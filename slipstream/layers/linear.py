@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from slipstream.kernels import dense, embedding
+from slipstream.kernels import dense, embedding, norm
 
 
 class Linear(nn.Module):
@@ -16,6 +16,13 @@ class Linear(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         return dense.linear(x_TH, self.weight, self.bias)
+
+
+class NormalizedLinear(Linear):
+    """A Linear whose weight has rows of length 1, whatever is stored (Baichuan 2's NormHead)."""
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return dense.linear(x_TH, norm.normalize_rows(self.weight), self.bias)
 
 
 class Embedding(nn.Module):

@@ -20,6 +20,10 @@ class Options:
         self._values = {name: value for name, value in values.items() if name not in _SILENT_OPTIONS}
         self._source = source
 
+    def has(self, name: str) -> bool:
+        """Whether the config says anything but null of it."""
+        return self._values.get(name) is not None
+
     def integer(self, name: str, default: int | None = None, *, low: int = 1, high: int = 2**31) -> int:
         value = self._values.pop(name, None)
         value = default if value is None else value

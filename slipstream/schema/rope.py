@@ -39,14 +39,16 @@ def read_rope(
     max_position_embeddings: int,
     *,
     theta: float = 10000.0,
+    part: float = 1.0,
     section: str = "rope_parameters",
 ) -> RopeConfig:
     """RoPE from either spelling: rope_theta + rope_scaling, or transformers 5's rope_parameters.
 
-    theta: where none is given. section: what the second spelling is called, in a model with several.
+    theta, and part, the fraction of a head that is rotated: where none is given. section: what the second spelling is
+    called, in a model with several.
     """
     theta = options.real("rope_theta", theta)
-    part = options.real("partial_rotary_factor", 1.0)
+    part = options.real("partial_rotary_factor", part)
     original = options.integer("original_max_position_embeddings", 0, low=0)
     divisors = options.reals("rope_freq_factors")  # of a GGUF, whose writer worked the scaling out
     parameters, scaling = options.section(section), options.section("rope_scaling")

@@ -216,13 +216,14 @@ def test_qkv_of_any_order_is_fused_in_the_order_of_its_readers(order: str) -> No
     assert concat.inputs == tuple(order)
 
 
-def test_qkv_with_a_fourth_reader_is_left_alone() -> None:
+def test_qkv_with_an_mlp_beside_it_is_fused_and_the_mlp_stays() -> None:
     graph = trace(
-        lambda x, q, k, v: (ops.linear(x, q), ops.linear(x, k), ops.linear(x, v), ops.linear(x, q)),
+        lambda x, q, k, v, up: (ops.linear(x, q), ops.linear(x, k), ops.linear(x, v), ops.linear(x, up)),
         {"x": ("T", 8)},
-        QKV,
+        QKV | {"up": (16, 8)},
     )
-    assert fuse_qkv.PASS.run(graph) == 0
+    assert changed(graph, fuse_qkv.PASS) == 1
+    assert [node.inputs[1] for node in graph.nodes if node.op == "linear"].count("up") == 1
 
 
 def test_qkv_of_activations_is_left_alone() -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import tests.models.baichuan_reference  # noqa: F401 - what transformers lacks
 from slipstream.checkpoint import convert, open_checkpoint, resolve
 from slipstream.checkpoint.export import save_hugging_face
 from slipstream.checkpoint.random import write_random_model

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+import tests.models.baichuan_reference  # noqa: F401 - what transformers lacks
 from slipstream.build import build
 from slipstream.checkpoint import convert, open_checkpoint, resolve
 from slipstream.checkpoint.quantized.linears import matches_target

@@ -544,6 +544,7 @@ CASES: dict[str, Case] = {
         lambda g, t: (numbers(g, t, 24) * 2, t % 2 == 0),
         lambda x, approximate: naive_gelu(x[:, :12], approximate) * x[:, 12:],
     ),
+    "normalize_rows": Case(lambda g, t: (numbers(g, t, 24),), lambda w: w / torch.sqrt((w**2).sum(1, keepdim=True))),
     "rms_norm": Case(lambda g, t: (numbers(g, t, 24), numbers(g, 24), 1e-5, float(t % 2)), naive_rms_norm),
     "add_rms_norm": Case(
         lambda g, t: (numbers(g, t, 24), numbers(g, t, 24), numbers(g, 24), 1e-5, float(t % 2)),

@@ -3,16 +3,20 @@
 The runner walks slipstream/models; what is added there is tested here.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+import tests.models.baichuan_reference  # noqa: F401 - what transformers lacks
 from slipstream.build import build
 from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.checkpoint.random import write_random_model
+from slipstream.engine.folder import open_engine
 from slipstream.models import known_models, model_file
 from slipstream.schema.build import BuildConfig
 from tests.oracle import GraphRunner
@@ -38,6 +42,8 @@ LONGROPE = {
 LINEAR = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
 SLIDING = {"use_sliding_window": True, "sliding_window": 12}
+FALCON_MID_SIZE = MID_SIZE | {"intermediate_size": None, "ffn_hidden_size": 688}
+ALIBI = {"max_position_embeddings": None}  # Baichuan 13B
 
 # Beside TINY: what changes the numbers of an architecture.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -81,6 +87,29 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             },
         },
         "mid_size": MID_SIZE,
+    },
+    "baichuan": {
+        "first_7b": {"z_loss_weight": None, "model_max_length": None},
+        "second_13b": ALIBI,
+        "first_13b_six_heads": ALIBI | {"z_loss_weight": None, "num_attention_heads": 6, "hidden_size": 96},
+        "mid_size": MID_SIZE,
+        "mid_size_13b": MID_SIZE | ALIBI,
+    },
+    "falcon": {
+        "untied_biases": {"tie_word_embeddings": False, "bias": True},
+        "mha": {"multi_query": False},
+        "sequential_alibi": {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
+        "sequential_mqa": {"parallel_attn": False, "ffn_hidden_size": 96},
+        "new_decoder": {"new_decoder_architecture": True, "num_kv_heads": 2},
+        "new_decoder_one_norm": {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "activation": "gelu_pytorch_tanh",
+            "rope_theta": 500.0,
+        },
+        "mid_size": FALCON_MID_SIZE,
+        "mid_size_new_decoder": FALCON_MID_SIZE | {"new_decoder_architecture": True, "num_kv_heads": 4, "bias": True},
     },
     "gemma2": {
         "untied_biases": {"tie_word_embeddings": False, "attention_bias": True},
@@ -153,6 +182,18 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "exact_gelu": {"hidden_act": "gelu", **LINEAR},
         "mid_size": MID_SIZE | {"sliding_window": 20},
     },
+    "gpt2": {
+        "untied": {"tie_word_embeddings": False, "n_inner": 96},
+        "scales": {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+        "mid_size": {"n_embd": 256, "n_layer": 6, "n_head": 8, "vocab_size": 1024, "n_positions": 512},
+    },
+    "gpt_neox": {
+        "tied_sequential": {"tie_word_embeddings": True, "use_parallel_residual": False},
+        "no_biases": {"attention_bias": False, "hidden_act": "gelu_fast"},
+        "whole_head_rotated": {"rotary_pct": 1.0, "rotary_emb_base": 500},
+        "rope_parameters": {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+        "mid_size": MID_SIZE,
+    },
 }
 CASES = [
     pytest.param(name, options, id=f"{name}-{variant}")
@@ -161,16 +202,21 @@ CASES = [
 ]
 
 
+def transformers_logits(model: Path, token_ids: torch.Tensor) -> torch.Tensor:
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    assert reference.config.model_type == json.loads((model / "config.json").read_text())["model_type"]
+    with torch.no_grad():
+        return reference(token_ids[None]).logits[0]
+
+
 @pytest.mark.parametrize(("name", "changes"), CASES)
 @pytest.mark.parametrize("passes", ["all", "none"])
 def test_logits_equal_transformers(name: str, changes: dict[str, Any], passes: str, tmp_path: Path) -> None:
-    model = write_random_model(tmp_path / "model", model_file(name).TINY | changes, seed=1)
+    options = model_file(name).TINY | changes
+    model = write_random_model(tmp_path / "model", options, seed=1)
     engine = build_engine(model, tmp_path / "engine", passes)
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
-    assert AutoConfig.from_pretrained(model).model_type == name
-    token_ids = torch.randint(0, reference.config.vocab_size, (NUM_TOKENS,), generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        expected = reference(token_ids[None]).logits[0]
+    token_ids = torch.randint(0, options["vocab_size"], (NUM_TOKENS,), generator=torch.Generator().manual_seed(2))
+    expected = transformers_logits(model, token_ids)
     assert expected.std() > 0.1, "flat logits would agree with anything"
 
     for cut in ([NUM_TOKENS], [17, 1, 16, 6], [1] * NUM_TOKENS):
@@ -189,3 +235,46 @@ def build_engine(model: Path, folder: Path, passes: str) -> Path:
     config = BuildConfig(max_batch_size=4, max_num_tokens=64, max_seq_len=NUM_TOKENS, disabled_passes=disabled)
     build(open_checkpoint(resolve(model)), folder, config)
     return folder
+
+
+def test_baichuan_7b_equals_a_llama_of_its_weights(tmp_path: Path) -> None:
+    """What its own code says of it (arXiv:2309.10305): Llama's equations, with q, k and v in one tensor."""
+    model = write_random_model(tmp_path / "baichuan", model_file("baichuan").TINY | {"z_loss_weight": None})
+    tensors = load_file(model / "model.safetensors")
+    for name in [name for name in tensors if "W_pack" in name]:
+        for projection, rows in zip("qkv", tensors.pop(name).chunk(3), strict=True):
+            tensors[name.replace("W_pack", f"{projection}_proj")] = rows.contiguous()
+    llama = tmp_path / "llama"
+    llama.mkdir()
+    save_file(tensors, llama / "model.safetensors")
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "llama", "auto_map": {}}
+    (llama / "config.json").write_text(json.dumps(config))
+    token_ids = torch.arange(NUM_TOKENS)
+    actual = GraphRunner(build_engine(model, tmp_path / "engine", "all")).logits(token_ids.tolist())
+    torch.testing.assert_close(actual, transformers_logits(llama, token_ids), atol=TOLERANCE, rtol=0)
+
+
+def test_gpt2_of_the_first_exports_has_names_without_prefix(tmp_path: Path) -> None:
+    """openai-community/gpt2 is stored so, with the causal mask among its weights."""
+    model = write_random_model(tmp_path / "model", model_file("gpt2").TINY)
+    tensors = {
+        name.removeprefix("transformer."): tensor for name, tensor in load_file(model / "model.safetensors").items()
+    }
+    new = open_checkpoint(resolve(model))
+    old_names = tensors | {"h.0.attn.bias": torch.ones(1, 1, 8, 8)}
+    (tmp_path / "old").mkdir()
+    save_file(old_names, tmp_path / "old" / "model.safetensors")
+    (tmp_path / "old" / "config.json").write_text((model / "config.json").read_text())
+    old = open_checkpoint(resolve(tmp_path / "old"))
+    assert set(old.shapes) == set(new.shapes)
+    assert all(torch.equal(old.read(name), new.read(name)) for name in new.shapes)
+
+
+def test_normalising_the_head_of_baichuan_2_is_not_left_to_a_step(tmp_path: Path) -> None:
+    engine = build_engine(
+        write_random_model(tmp_path / "model", model_file("baichuan").TINY), tmp_path / "engine", "all"
+    )
+    opened = open_engine(engine)
+    assert not [node for node in opened.graph.nodes if node.op == "normalize_rows"]
+    head = opened.weights.read(opened.graph.nodes[-1].inputs[1])
+    torch.testing.assert_close(head.norm(dim=1), torch.ones(len(head)))

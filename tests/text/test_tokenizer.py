@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,31 @@ def test_chat_template_in_every_place(tmp_path: Path) -> None:
         template(chat_template="x" * (1024 * 1024 + 1))
     (tmp_path / "chat_template.jinja").write_text("file")
     assert template(chat_template="plain") == "file"
+
+
+def test_a_folder_whose_tokenizer_class_is_remote_code(tmp_path: Path, train_spm: Callable[..., Path]) -> None:
+    """Baichuan's: tokenizer.model alone is read, its tokenization_baichuan.py never run."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    path = train_spm(tmp_path / "tokenizer.model", add_dummy_prefix=False)
+    (tmp_path / "tokenization_baichuan.py").write_text("raise SystemExit('run')")
+    token = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False, "single_word": True}
+    config = {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "auto_map": {"AutoTokenizer": ["tokenization_baichuan.BaichuanTokenizer", None]},
+        "bos_token": token | {"content": "<s>"},
+        "eos_token": token | {"content": "</s>"},
+        "model_max_length": 4096,
+        "sp_model_kwargs": {},
+        "tokenizer_class": "BaichuanTokenizer",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.open(tmp_path)
+    library = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    for text in ("the quick brown fox", " two  spaces", "你好 <tool> x"):
+        assert tokenizer.encode(text) == library.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (library.bos_id(), library.eos_id())
 
 
 def test_broken_folders(tmp_path: Path) -> None:

@@ -25,10 +25,10 @@ def replacement_bias(
     return ops.split(ops.linear(x, ops.concat(q, k, v), ops.concat(q_bias, k_bias, v_bias)), sizes=sizes)
 
 
-def _are_the_three_readers(match: Match) -> bool:
-    """x feeds exactly these three products, in this order."""
+def _are_the_first_three_readers(match: Match) -> bool:
+    """Of the products that x feeds; an MLP beside attention has the others."""
     readers = [node.inputs[1] for node in match.readers("x") if node.op == "linear"]
-    return readers == [match["q"], match["k"], match["v"]] and match.can_be_joined("q", "k", "v")
+    return readers[:3] == [match["q"], match["k"], match["v"]] and match.can_be_joined("q", "k", "v")
 
 
 def _sizes(match: Match) -> dict[str, list[int]]:
@@ -39,8 +39,8 @@ PASS = Rewrite(
     "fuse_qkv",
     "one product instead of three a layer",
     (
-        Rule(pattern, replacement, where=_are_the_three_readers, attributes=_sizes),
-        Rule(pattern_bias, replacement_bias, where=_are_the_three_readers, attributes=_sizes),
+        Rule(pattern, replacement, where=_are_the_first_three_readers, attributes=_sizes),
+        Rule(pattern_bias, replacement_bias, where=_are_the_first_three_readers, attributes=_sizes),
     ),
 )
 
