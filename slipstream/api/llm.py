@@ -58,6 +58,8 @@ class LLM:
         max_seq_len: int | None = None,
         kv_cache_max_tokens: int | None = None,
         kv_cache_free_memory_fraction: float = 0.9,
+        max_attention_window_size: int | Sequence[int] | None = None,
+        sink_token_length: int = 0,
         enable_block_reuse: bool = True,
         enable_chunked_prefill: bool = True,
         capacity_scheduler_policy: str = "guaranteed_no_evict",
@@ -75,6 +77,9 @@ class LLM:
         dtype: float32, bfloat16, float16; "auto" is float32 on a CPU and the model's own on a GPU.
         max_batch_size, max_num_tokens: sequences and tokens in one step. max_seq_len: prompt and output of a sequence.
         kv_cache_max_tokens: size of the KV cache; by default what fits in kv_cache_free_memory_fraction of free memory.
+        max_attention_window_size: tokens that a token sees, for all layers or one each (a shorter list is repeated over
+        them); it narrows what the model has, and older blocks are freed. sink_token_length: of these, the first tokens
+        of a sequence, which stay in sight (StreamingLLM); max_seq_len may then be more than the model's own.
         capacity_scheduler_policy: guaranteed_no_evict, max_utilization or static_batch. queue_policy: fifo or priority.
         chat_template: a jinja template that replaces the model's own.
         model_cls_file: a model file of your own (docs/adding/model.md), run as Python; model_cls_name: the class in it.
@@ -85,9 +90,11 @@ class LLM:
         watch = Stopwatch()
         check_options({
             "tokenizer": tokenizer, "dtype": dtype, "device": device, "enable_block_reuse": enable_block_reuse,
-            "enable_chunked_prefill": enable_chunked_prefill, "chat_template": chat_template,
-            "model_cls_file": model_cls_file, "model_cls_name": model_cls_name, "disabled_passes": disabled_passes,
-            "extra_passes": extra_passes, "plugins": plugins, "show_progress": show_progress,
+            "enable_chunked_prefill": enable_chunked_prefill,
+            "max_attention_window_size": max_attention_window_size, "sink_token_length": sink_token_length,
+            "chat_template": chat_template, "model_cls_file": model_cls_file, "model_cls_name": model_cls_name,
+            "disabled_passes": disabled_passes, "extra_passes": extra_passes, "plugins": plugins,
+            "show_progress": show_progress,
         })  # fmt: skip
         where = device_for(device)
         capacity = _choice(CapacityPolicy, "capacity_scheduler_policy", capacity_scheduler_policy)
@@ -103,7 +110,9 @@ class LLM:
         else:
             config = _build_config(dtype, disabled_passes, extra_passes, limits)
             with progress_bar(show_progress) as progress:
-                path = cached_engine(source, config, where, progress, at_most=max_seq_len)
+                path = cached_engine(
+                    source, config, where, progress, at_most=None if sink_token_length else max_seq_len
+                )
         watch.lap("find or build the engine")
         self._folder = open_engine(path)
         self.manifest = self._folder.manifest
@@ -117,6 +126,8 @@ class LLM:
             self._folder, choices, where, **limits,
             kv_cache_max_tokens=kv_cache_max_tokens,
             kv_cache_free_memory_fraction=kv_cache_free_memory_fraction,
+            max_attention_window_size=_windows(max_attention_window_size),
+            sink_token_length=sink_token_length,
             capacity_policy=capacity,
             queue_policy=order,
             enable_block_reuse=enable_block_reuse,
@@ -435,6 +446,10 @@ def _check_limits(limits: Mapping[str, int | None]) -> None:
     for name, limit in limits.items():
         if limit is not None and (type(limit) is not int or limit < 1):
             raise CapacityError(f"{name} is {limit!r}; it must be a whole number of at least 1.")
+
+
+def _windows(asked: int | Sequence[int] | None) -> Sequence[int]:
+    return () if asked is None else (asked,) if isinstance(asked, int) else asked
 
 
 def _given_engine(path: Path, disabled_passes: Sequence[str], extra_passes: Sequence[str]) -> Path:

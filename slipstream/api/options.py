@@ -35,12 +35,19 @@ def _is_list_of_names(value: Any) -> bool:
     return not isinstance(value, str) and isinstance(value, Sequence) and all(isinstance(each, str) for each in value)
 
 
+def _is_window(value: Any) -> bool:
+    windows = value if isinstance(value, Sequence) else (value,)
+    return value is None or (len(windows) > 0 and all(type(each) is int and each >= 1 for each in windows))
+
+
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tokenizer": (_is_path, "the path of a folder"),
     "dtype": (_is_name, "a string, such as 'auto'"),
     "device": (_is_name, "a string, such as 'auto'"),
     "enable_block_reuse": (_is_switch, "True or False"),
     "enable_chunked_prefill": (_is_switch, "True or False"),
+    "max_attention_window_size": (_is_window, "a whole number of at least 1, or a list of them, such as 1024"),
+    "sink_token_length": (lambda value: type(value) is int and value >= 0, "a whole number of at least 0, such as 4"),
     "chat_template": (_is_text, "the text of a template, not its file: Path(…).read_text()"),
     "model_cls_file": (_is_path, "the path of a Python file"),
     "model_cls_name": (_is_name, "the name of a class"),

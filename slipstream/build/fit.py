@@ -50,8 +50,9 @@ class Fit:
     taken: list[tuple[str, int]]
     left: int  # bytes after all that is taken
     kv_bytes: int
-    kv_tokens: int
+    kv_tokens: int  # in all layers; where windows leave tokens behind, sequences may be longer in sum
     max_batch_size: int  # of sequences of max_seq_len
+    max_seq_len: int  # of one sequence alone
     max_num_tokens: int  # beside a KV cache of one such sequence
 
 
@@ -73,24 +74,32 @@ def fit(graph: Graph, manifest: Manifest, device: Device, fraction: float) -> Fi
         ("recorded graphs", 0),  # no step is recorded yet
     ]
     left = device.memory - sum(size for _, size in taken)
-    block_bytes = manifest.tokens_per_block * manifest.kv_bytes_per_token
+    block_bytes = manifest.kv_block_bytes(manifest.kv_groups)
     kv_bytes = int(max(0, left) * fraction)
     if device.kv_limit is not None:
         kv_bytes = min(kv_bytes, device.kv_limit)
-    kv_tokens = max(0, kv_bytes // block_bytes - 1) * manifest.tokens_per_block  # one block is nobody's
-    sequence = manifest.max_seq_len * manifest.kv_bytes_per_token
+    num_blocks = max(0, kv_bytes // block_bytes - 1)  # one block is nobody's
+    kv_tokens = num_blocks // len(manifest.kv_groups) * manifest.tokens_per_block
+    sequence = manifest.max_kv_blocks(manifest.max_seq_len) * block_bytes
     room = device.memory - device.taken - weights - int(sequence / fraction)
     found = Fit(
         device, taken, left, kv_bytes,
         kv_tokens=kv_tokens,
-        max_batch_size=kv_tokens // manifest.max_seq_len,
+        max_batch_size=num_blocks // manifest.max_kv_blocks(manifest.max_seq_len),
+        max_seq_len=_longest_sequence(manifest, num_blocks, max(kv_tokens, manifest.max_seq_len)),
         max_num_tokens=_most_tokens(graph, manifest.max_batch_size, room),
     )  # fmt: skip
     if found.kv_tokens == 0:
+        fewest = (len(manifest.kv_groups) + 2) * block_bytes
         raise CapacityError(
-            _what_would_fit(found, device.memory - device.taken - left + 3 * block_bytes, manifest.max_num_tokens)
+            _what_would_fit(found, device.memory - device.taken - left + fewest, manifest.max_num_tokens)
         )
     return found
+
+
+def _longest_sequence(manifest: Manifest, num_blocks: int, high: int) -> int:
+    """The most tokens, up to `high`, of a sequence that these blocks hold; windows leave most of it behind."""
+    return bisect_right(range(1, high + 1), num_blocks, key=manifest.max_kv_blocks)
 
 
 def _most_tokens(graph: Graph, max_batch_size: int, room: int) -> int:

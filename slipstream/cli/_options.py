@@ -45,6 +45,13 @@ KvCacheFraction = Annotated[
         help="Part of the free memory that the KV cache may take.",
     ),
 ]
+AttentionWindow = Annotated[
+    list[int] | None,
+    typer.Option(help="Most tokens that a token sees; several are for the layers in turn.  [default: the model's own]"),
+]
+SinkTokens = Annotated[
+    int, typer.Option(min=0, help="Of that window, the first tokens of the text, which stay in sight (StreamingLLM).")
+]
 BlockReuse = Annotated[bool, typer.Option(help="Prompts that begin alike share their KV blocks.")]
 ChunkedContext = Annotated[bool, typer.Option(help="Long prompts are computed piece by piece, beside other work.")]
 CapacityPolicy = Annotated[

@@ -29,19 +29,20 @@ def print_fit(plan: "BuildPlan", device: "Device") -> None:
     manifest = plan.manifest
     found = fit(plan.graph, manifest, device, KV_FRACTION)
     limit = f", {human_bytes(device.kv_limit)} at most" if device.kv_limit is not None else ""
+    kept = ", as far as windows keep them" if any(manifest.windows) else ""
     rows: list[tuple[str, str]] = [
         ("memory", human_bytes(device.memory)),
         *((f"- {name}", human_bytes(size)) for name, size in found.taken if size or "CUDA" not in name),
         ("= left", human_bytes(found.left)),
         (f"× {KV_FRACTION:g} for the KV cache{limit}", human_bytes(found.kv_bytes)),
         (f"÷ {human_bytes(manifest.kv_bytes_per_token)} a token", f"{found.kv_tokens} tokens"),
-        (f"÷ {manifest.max_seq_len} tokens of the longest sequence", f"{found.max_batch_size} such sequences"),
+        (f"÷ {manifest.max_seq_len} tokens of the longest sequence{kept}", f"{found.max_batch_size} such sequences"),
     ]
     print_table(f"What fits on {device.name}", (), rows)
     limits = [
         ("--max_batch_size", manifest.max_batch_size, found.max_batch_size, "sequences of --max_seq_len"),
         ("--max_num_tokens", manifest.max_num_tokens, found.max_num_tokens, "beside the KV cache of one such sequence"),
-        ("--max_seq_len", manifest.max_seq_len, found.kv_tokens, "one sequence alone; a model has its own limit"),
+        ("--max_seq_len", manifest.max_seq_len, found.max_seq_len, "one sequence alone; a model has its own limit"),
     ]  # fmt: skip
     print_table("Limits", ("limit", "now", "fits", "of what"), limits)
 

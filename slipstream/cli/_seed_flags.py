@@ -191,7 +191,7 @@ SWITCHES: dict[str, Answers] = {
     "--use_custom_all_reduce": switch(Note("one device has nothing to reduce"), SO_ANYWAY),
     "--multi_block_mode": switch(Note(_MEASURED), Note(_MEASURED)),
     "--enable_xqa": switch(Note(_MEASURED), Note(_MEASURED)),
-    "--streamingllm": switch(Note("any engine can keep sink tokens; it is said when it is run"), SO_ANYWAY),
+    "--streamingllm": switch(Note("any engine can keep sink tokens, with run's --sink_token_length"), SO_ANYWAY),
     "--pp_reduce_scatter": switch(Note("one device has nothing to reduce"), SO_ANYWAY),
 }  # fmt: skip
 

@@ -46,12 +46,11 @@ def human_bytes(count: float) -> str:
 
 def print_memory_plan(manifest: "Manifest", more: Iterable[Sequence[object]] = ()) -> None:
     """What an engine will take, before any of it is allocated."""
-    per_token = manifest.kv_bytes_per_token
-    per_sequence = per_token * manifest.max_seq_len
+    per_sequence = manifest.max_kv_blocks(manifest.max_seq_len) * manifest.kv_block_bytes(manifest.kv_groups)
     rows: list[Sequence[object]] = [
         ("weights", human_bytes(manifest.memory.get("weights", 0))),
         ("activations of the largest step", human_bytes(manifest.memory.get("activations", 0))),
-        ("KV cache, one token", human_bytes(per_token)),
+        ("KV cache, one token", human_bytes(manifest.kv_bytes_per_token)),
         (f"KV cache, one sequence of {manifest.max_seq_len} tokens", human_bytes(per_sequence)),
         (f"KV cache, {manifest.max_batch_size} such sequences", human_bytes(per_sequence * manifest.max_batch_size)),
         *more,

@@ -46,6 +46,8 @@ def chat(
     max_seq_len: options.MaxSeqLen = None,
     kv_cache_max_tokens: options.KvCacheMaxTokens = None,
     kv_cache_free_memory_fraction: options.KvCacheFraction = 0.9,
+    max_attention_window_size: options.AttentionWindow = None,
+    sink_token_length: options.SinkTokens = 0,
     plugin: options.Plugin = None,
 ) -> None:
     """Talk with a model.
@@ -67,6 +69,8 @@ def chat(
         max_seq_len=max_seq_len,
         kv_cache_max_tokens=kv_cache_max_tokens,
         kv_cache_free_memory_fraction=kv_cache_free_memory_fraction,
+        max_attention_window_size=max_attention_window_size,
+        sink_token_length=sink_token_length,
         chat_template=template,
         plugins=plugin or (),
     )

@@ -1,5 +1,7 @@
 """slipstream inspect: what is inside an engine."""
 
+from collections import Counter
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -74,6 +76,7 @@ def _print_facts(engine: "Engine") -> None:
             ("model", f"{manifest.name} ({manifest.model_type}, {manifest.dtype})"),
             ("layers", f"{manifest.num_layers} of width {manifest.hidden_size}"),
             ("heads", f"{manifest.num_heads}, {manifest.num_kv_heads} for keys and values, {manifest.head_dim} wide"),
+            ("attention", _describe_windows(manifest.windows)),
             ("vocabulary", f"{manifest.vocab_size} tokens"),
             ("one step", f"at most {manifest.max_batch_size} sequences and {manifest.max_num_tokens} tokens"),
             ("one sequence", f"at most {manifest.max_seq_len} tokens"),
@@ -82,6 +85,15 @@ def _print_facts(engine: "Engine") -> None:
             ("graph", f"{len(engine.graph.nodes)} ops, sha256 {manifest.graph_sha256[:16]}…"),
         ],
     )
+
+
+def _describe_windows(windows: Sequence[int]) -> str:
+    """ "all layers see everything", "12 layers see everything, 12 layers see the newest 128 tokens"."""
+    counts = Counter(windows)
+    if set(counts) == {0}:
+        return "all layers see everything"
+    parts = [f"{counts[w]} layers see {f'the newest {w} tokens' if w else 'everything'}" for w in sorted(counts)]
+    return ", ".join(parts)
 
 
 def _print_passes(engine: "Engine") -> None:
@@ -117,10 +129,11 @@ def _print_memory(engine: "Engine", device: "torch.device") -> None:
 
     manifest = engine.manifest
     try:
-        num_tokens = (count_blocks(manifest, device, fraction=0.9, max_tokens=None) - 1) * manifest.tokens_per_block
+        num_blocks = count_blocks(manifest, manifest.kv_groups, device, fraction=0.9) - 1
     except CapacityError:
-        num_tokens = 0
-    size = human_bytes(num_tokens * manifest.kv_bytes_per_token)
+        num_blocks = 0
+    num_tokens = num_blocks // len(manifest.kv_groups) * manifest.tokens_per_block
+    size = human_bytes(num_blocks * manifest.kv_block_bytes(manifest.kv_groups))
     now = [
         (f"free on {device} now", human_bytes(free_memory(device))),
         ("KV cache of a start now", f"{num_tokens} tokens, {size}"),

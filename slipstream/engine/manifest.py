@@ -1,11 +1,13 @@
 """Manifest: config.json of an engine folder. What the graph is for, its limits, and how it was made."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from slipstream.errors import EngineError
 from slipstream.schema.build import DTYPES, MAX_BATCH_SIZE, PLUGINS
+from slipstream.schema.kv import KVGroup, group_layers, narrow
 from slipstream.schema.model import MAX_LAYERS
 
 _LARGEST = {
@@ -62,9 +64,25 @@ class Manifest:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return (
-            self.kv_planes * self.num_layers * self.num_kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
-        )
+        """In all layers, as long as no window has left the token behind."""
+        return self.num_layers * self._kv_bytes_per_layer
+
+    @property
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        """How the layers share KV blocks, unless a start narrows their windows."""
+        return group_layers(narrow(self.windows, (), self.max_seq_len))
+
+    def max_kv_blocks(self, num_tokens: int, chunk: int = 1) -> int:
+        """Most blocks that a sequence holds at once on its way to num_tokens, `chunk` tokens a step at most."""
+        return sum(group.max_blocks(num_tokens, chunk, self.tokens_per_block) for group in self.kv_groups)
+
+    def kv_block_bytes(self, groups: Sequence[KVGroup]) -> int:
+        """A block of one group; equal in all."""
+        return max(len(group.layers) for group in groups) * self.tokens_per_block * self._kv_bytes_per_layer
+
+    @property
+    def _kv_bytes_per_layer(self) -> int:
+        return self.kv_planes * self.num_kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, **asdict(self)}

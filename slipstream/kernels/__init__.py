@@ -8,7 +8,7 @@ Importing this package registers every op below `slipstream::`.
 """
 
 from slipstream.kernels import activation, arithmetic, embedding, moe, norm, quantized, rope
-from slipstream.kernels.attention import paged
+from slipstream.kernels.attention import paged, streaming
 from slipstream.kernels.linear import dense, fp8, heads, w4a16, w8a8, w8a16
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "paged",
     "quantized",
     "rope",
+    "streaming",
     "w4a16",
     "w8a8",
     "w8a16",

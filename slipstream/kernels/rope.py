@@ -19,6 +19,13 @@ def rope_cos_sin(positions_T: Tensor, inv_freq_F: Tensor, scale: float) -> tuple
     return angles_TF.cos() * scale, angles_TF.sin() * scale
 
 
+@op("far_cos_sin(Tensor positions, Tensor inv_freq, float scale) -> (Tensor, Tensor)", shapes=_cos_sin_shapes)
+def far_cos_sin(positions_T: Tensor, inv_freq_F: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """rope_cos_sin by angles in float64: a million radians in float32 are wrong by up to 1/32."""
+    angles_TF = positions_T.double()[:, None] * inv_freq_F
+    return (angles_TF.cos() * scale).float(), (angles_TF.sin() * scale).float()
+
+
 def _like_first(x: Tensor, *_: object, **__: object) -> Tensor:
     return x.new_empty(x.shape)
 

@@ -1,16 +1,21 @@
 """Engine: add requests, step, get events. One step is three calls: plan, execute, commit."""
 
+from collections.abc import Sequence
+
 import torch
 
 from slipstream.engine.choices import Choices
 from slipstream.engine.folder import Engine as EngineFolder
+from slipstream.engine.manifest import Manifest
 from slipstream.errors import CapacityError
 from slipstream.runtime.scheduler import Scheduler
 from slipstream.runtime.worker.memory import count_blocks
 from slipstream.runtime.worker.worker import Worker
 from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
-from slipstream.schema.kv import group_layers
+from slipstream.schema.kv import KVGroup, group_layers, narrow
 from slipstream.schema.request import EngineStats, GenerateRequest, TokenEvent
+
+MAX_SEQ_LEN = 2**31 - 1
 
 
 class Engine:
@@ -58,16 +63,27 @@ def start_engine(
     max_seq_len: int | None = None,
     kv_cache_max_tokens: int | None = None,
     kv_cache_free_memory_fraction: float = 0.9,
+    max_attention_window_size: Sequence[int] = (),
+    sink_token_length: int = 0,
     capacity_policy: CapacityPolicy = CapacityPolicy.GUARANTEED_NO_EVICT,
     queue_policy: QueuePolicy = QueuePolicy.FIFO,
     enable_chunked_prefill: bool = True,
     enable_block_reuse: bool = True,
 ) -> Engine:
-    """Load the weights, allocate the KV cache and be ready. Limits may be lower than the engine was built for."""
+    """Load the weights, allocate the KV cache and be ready. Limits may be lower than the engine was built for.
+
+    max_attention_window_size: tokens that a token sees, one for each layer or repeated over them; it narrows what the
+    model has. sink_token_length: of these, the first tokens of a sequence, which stay in sight (StreamingLLM,
+    arXiv:2309.17453); then max_seq_len may be more than the engine was built for.
+    """
     manifest = folder.manifest
-    groups = group_layers([0] * manifest.num_layers)
+    # Positions inside a window are all that a model with sinks ever meets: a sequence may go on for ever.
+    longest = MAX_SEQ_LEN if sink_token_length else manifest.max_seq_len
+    max_seq_len = _lowered("max_seq_len", max_seq_len, longest, default=manifest.max_seq_len)
+    groups = _kv_groups(manifest, max_attention_window_size, sink_token_length, max_seq_len)
     num_blocks = count_blocks(
-        manifest, device, fraction=kv_cache_free_memory_fraction, max_tokens=kv_cache_max_tokens
+        manifest, groups, device,
+        fraction=kv_cache_free_memory_fraction, max_tokens=kv_cache_max_tokens, max_seq_len=max_seq_len,
     )  # fmt: skip
     config = RuntimeConfig(
         num_blocks=num_blocks,
@@ -75,7 +91,7 @@ def start_engine(
         tokens_per_block=manifest.tokens_per_block,
         max_batch_size=_lowered("max_batch_size", max_batch_size, manifest.max_batch_size),
         max_num_tokens=_lowered("max_num_tokens", max_num_tokens, manifest.max_num_tokens),
-        max_seq_len=_lowered("max_seq_len", max_seq_len, manifest.max_seq_len),
+        max_seq_len=max_seq_len,
         capacity_policy=capacity_policy,
         queue_policy=queue_policy,
         enable_chunked_prefill=enable_chunked_prefill,
@@ -84,7 +100,36 @@ def start_engine(
     return Engine(config, Worker(folder, choices, num_blocks, groups, device))
 
 
-def _lowered(name: str, asked: int | None, built: int) -> int:
+def _lowered(name: str, asked: int | None, built: int, default: int | None = None) -> int:
     if asked is not None and not 1 <= asked <= built:
         raise CapacityError(f"{name} is {asked}; this engine was built for 1 to {built}. Build it again for more.")
-    return built if asked is None else asked
+    return (default or built) if asked is None else asked
+
+
+def _kv_groups(
+    manifest: Manifest, asked: Sequence[int], sink_token_length: int, max_seq_len: int
+) -> tuple[KVGroup, ...]:
+    num_layers = manifest.num_layers
+    if len(asked) > num_layers:
+        raise CapacityError(
+            f"max_attention_window_size has {len(asked)} windows; give at most {num_layers}, one a layer."
+        )
+    windows = narrow(manifest.windows, asked, max_seq_len)
+    if sink_token_length:
+        _check_sinks(manifest, windows, sink_token_length, max_seq_len)
+    return group_layers(windows, sink_token_length)
+
+
+def _check_sinks(manifest: Manifest, windows: Sequence[int], sink_token_length: int, max_seq_len: int) -> None:
+    narrowest, widest = min(windows), max(windows)
+    most = min(window or manifest.max_seq_len for window in (*manifest.windows, manifest.max_seq_len))
+    if narrowest != widest or widest > manifest.max_seq_len or (not widest and max_seq_len > manifest.max_seq_len):
+        raise CapacityError(
+            "sink_token_length needs one window for all layers, of positions that the model knows; "
+            f"give max_attention_window_size, at most {most}."
+        )
+    if sink_token_length >= (widest or max_seq_len):
+        raise CapacityError(
+            f"sink_token_length is {sink_token_length}; it must be less than the window of {widest or max_seq_len} "
+            "tokens, such as 4."
+        )

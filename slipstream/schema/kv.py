@@ -40,6 +40,16 @@ class KVGroup:
         return min(all_blocks, num_sinks + _ceil(num_in_sight - 1, tokens_per_block) + 1)
 
 
+def narrow(windows: Sequence[int], asked: Sequence[int], max_seq_len: int) -> tuple[int, ...]:
+    """Each layer's window: its own or the asked one, whichever sees less; 0 where a sequence never outgrows it.
+
+    asked: repeated over the layers where it is shorter, as TensorRT-LLM's max_attention_window_size; () for none.
+    """
+    limits = asked or (max_seq_len,)
+    narrowed = [min(window or max_seq_len, limits[layer % len(limits)]) for layer, window in enumerate(windows)]
+    return tuple(0 if window >= max_seq_len else window for window in narrowed)
+
+
 def group_layers(windows: Sequence[int], sink_tokens: int = 0) -> tuple[KVGroup, ...]:
     """The groups of a model, from each layer's window (0: sees everything), layers without one first.
 

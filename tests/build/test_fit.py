@@ -43,6 +43,7 @@ def test_the_derivation_is_the_hand_count(plan: BuildPlan) -> None:
     # 3 layers × K and V × 2 heads × 16 wide × 4 bytes; 16 tokens a block, of which the first is nobody's
     assert found.kv_tokens == (found.kv_bytes // (16 * 768) - 1) * 16
     assert found.max_batch_size == found.kv_tokens // 256
+    assert found.max_seq_len == max(found.kv_tokens, 256)
     sizes = {"max_batch_size": 4}
     room = 7 * MIB - manifest.memory["weights"] - 256 * 768 * 2
     assert plan_memory(plan.graph, max_num_tokens=found.max_num_tokens, **sizes)["activations"] <= room
@@ -59,10 +60,37 @@ def test_a_cpu_maps_its_weights_and_has_a_limit(plan: BuildPlan) -> None:
 def test_the_runtime_allocates_what_was_derived(plan: BuildPlan, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
     cpu = torch.device("cpu")
-    blocks = memory.count_blocks(plan.manifest, cpu, fraction=0.9, max_tokens=None)
+    blocks = memory.count_blocks(plan.manifest, plan.manifest.kv_groups, cpu, fraction=0.9)
     found = fit(plan.graph, plan.manifest, Device("cpu", free, maps_weights=True), 0.9)
     useful = plan.manifest.max_batch_size * plan.manifest.max_seq_len  # a runtime takes no more than can be used
     assert (blocks - 1) * 16 == min(found.kv_tokens, useful)
+
+
+def test_windows_leave_room_for_more_and_longer_sequences(plan: BuildPlan) -> None:
+    full = fitting(plan)
+    windowed = replace(plan, manifest=replace(plan.manifest, windows=[32, 32, 32]))
+    found = fitting(windowed)
+    assert found.kv_tokens == full.kv_tokens
+    assert found.max_batch_size == found.kv_tokens // 16 // 3  # of 32 tokens anywhere, three blocks hold some
+    mixed = fitting(replace(plan, manifest=replace(plan.manifest, windows=[32, 0, 32])))
+    # Three groups of one layer: 16 blocks of the full one and 3 of each window, each a third of a block above.
+    assert mixed.max_batch_size == (mixed.kv_bytes // (16 * 256) - 1) // (16 + 3 + 3)
+
+
+def test_a_block_of_each_group_is_the_least_that_fits(plan: BuildPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = replace(plan.manifest, windows=[32, 0, 32])
+    taken, block = plan.manifest.memory["activations"], 16 * 256
+    for num_blocks, fits in ((3, False), (4, True)):  # the null block, and one each of three groups
+        device = Device("cpu", taken + num_blocks * block, maps_weights=True)
+        monkeypatch.setattr(memory, "free_memory", lambda _, device=device: device.memory)
+        if fits:
+            assert fit(plan.graph, mixed, device, 1.0).kv_tokens == 16
+            assert memory.count_blocks(mixed, mixed.kv_groups, torch.device("cpu"), fraction=1.0) == 4
+        else:
+            with pytest.raises(CapacityError, match="No KV block fits"):
+                fit(plan.graph, mixed, device, 1.0)
+            with pytest.raises(CapacityError, match="No KV block fits"):
+                memory.count_blocks(mixed, mixed.kv_groups, torch.device("cpu"), fraction=1.0)
 
 
 def test_a_plan_counts_a_row_of_logits_for_every_token(plan: BuildPlan) -> None:

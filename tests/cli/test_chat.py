@@ -57,6 +57,14 @@ def test_the_oldest_turns_are_dropped(say: Any, engine: Path) -> None:
     assert done.out.count("\n") >= 6
 
 
+def test_with_sinks_no_turn_is_dropped(say: Any, engine: Path) -> None:
+    """They are in sight or not, but the conversation goes on beyond the 256 tokens of the model."""
+    said = ("How do I count to nine?\n" * 12, engine, "--max_output_len", 12)
+    assert "the oldest turn is dropped" in say(*said).err
+    done = say(*said, "--max_attention_window_size", 64, "--sink_token_length", 4, "--max_seq_len", 2000)
+    assert (done.code, done.err) == (0, "")
+
+
 def test_a_message_that_cannot_fit_is_refused_and_forgotten(say: Any, engine: Path) -> None:
     done = say("x " * 500 + "\nHello\n", engine, "--max_output_len", 6)
     assert done.code == 2

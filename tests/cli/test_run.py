@@ -107,6 +107,33 @@ def test_prompts_from_files(call: Call, engine: Path, tmp_path: Path, expected: 
     assert 'Input [Text 1]: "' in done.out
 
 
+def test_windows_and_sinks_are_those_of_the_library(call: Call, tiny_model: Path, tmp_path: Path) -> None:
+    from slipstream import LLM
+
+    ids = list(range(60, 90))
+    rows = tmp_path / "ids.csv"
+    rows.write_text(",".join(map(str, ids)), encoding="utf-8")
+    arguments = ("run", "--model", tiny_model, "--input_file", rows, "--max_output_len", 20)
+    seen = set()
+    for flags, options in (
+        ((), {}),
+        (("--max_attention_window_size", 8), {"max_attention_window_size": 8}),
+        (("--max_attention_window_size", 8, 20), {"max_attention_window_size": [8, 20]}),
+        (
+            ("--max_attention_window_size", 8, "--sink_token_length", 4),
+            {"max_attention_window_size": 8, "sink_token_length": 4},
+        ),
+    ):
+        with LLM(tiny_model, **options) as llm:
+            token_ids = llm.generate(ids, SamplingParams(max_tokens=20, temperature=0)).outputs[0].token_ids
+        assert call(*arguments, *flags).out.endswith(f"Output [Text 0 Beam 0]: {token_ids}\n")
+        seen.add(tuple(token_ids))
+    assert len(seen) == 4
+    done = call(*arguments, "--max_attention_window_size", 8, "--sink_token_length", 8)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "sink_token_length is 8; it must be less than the window of 8 tokens" in done.err
+
+
 def test_token_ids_without_a_tokenizer(call: Call, tiny_model: Path, tmp_path: Path) -> None:
     rows = tmp_path / "ids.csv"
     rows.write_text("1, 2, 3\n4,5,6,127\n", encoding="utf-8")

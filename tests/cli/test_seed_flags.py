@@ -38,6 +38,7 @@ SEEDS = {
     """,
     "run": """
         engine_dir draft_engine_dir tokenizer_dir draft_target_model_config kv_cache_free_gpu_memory_fraction
+        max_attention_window_size sink_token_length
         kv_cache_enable_block_reuse max_output_len multi_block_mode input_text input_file end_id num_beams
         num_return_sequences temperature top_k top_p length_penalty repetition_penalty presence_penalty
         frequency_penalty beam_search_diversity_rate random_seed early_stopping no_repeat_ngram_size stop_words

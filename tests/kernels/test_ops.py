@@ -158,6 +158,54 @@ def naive_attention(
     return out
 
 
+def streaming_inputs(
+    generator: torch.Generator, chunks: list[tuple[int, int]], *, window: int = 6, sinks: int = 2, soft_cap: float = 0.0
+) -> tuple[Any, ...]:
+    """As attention's; blocks between the sinks and the newest tokens belong to others now."""
+    step, num_heads, head_dim = paged(generator, chunks, 2, 8), 4, 8
+    for sequence, (_, past) in enumerate(chunks):
+        for index in range(-(-sinks // BLOCK_SIZE), max(0, past + 1 - (window - sinks)) // BLOCK_SIZE):
+            step["kv"][:, step["block_tables"][sequence, index]] = math.nan
+            step["block_tables"][sequence, index] = 0
+    q, sink_q = (numbers(generator, sum(rows for rows, _ in chunks), num_heads * head_dim) for _ in range(2))
+    metadata = step["query_starts"], step["kv_lens"], step["block_tables"]
+    return q, sink_q, step["kv"], *metadata, head_dim**-0.5, window, soft_cap, head_dim, sinks
+
+
+def naive_streaming_attention(
+    q_TX: Tensor,
+    sink_q_TX: Tensor,
+    kv: Tensor,
+    query_starts: Tensor,
+    kv_lens: Tensor,
+    tables: Tensor,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    value_dim: int,
+    sink_tokens: int,
+) -> Tensor:
+    num_kv_heads, head_dim = kv.shape[3:]
+    num_heads = q_TX.shape[1] // head_dim
+    out = torch.zeros(len(q_TX), num_heads * value_dim, dtype=q_TX.dtype)
+    for sequence, kv_len in enumerate(kv_lens.tolist()):
+        first, end = query_starts[sequence : sequence + 2].tolist()
+        for row in range(first, end):
+            visible = kv_len - (end - row) + 1
+            seen = [p for p in range(visible) if p < sink_tokens or p >= visible - (window - sink_tokens)]
+            for head in range(num_heads):
+                kv_head = head * num_kv_heads // num_heads
+                column = slice(head * head_dim, (head + 1) * head_dim)
+                cells = [kv[:, int(tables[sequence, p // BLOCK_SIZE]), p % BLOCK_SIZE, kv_head] for p in seen]
+                queries = [(sink_q_TX if p < sink_tokens else q_TX)[row, column] for p in seen]
+                scores = torch.stack([q @ cell[0] for q, cell in zip(queries, cells, strict=True)]) * scale
+                if soft_cap:
+                    scores = soft_cap * torch.tanh(scores / soft_cap)
+                values = torch.stack([cell[-1, :value_dim] for cell in cells])
+                out[row, head * value_dim : (head + 1) * value_dim] = scores.softmax(0) @ values
+    return out
+
+
 def rope_inputs(generator: torch.Generator, num_tokens: int) -> tuple[Any, ...]:
     angles = numbers(generator, num_tokens, 4)
     return angles.cos(), angles.sin()
@@ -598,6 +646,13 @@ CASES: dict[str, Case] = {
             f(positions.double()[:, None] * frequencies) * scale for f in (torch.cos, torch.sin)
         ],
     ),
+    "far_cos_sin": Case(
+        lambda g, t: (whole(g, 1 << 31, t), torch.rand(4, generator=g), 1.25),
+        lambda positions, frequencies, scale: [
+            torch.tensor([[f(p * w) * scale for w in frequencies.tolist()] for p in positions.tolist()]).view(-1, 4)
+            for f in (math.cos, math.sin)
+        ],
+    ),
     "rope": Case(lambda g, t: (numbers(g, t, 24), *rope_inputs(g, t), 12 if t % 2 else 8), naive_rope),
     "rope_pairs": Case(lambda g, t: (numbers(g, t, 24), *rope_inputs(g, t)), naive_rope_pairs),
     "kv_write": Case(kv_write_inputs, naive_kv_write),
@@ -615,15 +670,22 @@ CASES: dict[str, Case] = {
     ),
     "experts": Case(experts_inputs, naive_experts),
     "attention": Case(lambda g, t: attention_inputs(g, chunks_of(t)), naive_attention),
+    "streaming_attention": Case(lambda g, t: streaming_inputs(g, chunks_of(t)), naive_streaming_attention),
+    "place_in_window": Case(
+        lambda g, t: (whole(g, 20, t), 8),
+        lambda positions, window: torch.tensor([min(p, window - 1) for p in positions.tolist()]),
+    ),
 }
 # Angles and scales are float32 whatever the engine's dtype; a product of 8-bit numbers is in the dtype it is asked for.
 QUANTIZING = {name for name in known_ops() if name.endswith("_quantize")}
-FLOAT32_ONLY = {"rope_cos_sin", "linear_w8a8", "linear_fp8", "quantize_w8a8", "quantize_fp8"} | QUANTIZING
+ANGLES = {"rope_cos_sin", "far_cos_sin", "place_in_window"}
+FLOAT32_ONLY = {"linear_w8a8", "linear_fp8", "quantize_w8a8", "quantize_fp8"} | ANGLES | QUANTIZING
 OTHER_DTYPES = {
     "quantize_w8a8": (torch.int8, torch.float32),
     "quantize_fp8": (torch.float8_e4m3fn, torch.float32),
     "route_softmax": (torch.float32, torch.int64),
     "route_sigmoid": (torch.float32, torch.int64),
+    "place_in_window": (torch.int64,),
 } | dict.fromkeys(QUANTIZING, (torch.int8, torch.float8_e4m3fn, torch.float32))
 
 
@@ -791,6 +853,21 @@ def test_attention_shares_kv_heads(
     op: Op, function: Callable[..., Any], dtype: torch.dtype, heads: tuple[int, int]
 ) -> None:
     check(op, function, attention_inputs(torch.Generator().manual_seed(SEED), BATCHES["all kinds"], heads), dtype)
+
+
+@pytest.mark.parametrize("chunks", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 6, "sinks": 1}, {"window": 13, "sinks": 5}, {"window": 3, "sinks": 2, "soft_cap": 2.0}],
+    ids=lambda options: "-".join(f"{name}{value}" for name, value in options.items()),
+)
+def test_streaming_attention_reads_sinks_and_newest_tokens_only(
+    options: dict[str, Any], chunks: list[tuple[int, int]]
+) -> None:
+    op = known_ops()["streaming_attention"]
+    arguments = streaming_inputs(torch.Generator().manual_seed(SEED), chunks, **options)
+    assert op.reference(*arguments).isfinite().all()
+    check(op, op.reference, arguments, torch.float32)
 
 
 # ----- mixture of experts in particular

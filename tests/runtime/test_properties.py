@@ -9,7 +9,7 @@ After each move `Scheduler.check()` proves the bookkeeping. At the end every req
 
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -41,6 +41,21 @@ def random_config(rng: random.Random) -> RuntimeConfig:
         queue_policy=rng.choice(list(QueuePolicy)),
         enable_chunked_prefill=rng.random() < 0.7,
         enable_block_reuse=rng.random() < 0.9,
+    )
+
+
+def crowded_config(rng: random.Random) -> RuntimeConfig:
+    """A window with sinks, with or without a group that sees all, and hardly more blocks than one sequence needs."""
+    window = rng.randint(2, 8)
+    groups = (KVGroup(), KVGroup(window=window, sink_tokens=rng.randrange(1, window)))[rng.randrange(2) :]
+    return replace(
+        random_config(rng),
+        num_blocks=rng.randint(6, 9) * len(groups),
+        kv_groups=groups,
+        tokens_per_block=2,
+        max_batch_size=5,
+        capacity_policy=CapacityPolicy.MAX_UTILIZATION,
+        enable_block_reuse=True,
     )
 
 
@@ -88,9 +103,9 @@ class Story:
 
 
 class History:
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, config: RuntimeConfig | None = None) -> None:
         self.rng = rng
-        self.config = random_config(rng)
+        self.config = config or random_config(rng)
         self.num_tokens = rng.randint(2, 3)
         self.scheduler = Scheduler(self.config)
         self.worker = FakeWorker(self.config, self.num_tokens)
@@ -200,6 +215,21 @@ def test_random_histories():
         except BaseException as error:
             error.add_note(f"history {seed}: History(random.Random({seed})).run()")
             raise
+
+
+def test_crowded_windows_with_sinks_are_preempted_and_reuse_prefixes():
+    num_both = 0
+    for seed in range(NUM_HISTORIES // 10):
+        rng = random.Random(seed)
+        history = History(rng, crowded_config(rng))
+        try:
+            history.run()
+        except BaseException as error:
+            error.add_note(f"crowded history {seed}")
+            raise
+        stats = history.scheduler.stats()
+        num_both += stats.num_preemptions > 0 and stats.prompt_tokens_cached > 0
+    assert num_both > NUM_HISTORIES // 50
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))

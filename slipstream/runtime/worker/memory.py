@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from slipstream.engine.manifest import Manifest
 from slipstream.errors import CapacityError
+from slipstream.schema.kv import KVGroup
 
 CPU_KV_LIMIT = 4 << 30  # a CPU's memory is everyone's; more is taken only when asked for by --kv_cache_max_tokens
 
@@ -57,33 +59,48 @@ def check_kv_size(fraction: Any, max_tokens: Any) -> None:
         )
 
 
-def count_blocks(manifest: Manifest, device: torch.device, *, fraction: float, max_tokens: int | None) -> int:
+def count_blocks(
+    manifest: Manifest,
+    groups: Sequence[KVGroup],
+    device: torch.device,
+    *,
+    fraction: float,
+    max_tokens: int | None = None,
+    max_seq_len: int | None = None,
+) -> int:
     """KV blocks to allocate, the null block included.
 
-    As many as a full batch of the longest sequences could use, within `fraction` of what is free after activations
-    and, on a GPU, the weights, which are not there yet (a CPU maps them, and such pages count as free). `max_tokens`
-    asks for a number instead. Raises CapacityError where that does not fit.
+    As many as a full batch of the longest sequences (max_seq_len; by default the engine's) could use, within `fraction`
+    of what is free after activations and, on a GPU, the weights, which are not there yet (a CPU maps them, and such
+    pages count as free). `max_tokens` asks for room for so many tokens in all layers instead. Raises CapacityError
+    where that does not fit.
     """
     check_kv_size(fraction, max_tokens)
-    block_bytes = manifest.kv_bytes_per_token * manifest.tokens_per_block
+    block_bytes, size = manifest.kv_block_bytes(groups), manifest.tokens_per_block
     spoken_for = [manifest.memory.get("activations", 0)]
     if device.type == "cuda":
         spoken_for.append(manifest.memory.get("weights", 0))
     budget = max(0, int(fraction * (free_memory(device) - sum(spoken_for))))
     fitting = budget // block_bytes
     if max_tokens is not None:
-        wanted = -(-max_tokens // manifest.tokens_per_block) + 1
+        wanted = -(-max_tokens // size) * len(groups) + 1
         if wanted > fitting:
             raise CapacityError(
                 f"A KV cache of {max_tokens} tokens takes {wanted * block_bytes / 2**30:.1f} GiB and {fraction:.0%} of "
                 f"the free memory is {budget / 2**30:.1f} GiB; lower --kv_cache_max_tokens to "
-                f"{max(0, fitting - 1) * manifest.tokens_per_block} or raise --kv_cache_free_memory_fraction."
+                f"{max(0, fitting - 1) // len(groups) * size} or raise --kv_cache_free_memory_fraction."
             )
         return wanted
-    useful = manifest.max_batch_size * -(-manifest.max_seq_len // manifest.tokens_per_block) + 1
+    longest = manifest.max_seq_len if max_seq_len is None else max_seq_len
+    # What a window needs while a prompt goes through it is needed once: all chunks of a step are max_num_tokens.
+    at_most, later = (
+        sum(group.max_blocks(longest, chunk, size) for group in groups) for chunk in (manifest.max_num_tokens, 1)
+    )
+    useful = at_most + (manifest.max_batch_size - 1) * later + 1
     limit = CPU_KV_LIMIT // block_bytes if device.type == "cpu" else useful
-    num_blocks = min(useful, fitting, max(limit, 2))
-    if num_blocks < 2:
+    fewest = len(groups) + 1
+    num_blocks = min(useful, fitting, max(limit, fewest))
+    if num_blocks < fewest:
         raise CapacityError(
             f"No KV block fits: one takes {block_bytes / 2**20:.1f} MiB and {fraction:.0%} of the free memory is "
             f"{budget / 2**20:.1f} MiB; free some memory or raise --kv_cache_free_memory_fraction (now {fraction:g})."

@@ -23,6 +23,7 @@ class Worker:
     ) -> None:
         manifest = engine.manifest
         self._device, self._manifest = device, manifest
+        graph = with_groups(engine.graph, groups)  # may refuse: before anything is loaded
         if device.type == "cpu":
             keep_freed_memory()  # before the engine's thread first allocates
         weights = {name: engine.weights.read(name).to(device) for name in engine.graph.weights}
@@ -31,7 +32,7 @@ class Worker:
         self._kv_inputs = {
             f"kv.{layer}": self._kv[place] for group in groups for place, layer in enumerate(group.layers)
         }
-        self._step = compile_graph(with_groups(engine.graph, groups), weights, choices, device)
+        self._step = compile_graph(graph, weights, choices, device)
         self._sampler = Sampler(manifest.vocab_size, device)
 
     @torch.inference_mode()
