@@ -70,7 +70,7 @@ def build(
 def plan_build(
     checkpoint: Checkpoint, config: BuildConfig, progress: Progress = lambda stage, done, total: None
 ) -> BuildPlan:
-    """The first half of a build: capture, rewrite, plan the memory. Reads no weight."""
+    """The first half of a build: capture, rewrite, plan the memory. Reads no weight but to find equal ones."""
     watch = Stopwatch()
     limits, extra = resolve_limits(config, checkpoint), load_passes(config.extra_passes)
     for name in config.disabled_plugins:
@@ -80,7 +80,7 @@ def plan_build(
     decoder = replace(checkpoint.config, max_seq_len=limits.max_seq_len)
     captured = capture(checkpoint.model.Model, decoder, checkpoint.dtype, limits.tokens_per_block)
     graph = captured.graph
-    graph.formats = checkpoint.formats
+    graph.formats, graph.equal = checkpoint.formats, checkpoint.equal_weights()
     captured_json, ops_captured = graph.to_json(), graph.count_ops()
     watch.lap("capture")
     passes = run_pipeline(

@@ -8,6 +8,7 @@ from slipstream.build import lower
 from slipstream.build.passes import (
     dead_code,
     fold_constants,
+    fold_scales,
     fuse_act_quant,
     fuse_add_norm,
     fuse_gate_up,
@@ -16,6 +17,7 @@ from slipstream.build.passes import (
     fuse_rope_kv_write,
     last_token,
     renumber,
+    share_weights,
 )
 from slipstream.build.verify import CAPTURED, FINAL, REWRITTEN, verify
 from slipstream.engine.graph import Graph
@@ -33,6 +35,9 @@ class Pass(Protocol):
 
 
 FUSIONS: tuple[Pass, ...] = (
+    # weights, before anything is made of them
+    share_weights.PASS,
+    fold_scales.PASS,
     # matrix products that share their input
     fuse_qkv.PASS,
     fuse_gate_up.PASS,

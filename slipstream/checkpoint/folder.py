@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from slipstream.checkpoint.layouts import Recipe, Shapes
-from slipstream.checkpoint.tensors import TensorSource
+from slipstream.checkpoint.tensors import ShardedTensors, TensorSource
 from slipstream.engine.bounded_json import read_json
-from slipstream.engine.tensor_file import write_tensor_file
+from slipstream.engine.tensor_file import TensorFile, write_tensor_file
 from slipstream.errors import ModelError
 from slipstream.models import ModelFile
 from slipstream.schema.format import PART_NAMES, PartType, WeightFormat
@@ -24,6 +24,8 @@ FORMAT = "slipstream-checkpoint"
 VERSION = 1
 WEIGHTS_FILE = "rank0.safetensors"
 TOKENIZER_FOLDER = "tokenizer"
+
+_NUM_COMPARED_FIRST = 64  # bytes of a tensor, in one page
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,29 @@ class Checkpoint:
         """What read() gives."""
         weight, part = self._split(name)
         return getattr(torch, self._part_type(weight, part)[1] if part else self.dtype)
+
+    def equal_weights(self) -> dict[str, str]:
+        """Matrices that are stored with the bytes of one before them, and its name.
+
+        Only in mapped files, where this reads a few bytes of each, and all of two that start alike.
+        """
+        alike: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
+        found: dict[str, str] = {}
+        is_mapped = isinstance(self.weights, TensorFile | ShardedTensors)
+        for name, shape in self.shapes.items():
+            recipe = self.recipes[name]
+            if not is_mapped or not recipe.is_the_same or len(shape) < 2:
+                continue
+            stored = self.weights.read(recipe.sources[0])
+            content = stored.view(torch.uint8).flatten()
+            start = content[:_NUM_COMPARED_FIRST].tolist()
+            others = alike.setdefault((shape, stored.dtype, *start), [])
+            same = next((other for other, its_content in others if torch.equal(content, its_content)), None)
+            if same is None:
+                others.append((name, content))
+            else:
+                found[name] = same
+        return found
 
     def stored_names(self) -> list[str]:
         """What save() writes: each weight, a packed one by its parts."""

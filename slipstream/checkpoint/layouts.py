@@ -28,6 +28,11 @@ class Recipe:
     make: Callable[[list[Tensor]], Tensor]
     takes_rows: bool = False  # whole rows, whatever is in them: it serves the parts of a packed weight too
 
+    @property
+    def is_the_same(self) -> bool:
+        """The tensor of the other side, as it is."""
+        return self.make is _only
+
 
 def renamed(source: str, shape: Shape) -> Recipe:
     """The same tensor under another name."""

@@ -61,6 +61,7 @@ class Graph:
     types: dict[str, TensorType] = field(default_factory=dict)  # of every value
     prologue: list[Node] = field(default_factory=list)
     formats: dict[str, WeightFormat] = field(default_factory=dict)  # of packed weights, while the build rewrites
+    equal: dict[str, str] = field(default_factory=dict)  # a weight → one before it that is the same, while it does
 
     def users(self) -> dict[str, list[Node]]:
         """Each value's readers, in order."""

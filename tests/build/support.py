@@ -44,7 +44,7 @@ def random_values(graph: Graph, seed: int = 0) -> tuple[dict[str, Tensor], dict[
         return torch.randn([SIZES[size] if isinstance(size, str) else size for size in shape], generator=generator)
 
     inputs = {name: make(name, kind.shape) for name, kind in graph.inputs.items()}
-    weights = {name: make(name, kind.shape) / 2 for name, kind in graph.weights.items()}
+    weights = {name: make(graph.equal.get(name, name), kind.shape) / 2 for name, kind in graph.weights.items()}
     return inputs, weights
 
 

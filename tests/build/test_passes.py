@@ -8,11 +8,12 @@ import pytest
 
 from slipstream.build import passes
 from slipstream.build.example import trace
-from slipstream.build.passes import dead_code, fold_constants, last_token, renumber
+from slipstream.build.passes import dead_code, fold_constants, fold_scales, last_token, renumber
 from slipstream.build.pipeline import CLEAN_UP, FUSIONS, LOWERING
 from slipstream.build.rewrite import Symbol, ops
-from slipstream.engine.graph import Graph
+from slipstream.engine.graph import Graph, TensorType
 from slipstream.engine.shapes import infer_types
+from slipstream.schema.format import WeightFormat
 from tests.build.support import assert_same, copied
 
 FILES = [importlib.import_module(f"{passes.__name__}.{each.name}") for each in pkgutil.iter_modules(passes.__path__)]
@@ -108,6 +109,38 @@ def test_fold_leaves_an_output_and_a_part_that_is_still_read() -> None:
 
     before, after = folded(block, {"a": (8, 8), "b": (8, 8)})
     assert "a" in after.weights
+    assert_same(before, after)
+
+
+def test_scales_are_folded_where_that_is_right() -> None:
+    """In float32 always; in 16 bits by a power of two; never into what another reads, or into what is packed."""
+
+    def scaled(dtype: str, factor: float, *, is_read_twice: bool = False, is_packed: bool = False) -> int:
+        def block(x: Symbol, weight: Symbol) -> Symbol:
+            y = ops.scale(ops.linear(x, weight), factor=factor)
+            return ops.linear(y, weight) if is_read_twice else y
+
+        graph = trace(block, inputs={"x": ("T", 8)}, weights={"weight": (8, 8)})
+        graph.types = {name: TensorType(kind.shape, dtype) for name, kind in graph.types.items()}
+        graph.inputs, graph.weights = (
+            {name: graph.types[name] for name in each} for each in (graph.inputs, graph.weights)
+        )
+        graph.formats = {"weight": WeightFormat(kind="w8a16")} if is_packed else {}
+        return fold_scales.PASS.run(graph)
+
+    assert scaled("float32", 0.22) == scaled("bfloat16", 0.125) == scaled("float16", -2.0) == 1
+    assert scaled("bfloat16", 0.22) == scaled("float16", 3.0) == 0
+    assert scaled("float32", 0.22, is_read_twice=True) == scaled("float32", 0.22, is_packed=True) == 0
+
+
+def test_a_scale_of_a_table_is_folded_and_the_engine_has_one_op_less() -> None:
+    def block(token_ids: Symbol, table: Symbol) -> Symbol:
+        return ops.scale(ops.embedding(table, token_ids), factor=12.0)
+
+    before = trace(block, inputs={"step.token_ids": ("T",)}, weights={"table": (16, 8)})
+    after = copied(before)
+    assert fold_scales.PASS.run(after) == fold_constants.PASS.run(after) == 1
+    assert [node.op for node in after.nodes] == ["embedding"]
     assert_same(before, after)
 
 
