@@ -142,7 +142,7 @@ def measure(name: str, folder: Path) -> None:
 
 
 def hollow_model(folder: Path, options: dict[str, Any], shapes: Shapes) -> Path:
-    """A Hugging Face folder whose weights are a hole in a file of their length."""
+    """A Hugging Face folder whose weights are a hole in a file, each told from the others by its first number."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(options))
     header, position = {}, 0
@@ -156,6 +156,9 @@ def hollow_model(folder: Path, options: dict[str, Any], shapes: Shapes) -> Path:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + position)
+        for number, entry in enumerate(header.values(), 1):  # equal weights would be stored once
+            file.seek(8 + len(text) + entry["data_offsets"][0])
+            file.write(struct.pack("<H", number))
     return folder
 
 
