@@ -209,9 +209,9 @@ def find_weights(
     model: ModelFile, config: DecoderConfig, shapes: Shapes, found: Iterable[str], where: Path
 ) -> dict[str, Recipe]:
     """How each of our weights is made of the source's tensors; what no line of the model's table knows is an error."""
-    recipes, left_over = from_hugging_face(model.WEIGHTS, config, shapes, found, str(where))
     ignored = [pattern(name) for name in model.IGNORED_WEIGHTS]
-    left_over = [name for name in left_over if not any(each.fullmatch(name) for each in ignored)]
+    found = [name for name in found if not any(each.fullmatch(name) for each in ignored)]
+    recipes, left_over = from_hugging_face(model.WEIGHTS, config, shapes, found, str(where))
     if left_over:
         more = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
         raise CorruptFile(f"{where} holds the tensor {left_over[0]}{more}, which this model does not have.")

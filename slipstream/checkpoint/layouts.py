@@ -97,9 +97,12 @@ def theirs_shape(recipe: Recipe, shapes: Shapes) -> Shape:
 
 
 def pattern(name: str) -> re.Pattern[str]:
-    """model.layers.{i}.mlp.{p}_proj.weight → a regular expression with the groups i (a number) and p (a word)."""
+    """model.layers.{i}.mlp.{p}_proj.weight → a regular expression with the groups i (a number) and p (a word).
+
+    {rest} stands for any end of a name.
+    """
     text = re.escape(name)
-    for letter, meaning in (("i", r"\d{1,5}"), ("e", r"\d{1,5}"), ("p", r"[a-z]{1,32}")):
+    for letter, meaning in (("i", r"\d{1,5}"), ("e", r"\d{1,5}"), ("p", r"[a-z]{1,32}"), ("rest", r"[\w.]{1,200}")):
         text = text.replace(rf"\{{{letter}\}}", f"(?P<{letter}>{meaning})")
     return re.compile(text, re.ASCII)
 
@@ -142,32 +145,36 @@ def _recipes(
         for each in names:
             yield each, renamed(name, ())
         return
-    counts = [shapes[each][0] for each in names]
-    whole = (sum(counts), *shapes[names[0]][1:])
+    counts = [shapes[each][layout.dim] for each in names]
+    whole = list(shapes[names[0]])
+    whole[layout.dim] = sum(counts)
+    if layout.is_transposed:
+        whole[-2:] = whole[:-3:-1]
     num_groups = getattr(config, layout.groups) if layout.groups else 1
     start = 0
     for each, count in zip(names, counts, strict=True):
-        rows = slice(start // num_groups, (start + count) // num_groups)
-        take = _taker(layout, num_groups, rows)
-        theirs = whole[::-1] if layout.is_transposed else whole
-        yield each, Recipe((name,), theirs, take, takes_rows=not layout.is_transposed)
+        take = _taker(layout, num_groups, start // num_groups, count // num_groups)
+        takes_rows = layout.dim == 0 and not layout.is_transposed
+        yield each, Recipe((name,), tuple(whole), take, takes_rows)
         start += count
 
 
-def _taker(layout: Rows, num_groups: int, rows: slice) -> Callable[[list[Tensor]], Tensor]:
+def _taker(layout: Rows, num_groups: int, start: int, count: int) -> Callable[[list[Tensor]], Tensor]:
+    dim = layout.dim
+
     def take(parts: list[Tensor]) -> Tensor:
-        theirs = parts[0].t() if layout.is_transposed else parts[0]
-        return theirs.unflatten(0, (num_groups, -1))[:, rows].flatten(0, 1)
+        theirs = parts[0].mT if layout.is_transposed else parts[0]
+        return theirs.unflatten(dim, (num_groups, -1)).narrow(dim + 1, start, count).flatten(dim, dim + 1)
 
     return take
 
 
 def _joiner(layout: Rows, config: Any) -> Callable[[list[Tensor]], Tensor]:
-    num_groups = getattr(config, layout.groups) if layout.groups else 1
+    num_groups, dim = getattr(config, layout.groups) if layout.groups else 1, layout.dim
 
     def join(parts: list[Tensor]) -> Tensor:
-        theirs = torch.cat([part.unflatten(0, (num_groups, -1)) for part in parts], 1).flatten(0, 1)
-        return theirs.t().contiguous() if layout.is_transposed else theirs
+        theirs = torch.cat([part.unflatten(dim, (num_groups, -1)) for part in parts], dim + 1).flatten(dim, dim + 1)
+        return theirs.mT.contiguous() if layout.is_transposed else theirs
 
     return join
 

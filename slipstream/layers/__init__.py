@@ -7,8 +7,10 @@ from slipstream.kernels.rope import rope
 from slipstream.layers.alibi import alibi_slopes
 from slipstream.layers.attention import Attention, attend
 from slipstream.layers.decoder import Decoder, PreNormLayer
+from slipstream.layers.latent_attention import LatentAttention
 from slipstream.layers.linear import Embedding, Linear, NormalizedLinear
 from slipstream.layers.mlp import ACTIVATIONS, MLP, GatedMLP
+from slipstream.layers.moe import Experts, MixtureOfExperts, SigmoidRouter, SoftmaxRouter
 from slipstream.layers.norm import LayerNorm, RMSNorm
 from slipstream.layers.rope import RotaryTable
 
@@ -18,13 +20,18 @@ __all__ = [
     "Attention",
     "Decoder",
     "Embedding",
+    "Experts",
     "GatedMLP",
+    "LatentAttention",
     "LayerNorm",
     "Linear",
+    "MixtureOfExperts",
     "NormalizedLinear",
     "PreNormLayer",
     "RMSNorm",
     "RotaryTable",
+    "SigmoidRouter",
+    "SoftmaxRouter",
     "StepTensors",
     "alibi_slopes",
     "attend",

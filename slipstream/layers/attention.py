@@ -1,5 +1,6 @@
 """Self-attention over the paged KV cache: MHA, GQA or MQA by the number of KV heads."""
 
+import torch
 from torch import Tensor, nn
 
 from slipstream.kernels import paged, rope
@@ -12,6 +13,7 @@ class Attention(nn.Module):
     scale: what scores are multiplied by; 1 / sqrt(head_dim) if None. window, soft_cap: as attend() takes them.
     q_norm, k_norm: norms of queries and keys before their rotation.
     alibi_slopes: float32 [num_heads], where positions are told by ALiBi (layers/alibi.py).
+    has_sinks: each head has a learned score beside those of the keys, which takes weight and gives nothing.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class Attention(nn.Module):
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
         alibi_slopes: Tensor | None = None,
+        has_sinks: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim, self.window, self.soft_cap = head_dim, window, soft_cap
@@ -40,6 +43,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = q_norm, k_norm
         self.alibi_slopes: Tensor | None
         self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
+        self.sinks = nn.Parameter(torch.empty(num_heads)) if has_sinks else None
 
     def forward(self, x_TH: Tensor, cos: Tensor | None, sin: Tensor | None, kv: Tensor, step: StepTensors) -> Tensor:
         """cos and sin are None where positions are not rotary."""
@@ -50,7 +54,7 @@ class Attention(nn.Module):
             q_TX, k_TY = rope.rope(q_TX, cos, sin, self.head_dim), rope.rope(k_TY, cos, sin, self.head_dim)
         out_TX = attend(
             q_TX, k_TY, v_TY, kv, step, scale=self.scale, value_dim=self.head_dim, window=self.window,
-            soft_cap=self.soft_cap, alibi_slopes=self.alibi_slopes,
+            soft_cap=self.soft_cap, alibi_slopes=self.alibi_slopes, sinks=self.sinks,
         )  # fmt: skip
         return self.o_proj(out_TX)
 

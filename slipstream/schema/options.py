@@ -70,6 +70,11 @@ class Options:
         """Whatever is there, None where nothing is; the caller checks it."""
         return self._values.pop(name, None)
 
+    def assume(self, name: str, value: Any) -> None:
+        """What is meant where an option is absent or null."""
+        if self._values.get(name) is None:
+            self._values[name] = value
+
     def skip(self, *names: str) -> None:
         """Options that are known and change nothing here."""
         for name in names:
@@ -90,6 +95,13 @@ class Options:
         if not isinstance(value, list) or not all(isinstance(x, int | float) and 0 < x < 1e30 for x in value):
             raise CorruptFile(f"{self._source}: {name} must be a list of positive numbers.")
         return tuple(float(x) for x in value)
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """Whole numbers from 0; () where there is no list."""
+        value = self._values.pop(name, None) or []
+        if not isinstance(value, list) or not all(type(x) is int and 0 <= x < 2**31 for x in value):
+            raise CorruptFile(f"{self._source}: {name} must be a list of whole numbers from 0.")
+        return tuple(value)
 
     def words(self, name: str, known: tuple[str, ...]) -> tuple[str, ...] | None:
         value = self._values.pop(name, None)

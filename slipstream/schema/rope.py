@@ -26,6 +26,7 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()  # longrope: each frequency's own divisor, in the old context
     long_factors: tuple[float, ...] = ()  # longrope: and beyond it
     attention_factor: float = 1.0  # yarn, longrope: cosines and sines are multiplied by it
+    mscale_all_dim: float = 0.0  # yarn, in latent attention: scores too, by the square of yarn_magnitude(factor, this)
 
     @property
     def reach(self) -> float:
@@ -106,6 +107,7 @@ def _read_yarn(rope: RopeConfig, options: Options) -> RopeConfig:
         beta_slow=options.real("beta_slow", 1.0) or 1.0,
         truncate=options.boolean("truncate", True),
         attention_factor=options.real("attention_factor", magnitude),
+        mscale_all_dim=under,
     )
 
 

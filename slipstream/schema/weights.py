@@ -15,11 +15,13 @@ class Rows:
     groups: a field of the config, by which the rows are interleaved: for each of so many groups the rows of each of
     ours that belong to it (GPT-NeoX's query_key_value: query, key and value of head 0, then of head 1, ...).
     is_transposed: theirs is stored [in, out], ours [out, in] (GPT-2's Conv1D).
+    dim: of ours, along which the rows lie; 1 where the first are experts (gpt-oss's gate_up_proj).
     """
 
     names: tuple[str, ...]
     groups: str | None = None
     is_transposed: bool = False
+    dim: int = 0
 
 
 @dataclass(frozen=True)

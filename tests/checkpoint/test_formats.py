@@ -53,7 +53,7 @@ def write_quantized(folder: Path, options: dict[str, Any], format: Format) -> tu
         quantized = format.quantize(tensors.pop(f"{name}.weight").double(), rng)
         tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in quantized.stored.items()}
         linear.weight.data = quantized.weight.float()
-        if format.activations is not None:
+        if format.activations is not None and not name.endswith("kv_b_proj"):  # it is absorbed, so it has no input
             linear.register_forward_pre_hook(lambda _, inputs: (format.activations(inputs[0]),))  # type: ignore
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())

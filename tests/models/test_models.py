@@ -194,6 +194,55 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "rope_parameters": {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
         "mid_size": MID_SIZE,
     },
+    "mixtral": {
+        "window": {"sliding_window": 9},
+        "one_expert": {"num_experts_per_tok": 1, "tie_word_embeddings": True},
+        "all_experts": {"num_experts_per_tok": 4, "num_key_value_heads": 4},
+        "mid_size": MID_SIZE | {"intermediate_size": 160, "num_local_experts": 8},
+    },
+    "qwen3_moe": {
+        "not_normalized": {"norm_topk_prob": False, "num_experts_per_tok": 2},
+        "some_layers_dense": {"mlp_only_layers": [0], "decoder_sparse_step": 2, "tie_word_embeddings": True},
+        "biases_window": {"attention_bias": True, "use_sliding_window": True, "sliding_window": 11},
+        "mid_size": MID_SIZE | {"moe_intermediate_size": 96, "num_experts": 24, "num_experts_per_tok": 5},
+    },
+    "gpt_oss": {
+        "default_rope": {"rope_scaling": {"rope_type": "default"}},
+        "no_rope_options": {"rope_scaling": None},
+        "layer_types": {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+        "no_attention_bias_alpha": {"attention_bias": False, "swiglu_alpha": 1.2, "swiglu_limit": 0.8},
+        "mid_size": MID_SIZE | {"intermediate_size": 160, "num_local_experts": 8, "num_experts_per_tok": 4},
+    },
+    "deepseek_v3": {
+        "plain_queries": {"q_lora_rank": None, "attention_bias": True},
+        "biases": {"attention_bias": True, "norm_topk_prob": False, "routed_scaling_factor": 1.0},
+        "halves_rope": {"rope_interleave": False},
+        "one_group": {"n_group": 1, "topk_group": 1, "n_shared_experts": 2, "num_experts_per_tok": 8},
+        "no_dense_layer": {"first_k_dense_replace": 0, "tie_word_embeddings": True},
+        "yarn": {
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
+        "mid_size": MID_SIZE
+        | {
+            "num_key_value_heads": 8,
+            "moe_intermediate_size": 96,
+            "q_lora_rank": 96,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "n_routed_experts": 24,
+            "num_experts_per_tok": 5,
+        },
+    },
 }
 CASES = [
     pytest.param(name, options, id=f"{name}-{variant}")

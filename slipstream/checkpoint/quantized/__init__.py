@@ -13,6 +13,7 @@ from typing import Any
 from slipstream.checkpoint.packed import PackedLinear, PackedTensors
 from slipstream.checkpoint.quantized import awq, compressed_tensors, fp8, gptq, modelopt
 from slipstream.checkpoint.quantized.linears import Parts
+from slipstream.checkpoint.quantized.mxfp4 import MXFP4Experts
 from slipstream.checkpoint.tensors import TensorSource
 from slipstream.engine.bounded_json import read_json
 from slipstream.errors import CorruptFile, UnsupportedModel
@@ -31,8 +32,8 @@ FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_c
 KV_SCALE = re.compile(r".*\.(k_scale|v_scale|q_scale|prob_scale|kv_scale|output_scale|[kv]_proj\.[kv]_scale)")
 
 
-def open_quantized(folder: Path, options: dict[str, Any], tensors: TensorSource) -> PackedTensors | None:
-    """The model's tensors with its quantized linears packed; None where nothing is quantized.
+def open_quantized(folder: Path, options: dict[str, Any], tensors: TensorSource) -> TensorSource | None:
+    """The model's tensors with its quantized linears packed (PackedTensors); None where nothing is quantized.
 
     Raises UnsupportedModel for a method, format or option that is not known, CorruptFile where the tensors are not
     those that the config announces.
@@ -41,8 +42,11 @@ def open_quantized(folder: Path, options: dict[str, Any], tensors: TensorSource)
     if found is None:
         return None
     method, where, values = found
+    if method == "mxfp4":  # of experts alone
+        return MXFP4Experts(tensors, Options(values, where))
     if method not in METHODS:
-        raise UnsupportedModel(f"{where}: quant_method is {method!r}; the known ones are {', '.join(METHODS)}.")
+        known = ", ".join((*METHODS, "mxfp4"))
+        raise UnsupportedModel(f"{where}: quant_method is {method!r}; the known ones are {known}.")
     parts = Parts(tensors)
     linears = METHODS[method](Options(values, where), parts)
     if not linears:
