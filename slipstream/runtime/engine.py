@@ -128,8 +128,9 @@ def _check_sinks(manifest: Manifest, windows: Sequence[int], sink_token_length: 
             "sink_token_length needs one window for all layers, of positions that the model knows; "
             f"give max_attention_window_size, at most {most}."
         )
-    if sink_token_length >= (widest or max_seq_len):
+    window = widest or max_seq_len
+    if sink_token_length >= window:
         raise CapacityError(
-            f"sink_token_length is {sink_token_length}; it must be less than the window of {widest or max_seq_len} "
-            "tokens, such as 4."
+            f"sink_token_length is {sink_token_length}; it must be less than the window of {window} tokens, such as "
+            f"{min(4, window - 1)}."
         )

@@ -9,6 +9,7 @@ After each move `Scheduler.check()` proves the bookkeeping. At the end every req
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +19,7 @@ from slipstream.errors import CapacityError, RequestError
 from slipstream.runtime.scheduler import Scheduler
 from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
 from slipstream.schema.kv import KVGroup
-from slipstream.schema.request import FinishReason, GenerateRequest, TokenEvent
+from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent
 from slipstream.schema.sampling import SamplingParams
 from slipstream.schema.step import StepPlan
 
@@ -103,9 +104,8 @@ class Story:
 
 
 class History:
-    def __init__(self, rng: random.Random, config: RuntimeConfig | None = None) -> None:
-        self.rng = rng
-        self.config = config or random_config(rng)
+    def __init__(self, rng: random.Random, config: RuntimeConfig) -> None:
+        self.rng, self.config = rng, config
         self.num_tokens = rng.randint(2, 3)
         self.scheduler = Scheduler(self.config)
         self.worker = FakeWorker(self.config, self.num_tokens)
@@ -208,31 +208,32 @@ class History:
         assert stats.num_preemptions == 0 or self.config.capacity_policy is CapacityPolicy.MAX_UTILIZATION
 
 
+Configure = Callable[[random.Random], RuntimeConfig]
+
+
+def run_history(seed: int, configure: Configure) -> EngineStats:
+    rng = random.Random(seed)
+    try:
+        history = History(rng, configure(rng))
+        history.run()
+    except BaseException as error:
+        error.add_note(f"run_history({seed}, {configure.__name__})")
+        raise
+    return history.scheduler.stats()
+
+
 def test_random_histories():
     for seed in range(NUM_HISTORIES):
-        try:
-            History(random.Random(seed)).run()
-        except BaseException as error:
-            error.add_note(f"history {seed}: History(random.Random({seed})).run()")
-            raise
+        run_history(seed, random_config)
 
 
 def test_crowded_windows_with_sinks_are_preempted_and_reuse_prefixes():
-    num_both = 0
-    for seed in range(NUM_HISTORIES // 10):
-        rng = random.Random(seed)
-        history = History(rng, crowded_config(rng))
-        try:
-            history.run()
-        except BaseException as error:
-            error.add_note(f"crowded history {seed}")
-            raise
-        stats = history.scheduler.stats()
-        num_both += stats.num_preemptions > 0 and stats.prompt_tokens_cached > 0
-    assert num_both > NUM_HISTORIES // 50
+    num_seeds = NUM_HISTORIES // 10
+    stats = [run_history(seed, crowded_config) for seed in range(num_seeds)]
+    assert sum(each.num_preemptions > 0 and each.prompt_tokens_cached > 0 for each in stats) > num_seeds // 5
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.randoms(use_true_random=False))
-def test_random_histories_that_shrink(rng: random.Random):
-    History(rng).run()
+@given(st.randoms(use_true_random=False), st.sampled_from([random_config, crowded_config]))
+def test_random_histories_that_shrink(rng: random.Random, configure: Configure):
+    History(rng, configure(rng)).run()
