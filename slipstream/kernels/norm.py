@@ -6,6 +6,8 @@ from torch.nn import functional
 
 from slipstream.kernels.registry import op
 
+ROWS_AT_ONCE = 4096  # of a weight, in float32: the head of a large model is most of a gigabyte in bfloat16
+
 
 @op("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset) -> Tensor")
 def rms_norm(x_TN: Tensor, weight_H: Tensor, eps: float, weight_offset: float) -> Tensor:
@@ -40,7 +42,10 @@ def add_rms_norm(
 @op("normalize_rows(Tensor weight) -> Tensor")
 def normalize_rows(weight_NK: Tensor) -> Tensor:
     """Each row scaled to length 1; a row of zeros stays."""
-    return functional.normalize(weight_NK.float(), dim=1).to(weight_NK.dtype)
+    out_NK = torch.empty_like(weight_NK)
+    for weight_RK, out_RK in zip(weight_NK.split(ROWS_AT_ONCE), out_NK.split(ROWS_AT_ONCE), strict=True):
+        out_RK.copy_(functional.normalize(weight_RK.float(), dim=1))
+    return out_NK
 
 
 @op("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor")
