@@ -21,6 +21,7 @@ _COLD_BYTES = 96 << 20  # weights cycled through while timing, so that no cache 
 # The fastest of many single calls counts: on a shared machine a neighbour spoils most, rarely all.
 _ROUNDS = 7
 _ROUND_SECONDS = 0.004
+_NUMBERS = ("float32", "float16", "bfloat16", "float8_e4m3fn", "int8")  # what activations are; indices are int64
 
 
 def describe_device(device: torch.device) -> str:
@@ -88,12 +89,12 @@ def _rows(node: Node, graph: Graph) -> int | str:
 
 
 def _is_measurable(node: Node, graph: Graph) -> bool:
-    """Every input is a weight or a float tensor with one row a token: random numbers are as good as real ones."""
+    """Every input is a weight or numbers with one row a token (no indices): made-up ones are as good as real ones."""
     rows_first = (("T",), ("R",))
     return bool(node.outputs) and all(
         name is None
         or name in graph.weights
-        or (graph.types[name].dtype.startswith(("float", "bfloat")) and graph.types[name].shape[:1] in rows_first)
+        or (graph.types[name].dtype in _NUMBERS and graph.types[name].shape[:1] in rows_first)
         for name in node.inputs
     )
 

@@ -164,12 +164,16 @@ PLUGINS: dict[str, Answers] = {
     "--layernorm_plugin": plugin("layernorm"),
     "--use_layernorm_plugin": plugin("layernorm"),
     "--moe_plugin": plugin("moe"),
+    "--fp8_rowwise_gemm_plugin": plugin("fp8_rowwise_gemm"),
+    "--rmsnorm_quantization_plugin": plugin("rmsnorm_quantization"),
+    "--layernorm_quantization_plugin": plugin("layernorm_quantization"),
+    "--quantize_per_token_plugin": plugin("quantize_per_token"),
+    "--quantize_tensor_plugin": plugin("quantize_per_token"),
     **{
         f"--{name}_plugin": other_plugin()
         for name in (
             "bert_attention", "gemm_swiglu", "gemm_allreduce", "low_latency_gemm_swiglu", "lora",
-            "mamba_conv1d", "nccl", "fp8_rowwise_gemm", "qserve_gemm", "identity",
-            "layernorm_quantization", "rmsnorm_quantization", "quantize_per_token", "quantize_tensor",
+            "mamba_conv1d", "nccl", "qserve_gemm", "identity",
         )
     },
 }  # fmt: skip

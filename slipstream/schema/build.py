@@ -12,11 +12,15 @@ MAX_BATCH_SIZE = 1 << 16  # a slot of sampling state each
 PLUGINS = {
     "gpt_attention": ("*attention*", "*kv_write*"),
     "gemm": ("linear", "linear_fp8*"),
+    "fp8_rowwise_gemm": ("linear_fp8",),
     "weight_only_quant_matmul": ("linear_w[48]a16",),
     "smooth_quant_gemm": ("linear_w8a8",),
     "lookup": ("embedding",),
     "rmsnorm": ("*rms_norm*",),
     "layernorm": ("*layer_norm*",),
+    "rmsnorm_quantization": ("*rms_norm_quantize",),
+    "layernorm_quantization": ("*layer_norm_quantize",),
+    "quantize_per_token": ("quantize_*",),
     "moe": ("experts",),
 }
 

@@ -17,8 +17,9 @@ from slipstream.build.tune import describe_device, tune
 from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.engine.choices import ROW_BUCKETS, Choices, bucket_of, load_choices
 from slipstream.engine.folder import CACHE_FILE, open_engine
+from slipstream.engine.graph import TensorType
 from slipstream.kernels import activation
-from slipstream.kernels.registry import kernel, known_ops
+from slipstream.kernels.registry import Kernel, kernel, known_ops
 from slipstream.schema.build import PLUGINS, BuildConfig
 
 CPU = torch.device("cpu")
@@ -62,6 +63,22 @@ def test_equal_ops_are_measured_once_and_ops_without_a_choice_never(fake_kernels
 
     choices = tune(trace(block, {"x": ("T", 8), "y": ("T", 8)}, {}), CPU, max_num_tokens=2, max_batch_size=2)
     assert list(choices.kernels) == ["silu(float32[T, 8])"]
+
+
+def test_products_of_quantized_activations_are_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = known_ops()["linear_w8a8"]
+    twin = Kernel("twin", linear.reference, lambda device, dtype: True)
+    monkeypatch.setitem(linear.kernels, "twin", twin)
+
+    def block(x, packed, scale):  # type: ignore[no-untyped-def]
+        quantized, x_scale = ops.quantize_w8a8(x, input_scale=0.0, input_group_size=0)
+        how = {"group_size": 0, "input_group_size": 0, "dtype": "float32"}
+        return ops.linear_w8a8(quantized, x_scale, packed, scale, None, **how)
+
+    graph = trace(block, {"x": ("T", 8)}, {"packed": (4, 8), "scale": (4, 1)})
+    graph.weights["packed"] = graph.types["packed"] = TensorType((4, 8), "int8")
+    (names,) = tune(graph, CPU, max_num_tokens=2, max_batch_size=2).kernels.values()
+    assert set(names) <= {"reference", "twin"}
 
 
 def test_a_step_takes_the_smallest_bucket_that_holds_its_rows() -> None:

@@ -96,6 +96,7 @@ def test_what_is_so_anyway_is_silent(line: str, capsys: pytest.CaptureFixture[st
 
 def test_flags_that_mean_options_of_ours() -> None:
     assert answered("--gemm_plugin", "disable") == ["--disable_plugin", "gemm"]
+    assert answered("--rmsnorm_quantization_plugin=disable") == ["--disable_plugin", "rmsnorm_quantization"]
     assert answered("--use_fused_mlp", "disable") == ["--disable_pass", "fuse_gate_up"]
 
 
