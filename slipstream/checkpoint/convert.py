@@ -25,6 +25,7 @@ from slipstream.models import ModelFile, read_config
 from slipstream.schema.build import DTYPES
 from slipstream.schema.format import WeightFormat
 from slipstream.schema.model import DecoderConfig
+from slipstream.schema.weights import WeightTable
 
 OUTPUT_FORMATS = ("slipstream", "hf")
 
@@ -75,7 +76,7 @@ def open_checkpoint(source: Source, dtype: str = "auto") -> Checkpoint:
         gguf = GGUFModel.open(source.path)
         return _open(
             source, gguf, gguf.hf_config(), gguf.generation_config(), dtype,
-            lambda folder: write_gguf_tokenizer(gguf.tokenizer_facts(), folder),
+            lambda folder: write_gguf_tokenizer(gguf.tokenizer_facts(), folder), gguf.weights,
         )  # fmt: skip
     if source.kind == "folder":
         generation_path = source.path / "generation_config.json"
@@ -108,11 +109,13 @@ def _open(
     generation: dict[str, Any],
     dtype: str,
     write_tokenizer: Callable[[Path], None],
+    weights: WeightTable | None = None,
 ) -> Checkpoint:
+    """weights: what the source calls them, where that is not what Hugging Face does."""
     try:
         model, config = read_config(options, str(source.path), _own(source))
         shapes = shapes_of(model, config, source.path)
-        recipes = find_weights(model, config, shapes, tensors.names(), source.path)
+        recipes = find_weights(model, weights or model.WEIGHTS, config, shapes, tensors.names(), source.path)
         check_shapes(shapes, recipes, tensors, source.path)
     except BaseException:
         tensors.close()
@@ -206,12 +209,12 @@ def shapes_of(model: ModelFile, config: DecoderConfig, where: Path) -> Shapes:
 
 
 def find_weights(
-    model: ModelFile, config: DecoderConfig, shapes: Shapes, found: Iterable[str], where: Path
+    model: ModelFile, weights: WeightTable, config: DecoderConfig, shapes: Shapes, found: Iterable[str], where: Path
 ) -> dict[str, Recipe]:
-    """How each of our weights is made of the source's tensors; what no line of the model's table knows is an error."""
+    """How each of our weights is made of the source's tensors; a name that no line of `weights` knows is an error."""
     ignored = [pattern(name) for name in model.IGNORED_WEIGHTS]
     found = [name for name in found if not any(each.fullmatch(name) for each in ignored)]
-    recipes, left_over = from_hugging_face(model.WEIGHTS, config, shapes, found, str(where))
+    recipes, left_over = from_hugging_face(weights, config, shapes, found, str(where))
     if left_over:
         more = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
         raise CorruptFile(f"{where} holds the tensor {left_over[0]}{more}, which this model does not have.")

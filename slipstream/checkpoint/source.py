@@ -34,6 +34,8 @@ def resolve(model: str | Path, own_model: OwnModel | None = None) -> Source:
     source = _resolve(model)
     if own_model is not None and source.kind == "engine":
         raise ModelError(f"{source.path} is an engine, which is built already; leave --model_cls_file out.")
+    if own_model is not None and source.kind == "gguf":
+        raise ModelError(f"{source.path} is a GGUF file; --model_cls_file takes the folder of a model.")
     return replace(source, own_model=own_model)
 
 

@@ -14,8 +14,10 @@ import torch
 from slipstream.build import build
 from slipstream.checkpoint import open_checkpoint
 from slipstream.checkpoint.gguf import GGMLType, GGUFFile, GGUFModel
+from slipstream.checkpoint.layouts import from_hugging_face
 from slipstream.checkpoint.source import resolve
 from slipstream.errors import CorruptFile, ModelError, UnsupportedModel
+from slipstream.models import llama
 from slipstream.schema.build import BuildConfig
 from tests.checkpoint.tiny_gguf import (
     HEAD_DIM,
@@ -342,8 +344,8 @@ def test_rope_variants(tmp_path: Path) -> None:
     assert GGUFModel.open(path).hf_config()["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
     path = write_llama(tmp_path / "x.gguf", llama__rope__scaling__type="none", llama__rope__scaling__factor=4.0)
     assert GGUFModel.open(path).hf_config()["rope_scaling"] is None
-    path = write_llama(tmp_path / "x.gguf", llama__rope__scaling__type="yarn", llama__rope__scaling__factor=4.0)
-    with pytest.raises(UnsupportedModel, match="rope scaling 'yarn'"):
+    path = write_llama(tmp_path / "x.gguf", llama__rope__scaling__type="twisted", llama__rope__scaling__factor=4.0)
+    with pytest.raises(UnsupportedModel, match="rope scaling 'twisted'; known are none, linear, yarn, longrope"):
         GGUFModel.open(path).hf_config()
     for factors, valid in [([1.0, 1.0, 2.0, 8.0], True), ([1.0, 2.0], False), ([1.0, 0.0, 1.0, 1.0], False)]:
         tensors = llama_tensors() | {"rope_freqs.weight": np.array(factors, np.float32)}
@@ -359,7 +361,6 @@ def test_rope_variants(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"llama__expert_count": 8}, UnsupportedModel, "mixture of experts"),
         ({"llama__rope__dimension_count": 4}, UnsupportedModel, "rotates 4 of 8 dimensions"),
         ({"llama__block_count": None}, CorruptFile, "has no llama.block_count"),
         ({"llama__block_count": 4000000000}, CorruptFile, "claims 4000000000 layers and holds 11 tensors"),
@@ -379,42 +380,30 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
         GGUFModel.open(path)
 
 
-def test_tensors_under_hugging_face_names(tmp_path: Path) -> None:
-    """The reordering is that of LlamaModel.permute in llama.cpp's convert_hf_to_gguf.py."""
+def permute(weights: np.ndarray, num_heads: int) -> np.ndarray:
+    """As LlamaModel.permute in llama.cpp's convert_hf_to_gguf.py."""
+    halves = weights.reshape(num_heads, 2, weights.shape[0] // num_heads // 2, *weights.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weights.shape)
 
-    def permute(weights: np.ndarray, num_heads: int) -> np.ndarray:
-        halves = weights.reshape(num_heads, 2, weights.shape[0] // num_heads // 2, *weights.shape[1:])
-        return halves.swapaxes(1, 2).reshape(weights.shape)
 
-    tensors = llama_tensors() | {
-        "blk.0.attn_q.bias": np.arange(32, dtype=np.float32),
-        "odd.name": np.ones(1, np.float32),
-    }
+def test_rows_that_rotate_together_are_put_back(tmp_path: Path) -> None:
+    tensors = llama_tensors() | {"blk.0.attn_q.bias": np.arange(32, dtype=np.float32)}
     stored = dict(tensors)
     for name, heads in [("q.weight", HEADS), ("q.bias", HEADS), ("k.weight", KV_HEADS)]:
         stored[f"blk.0.attn_{name}"] = permute(tensors[f"blk.0.attn_{name}"], heads)
     model = GGUFModel.open(write_gguf(tmp_path / "x.gguf", stored, llama_metadata()))
-    layer = "model.layers.0"
-    names = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        f"{layer}.input_layernorm.weight": "blk.0.attn_norm.weight",
-        f"{layer}.post_attention_layernorm.weight": "blk.0.ffn_norm.weight",
-        f"{layer}.self_attn.q_proj.weight": "blk.0.attn_q.weight",
-        f"{layer}.self_attn.q_proj.bias": "blk.0.attn_q.bias",
-        f"{layer}.self_attn.k_proj.weight": "blk.0.attn_k.weight",
-        f"{layer}.self_attn.v_proj.weight": "blk.0.attn_v.weight",
-        f"{layer}.self_attn.o_proj.weight": "blk.0.attn_output.weight",
-        f"{layer}.mlp.gate_proj.weight": "blk.0.ffn_gate.weight",
-        f"{layer}.mlp.up_proj.weight": "blk.0.ffn_up.weight",
-        f"{layer}.mlp.down_proj.weight": "blk.0.ffn_down.weight",
-        "odd.name": "odd.name",
-    }
-    assert set(model.names()) == set(names)
-    for name, own_name in names.items():
-        assert np.array_equal(model.read(name).numpy(), tensors[own_name])
-        assert model.shape(name) == tensors[own_name].shape
+    assert set(model.names()) == set(tensors)
+    for name, tensor in tensors.items():
+        assert np.array_equal(model.read(name).numpy(), tensor)
+        assert model.shape(name) == tensor.shape
     assert model.hf_config()["attention_bias"]
+
+
+def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
+    tensors = llama_tensors() | {"odd.name": np.ones(1, np.float32)}
+    path = write_gguf(tmp_path / "x.gguf", tensors, llama_metadata())
+    with pytest.raises(CorruptFile, match=r"holds the tensor odd\.name, which this model does not have"):
+        open_checkpoint(resolve(path))
 
 
 def test_generation_config_lists_every_end(tmp_path: Path) -> None:
@@ -447,10 +436,12 @@ def test_smollm2_equals_what_transformers_loads() -> None:
     transformers = pytest.importorskip("transformers")
     path = resolve("smollm2").path
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    model = GGUFModel.open(path)
+    model, checkpoint = GGUFModel.open(path), open_checkpoint(resolve("smollm2"), "float32")
     state = {name: tensor for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
-    assert set(model.names()) == set(state)
-    assert all(torch.equal(model.read(name), tensor) for name, tensor in state.items())
+    recipes, left_over = from_hugging_face(llama.WEIGHTS, checkpoint.config, checkpoint.shapes, state, "")
+    assert not left_over
+    assert set(recipes) == set(checkpoint.shapes)
+    assert all(torch.equal(checkpoint.read(name), state[recipe.sources[0]]) for name, recipe in recipes.items())
     for key, value in model.hf_config().items():
         if hasattr(theirs.config, key) and key not in ("rope_scaling", "torch_dtype"):
             assert getattr(theirs.config, key) == value, key

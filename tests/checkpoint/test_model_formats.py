@@ -10,6 +10,7 @@ import torch
 
 from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.models import known_models, model_file
+from tests.checkpoint import llama_cpp
 from tests.checkpoint.naive_formats import FORMATS
 from tests.checkpoint.test_formats import (
     ACTIVATION_TOLERANCE,
@@ -34,7 +35,7 @@ EXAMPLES = {
 }
 NO_LINEARS = {"gpt2"}  # its products are Conv1D, which none of the tools quantizes
 OTHER_COLUMNS = {
-    "GGUF": {"llama"},  # tests/checkpoint/test_gguf.py
+    "GGUF": set(llama_cpp.ARCHITECTURES),  # tests/checkpoint/test_gguf_models.py
     "TensorRT-LLM": {"llama"},  # tests/checkpoint/test_trtllm.py
 }
 CASES = [(model, column) for model in known_models() if model not in NO_LINEARS for column in EXAMPLES]
