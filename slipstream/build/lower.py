@@ -1,7 +1,7 @@
-"""Weights stored packed stay packed: `linear` over such a weight becomes the linear of its format.
+"""Weights stored packed stay packed: `linear` or `experts` over such weights becomes the op of their format.
 
-Passes before this one see dense linears alone, so one set of patterns serves every format. What is not a linear (a
-table, the experts of a mixture) reads the weight dequantized, which happens when the engine is written.
+Passes before this one see dense products alone, so one set of patterns serves every format. Where else a weight is read
+(a table, experts whose three weights differ in format), it is dequantized, which happens when the engine is written.
 """
 
 from dataclasses import asdict
@@ -10,6 +10,7 @@ from typing import Any
 from slipstream.build.rewrite import NewNames
 from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.engine.shapes import infer_node
+from slipstream.kernels import packed_experts
 from slipstream.kernels.registry import known_ops
 from slipstream.schema.format import QUANTIZES_ACTIVATIONS, WeightFormat
 
@@ -39,19 +40,36 @@ class _Lowering:
         weights = self._weights(node)
         formats = {self._graph.formats.get(name) for name in weights}
         format = formats.pop() if len(formats) == 1 else None
-        if format is None:
+        if format is None or (node.op == "experts" and format.order):
             self.nodes.append(node)
             return
+        self.num_lowered += 1
+        if node.op == "experts":
+            self._lower_experts(node, weights, format)
+        else:
+            self._lower_linear(node, weights, format)
+
+    def _lower_linear(self, node: Node, weights: tuple[str, ...], format: WeightFormat) -> None:
         inputs: dict[str, str | None] = dict(zip(("x", "weight", "bias"), node.inputs, strict=True))
         inputs |= self._parts(weights, format)
         attributes = asdict(format) | {"dtype": self._graph.types[node.outputs[0]].dtype}
         if format.kind in QUANTIZES_ACTIVATIONS:
             inputs["x"], inputs["x_scale"] = self._quantize(str(inputs["x"]), format.kind, attributes)
         self.nodes.append(_call(f"linear_{format.kind}", inputs, node.outputs, attributes))
-        self.num_lowered += 1
+
+    def _lower_experts(self, node: Node, weights: tuple[str, ...], format: WeightFormat) -> None:
+        inputs: dict[str, str | None] = dict(
+            zip((argument.name for argument in known_ops()["experts"].tensor_arguments), node.inputs, strict=True)
+        )
+        for name, weight in zip(packed_experts.WEIGHTS, weights, strict=True):
+            inputs |= {f"{name}_{part}": found for part, found in self._parts((weight,), format).items()}
+        attributes = asdict(format) | node.attributes
+        self.nodes.append(_call(f"experts_{format.kind}", inputs, node.outputs, attributes))
 
     def _weights(self, node: Node) -> tuple[str, ...]:
-        """The stored weights behind a linear: its own, or those that a fusion joined."""
+        """The stored weights behind a product: its own, or those that a fusion joined."""
+        if node.op == "experts":
+            return tuple(str(name) for name in node.inputs[3:6])
         if node.op != "linear" or node.inputs[1] is None:
             return ()
         maker = self._producers.get(node.inputs[1])
@@ -61,8 +79,8 @@ class _Lowering:
     def _parts(self, weights: tuple[str, ...], format: WeightFormat) -> dict[str, str]:
         found = {}
         for weight in weights:
-            num_out, num_in = (int(size) for size in self._graph.weights[weight].shape)
-            for part, (shape, dtype) in format.parts(num_out, num_in).items():
+            sizes = (int(size) for size in self._graph.weights[weight].shape)
+            for part, (shape, dtype) in format.parts(*sizes).items():
                 kind = TensorType(shape, dtype)
                 self._graph.weights[f"{weight}.{part}"] = self._graph.types[f"{weight}.{part}"] = kind
         for part in format.parts(1, 1):

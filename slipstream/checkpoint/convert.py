@@ -176,15 +176,16 @@ def formats_of(recipes: dict[str, Recipe], tensors: TensorSource) -> dict[str, W
     formats: dict[str, WeightFormat] = {}
     dequantized = []
     for ours, recipe in recipes.items():
-        format = tensors.format_of(recipe.sources[0])
-        if format is not None and recipe.takes_rows:
+        found = {tensors.format_of(source) for source in recipe.sources}
+        format = found.pop() if len(found) == 1 and recipe.takes_rows else None
+        if format is not None:
             formats[ours] = format
-        elif format is not None:
+        elif found - {None}:
             dequantized.append(ours)
     if dequantized:
         more = f" and {len(dequantized) - 1} more" if len(dequantized) > 1 else ""
         warnings.warn(
-            f"{dequantized[0]}{more} are dequantized: they are made of several tensors, or stored transposed.",
+            f"{dequantized[0]}{more} are dequantized: their parts differ in format, or are stored transposed.",
             stacklevel=2,
         )
     return formats

@@ -95,8 +95,7 @@ class Checkpoint:
         return found
 
     def _part_type(self, weight: str, part: str) -> PartType:
-        num_out, num_in = self.shapes[weight]
-        return self.formats[weight].parts(num_out, num_in)[part]
+        return self.formats[weight].parts(*self.shapes[weight])[part]
 
     def _split(self, name: str) -> tuple[str, str]:
         weight, _, part = name.rpartition(".")

@@ -26,7 +26,7 @@ class Recipe:
     sources: tuple[str, ...]
     source_shape: Shape  # of each source
     make: Callable[[list[Tensor]], Tensor]
-    takes_rows: bool = False  # whole rows, whatever is in them: it serves the parts of a packed weight too
+    takes_rows: bool = False  # whole rows, or stacks of them, whatever is in them: it serves packed parts too
 
     @property
     def is_the_same(self) -> bool:
@@ -81,7 +81,7 @@ def to_hugging_face(table: WeightTable, config: Any, shapes: Shapes) -> dict[str
         elif isinstance(layout, Stacked):
             for expert in range(shape[0]):
                 name = _fill(key, values | {"e": str(expert)})
-                recipes[name] = Recipe((ours,), shape, _expert(expert))
+                recipes[name] = Recipe((ours,), shape, _expert(expert), takes_rows=True)
         else:
             names = tuple(_fill(name, values) for name in layout.names)
             join = _joiner(layout, config)
@@ -189,4 +189,5 @@ def _stack(ours: str, experts: dict[int, str], shapes: Shapes, where: str) -> Re
     if len(experts) > shapes[ours][0]:
         extra = experts[max(experts)]
         raise CorruptFile(f"{where}: {extra} is of an expert too many; the config has {shapes[ours][0]}.")
-    return Recipe(tuple(experts[expert] for expert in sorted(experts)), shapes[ours][1:], torch.stack)
+    names = tuple(experts[expert] for expert in sorted(experts))
+    return Recipe(names, shapes[ours][1:], torch.stack, takes_rows=True)

@@ -14,10 +14,10 @@ from slipstream.schema.format import PART_NAMES, WeightFormat
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """The weight [N, K] of one linear: its format, and how each part of it is read in our packing."""
+    """The weight [N, K] of one linear, or [E, N, K] of one in each expert: its format, and how each part is read."""
 
     format: WeightFormat
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     parts: dict[str, Callable[[], torch.Tensor]]
 
     def read(self, part: str) -> torch.Tensor:
@@ -62,7 +62,7 @@ class PackedTensors:
             return self._tensors.read(name)
         if part:
             return linear.read(part)
-        return dense_weight(linear.format, {part: linear.read(part) for part in linear.parts}, linear.shape[1])
+        return dense_weight(linear.format, {part: linear.read(part) for part in linear.parts}, linear.shape[-1])
 
     def close(self) -> None:
         self._tensors.close()
@@ -82,7 +82,7 @@ def open_packed(
     linears = {}
     for name, format in formats.items():
         shape = shapes.get(name, ())
-        if len(shape) != 2:
+        if len(shape) not in (2, 3):
             raise CorruptFile(f"{where} has a format for {name}, which is no matrix of this model; convert it again.")
         parts: dict[str, Callable[[], torch.Tensor]] = {}
         for part, (part_shape, dtype) in format.parts(*shape).items():
@@ -91,5 +91,5 @@ def open_packed(
             if found != (part_shape, getattr(torch, dtype)):
                 raise CorruptFile(f"{where} lacks {full} as {dtype} {list(part_shape)}; convert the model again.")
             parts[part] = partial(tensors.read, full)
-        linears[name] = PackedLinear(format, (shape[0], shape[1]), parts)
+        linears[name] = PackedLinear(format, shape, parts)
     return PackedTensors(tensors, linears, {f"{name}.{part}" for name in linears for part in PART_NAMES})

@@ -7,7 +7,7 @@ build rewrites graphs of ops, the runtime runs them; nobody else computes on ten
 Importing this package registers every op below `slipstream::`.
 """
 
-from slipstream.kernels import activation, arithmetic, embedding, moe, norm, quantized, rope
+from slipstream.kernels import activation, arithmetic, embedding, moe, norm, packed_experts, quantized, rope
 from slipstream.kernels.attention import paged, streaming
 from slipstream.kernels.linear import dense, fp8, heads, w4a16, w8a8, w8a16
 
@@ -20,6 +20,7 @@ __all__ = [
     "heads",
     "moe",
     "norm",
+    "packed_experts",
     "paged",
     "quantized",
     "rope",

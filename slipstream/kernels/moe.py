@@ -3,6 +3,9 @@
 T tokens, E experts, K of them a token, H hidden size, I an expert's intermediate size.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -77,14 +80,14 @@ def route_sigmoid(
     return scores_TK.mul_(factor), ids_TK
 
 
-def _like_first(x_TH: Tensor, *_: object, **__: object) -> Tensor:
+def like_first(x_TH: Tensor, *_: object, **__: object) -> Tensor:
     return x_TH.new_empty(x_TH.shape)
 
 
 @op(
     "experts(Tensor x, Tensor shares, Tensor expert_ids, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, "
     "Tensor? up_bias, Tensor? down_bias, float alpha, float limit, float up_offset) -> Tensor",
-    shapes=_like_first,
+    shapes=like_first,
 )
 def experts(
     x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, gate_EIH: Tensor, up_EIH: Tensor, down_EHI: Tensor,
@@ -96,8 +99,22 @@ def experts(
     g and u are the gate's and up's products; a limit above 0 clamps g from above and u on both sides (gpt-oss). With
     alpha 1, no limit and no offset this is SwiGLU (arXiv:2002.05202). Sums of experts are taken in float32.
     """
+    return run_experts(
+        x_TH, shares_TK, ids_TK, len(gate_EIH), partial(_linear, gate_EIH, gate_bias_EI),
+        partial(_linear, up_EIH, up_bias_EI), partial(_linear, down_EHI, down_bias_EH), alpha, limit, up_offset,
+    )  # fmt: skip
+
+
+Product = Callable[[int, Tensor], Tensor]  # of the rows that an expert has and the weight that it keeps
+
+
+def run_experts(
+    x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, num_experts: int, gate: Product, up: Product, down: Product,
+    alpha: float, limit: float, up_offset: float,
+) -> Tensor:  # fmt: skip
+    """What `experts` says, over weights in any form."""
     out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
-    num_experts, top_k = len(gate_EIH), ids_TK.shape[1]
+    top_k = ids_TK.shape[1]
     places = ids_TK.flatten()
     order, counts = places.argsort(), places.bincount(minlength=num_experts)
     for expert, chosen in enumerate(order.split(counts.tolist())):
@@ -105,15 +122,13 @@ def experts(
             continue
         rows = chosen // top_k
         x_RH = x_TH[rows]
-        gate_RI = _linear(x_RH, gate_EIH, gate_bias_EI, expert)
-        up_RI = _linear(x_RH, up_EIH, up_bias_EI, expert)
+        gate_RI, up_RI = gate(expert, x_RH), up(expert, x_RH)
         if limit:
             gate_RI, up_RI = gate_RI.clamp(max=limit), up_RI.clamp(-limit, limit)
         hidden_RI = gate_RI * torch.sigmoid(alpha * gate_RI) * (up_RI + up_offset)
-        y_RH = _linear(hidden_RI, down_EHI, down_bias_EH, expert)
-        out_TH.index_add_(0, rows, y_RH.float() * shares_TK.flatten()[chosen, None])
+        out_TH.index_add_(0, rows, down(expert, hidden_RI).float() * shares_TK.flatten()[chosen, None])
     return out_TH.to(x_TH.dtype)
 
 
-def _linear(x_RK: Tensor, weight_ENK: Tensor, bias_EN: Tensor | None, expert: int) -> Tensor:
+def _linear(weight_ENK: Tensor, bias_EN: Tensor | None, expert: int, x_RK: Tensor) -> Tensor:
     return torch.nn.functional.linear(x_RK, weight_ENK[expert], None if bias_EN is None else bias_EN[expert])

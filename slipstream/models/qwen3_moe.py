@@ -102,7 +102,7 @@ TINY = {
     "model_type": "qwen3_moe",
     "hidden_size": 64,
     "intermediate_size": 96,
-    "moe_intermediate_size": 32,
+    "moe_intermediate_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

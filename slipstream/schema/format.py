@@ -34,11 +34,12 @@ class WeightFormat:
     def num_groups(self, num_in: int) -> int:
         return -(-num_in // self.group_size) if self.group_size else 1
 
-    def parts(self, num_out: int, num_in: int) -> dict[str, PartType]:
-        """Each part's shape and dtype, for a weight [num_out, num_in]."""
+    def parts(self, *shape: int) -> dict[str, PartType]:
+        """Each part's shape and dtype, for a weight [num_out, num_in] or a stack of such, [num_experts, ...]."""
+        *stack, num_out, num_in = shape
         columns = -(-num_in // 2) if self.kind == "w4a16" else num_in
-        groups = (num_out, self.num_groups(num_in))
-        found: dict[str, PartType] = {"packed": ((num_out, columns), PACKED_DTYPES[self.kind])}
+        groups = (*stack, num_out, self.num_groups(num_in))
+        found: dict[str, PartType] = {"packed": ((*stack, num_out, columns), PACKED_DTYPES[self.kind])}
         found["scale"] = (groups, self.scale_dtype)
         if self.has_zeros:
             found["zero"] = (groups, PACKED_DTYPES[self.kind])

@@ -4,6 +4,7 @@ naive_formats.py quantizes a random model with its own code; transformers runs w
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from slipstream.checkpoint.quantized.linears import matches_target
 from slipstream.checkpoint.random import write_random_model
 from slipstream.engine.folder import open_engine
 from slipstream.errors import CorruptFile, ModelError
-from slipstream.models import llama
+from slipstream.models import llama, mixtral
 from slipstream.schema.build import BuildConfig
 from tests.checkpoint.naive_formats import FORMATS, Format, ct
 from tests.oracle import GraphRunner
@@ -45,16 +46,19 @@ def quantized_linears(reference: nn.Module) -> dict[str, nn.Linear]:
 def write_quantized(folder: Path, options: dict[str, Any], format: Format) -> tuple[Path, Any]:
     """The folder as its tool would write it, and the transformers model of the same numbers."""
     write_random_model(folder, options, seed=5)
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(7)
-    for name, linear in quantized_linears(reference).items():
+    linears = quantized_linears(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    dense = dict(tensors)
+    for name in [*linears, *(name.removesuffix(".weight") for name in tensors if re.search(r"experts\.\d", name))]:
         if f"{name}.weight" not in tensors:  # transformers has joined what the folder has apart
             continue
         quantized = format.quantize(tensors.pop(f"{name}.weight").double(), rng)
         tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in quantized.stored.items()}
-        linear.weight.data = quantized.weight.float()
-        if format.activations is not None and not name.endswith("kv_b_proj"):  # it is absorbed, so it has no input
-            linear.register_forward_pre_hook(lambda _, inputs: (format.activations(inputs[0]),))  # type: ignore
+        dense[f"{name}.weight"] = quantized.weight.float()
+    save_file(dense, folder / "model.safetensors", {"format": "pt"})
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    if format.activations is not None:
+        round_activations(reference, format.activations)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     if format.config:
@@ -62,7 +66,22 @@ def write_quantized(folder: Path, options: dict[str, Any], format: Format) -> tu
     if format.extra_file:
         name, values = format.extra_file
         (folder / name).write_text(json.dumps(values))
-    return folder, reference
+    return folder, reference.eval()
+
+
+def round_activations(reference: nn.Module, rounded: Callable[[Tensor], Tensor]) -> None:
+    plain = nn.functional.linear
+    for name, linear in quantized_linears(reference).items():
+        if not name.endswith("kv_b_proj"):  # it is absorbed, so it has no input
+            linear.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
+    for name, module in reference.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(lambda *_: _set_linear(lambda x, weight: plain(rounded(x), weight)))
+            module.register_forward_hook(lambda *_: _set_linear(plain))
+
+
+def _set_linear(function: Callable[..., Tensor]) -> None:
+    nn.functional.linear = function  # type: ignore[assignment]
 
 
 def logits_of(model: Any) -> Tensor:
@@ -282,3 +301,16 @@ def test_formats_of_our_own_checkpoint_are_checked(edit: Any, message: str, tmp_
     path.write_text(json.dumps(values | {"formats": edit(values["formats"])}))
     with pytest.raises(CorruptFile, match=message):
         open_checkpoint(resolve(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["awq", "fp8-blocks"])
+def test_experts_stay_packed_through_every_folder(name: str, tmp_path: Path) -> None:
+    """The tool's folder, our checkpoint, and the Hugging Face folder made of it build the same engine."""
+    model, _ = write_quantized(tmp_path / "model", mixtral.TINY, FORMATS[name])
+    convert(model, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", output_format="hf")
+    engines = [build_engine(tmp_path / each, tmp_path / f"engine-{each}") for each in ("model", "ours", "back")]
+    first, *others = [(engine / "rank0.engine").read_bytes() for engine in engines]
+    assert others == [first, first]
+    sizes = open_checkpoint(resolve(model)).num_bytes, open_checkpoint(resolve(tmp_path / "ours")).num_bytes
+    assert sizes[0] == sizes[1]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from slipstream.checkpoint import open_checkpoint, resolve
+from slipstream.engine.folder import open_engine
 from slipstream.models import known_models, model_file
 from tests.checkpoint import llama_cpp
 from tests.checkpoint.naive_formats import FORMATS
@@ -33,6 +34,7 @@ EXAMPLES = {
     "FP8": "fp8-blocks",
     "ModelOpt": "modelopt-fp8",
 }
+EXPERTS = {"deepseek_v3", "mixtral", "qwen3_moe"}  # gpt-oss packs its own as MXFP4 alone (test_mxfp4.py)
 NO_LINEARS = {"gpt2"}  # its products are Conv1D, which none of the tools quantizes
 OTHER_COLUMNS = {
     "GGUF": set(llama_cpp.ARCHITECTURES),  # tests/checkpoint/test_gguf_models.py
@@ -50,6 +52,9 @@ def test_a_model_runs_in_a_format(model_type: str, column: str, tmp_path: Path) 
     expected = logits_of(reference)
     assert expected.std() > 0.1
     engine = build_engine(model, tmp_path / "engine")
+    ops = open_engine(engine).graph.count_ops()
+    if model_type in EXPERTS:  # each has an order of columns of its own where there is one
+        assert ("experts" if "act-order" in EXAMPLES[column] else f"experts_{format.kind}") in ops
     tolerance = TOLERANCE if format.activations is None else ACTIVATION_TOLERANCE
     torch.testing.assert_close(GraphRunner(engine).logits(TOKEN_IDS), expected, atol=tolerance, rtol=0)
 

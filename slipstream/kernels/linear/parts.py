@@ -1,5 +1,6 @@
 """A packed weight back as numbers, whatever its format."""
 
+import torch
 from torch import Tensor
 
 from slipstream.kernels.linear import w4a16
@@ -8,9 +9,16 @@ from slipstream.schema.format import WeightFormat
 
 
 def dense_weight(format: WeightFormat, parts: dict[str, Tensor], num_in: int) -> Tensor:
-    """The weight [N, num_in] in float32, from its parts by name (schema/format.py)."""
+    """The weight [N, num_in], or the stack of such, in float32, from its parts by name (schema/format.py)."""
     packed, scale, zero, order = (parts.get(name) for name in ("packed", "scale", "zero", "order"))
     assert packed is not None and scale is not None
+    if packed.ndim == 3:
+        return torch.stack([dense_weight(format, one_of(parts, each), num_in) for each in range(len(packed))])
     if format.kind == "w4a16":
         return w4a16.weight(packed, scale, zero, order, format.group_size, num_in)
     return dequantize(packed, scale, zero, format.group_size, order)
+
+
+def one_of(parts: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    """The parts of one weight of a stack, whose weights share the order of their columns."""
+    return {name: part if name == "order" else part[index] for name, part in parts.items()}

@@ -1,0 +1,65 @@
+"""The experts of kernels/moe.py with packed weights: experts_w4a16, experts_fp8 and so on, an op for each format.
+
+Gate, up and down are of one format, whose columns are in their own order; each part is stacked over the experts.
+"""
+
+from functools import partial
+
+from torch import Tensor
+
+from slipstream.kernels.linear import fp8, w8a8
+from slipstream.kernels.linear.groups import dequantize, product
+from slipstream.kernels.linear.parts import dense_weight, one_of
+from slipstream.kernels.moe import like_first, run_experts
+from slipstream.kernels.registry import Op, op
+from slipstream.schema.format import PACKED_DTYPES, WeightFormat
+
+ROUNDINGS = {"w8a8": w8a8.quantize_w8a8, "fp8": fp8.quantize_fp8}  # of activations, where a format has one
+
+
+def _declare(kind: str) -> Op:
+    def experts(
+        x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, gate_packed: Tensor, gate_scale: Tensor,
+        gate_zero: Tensor | None, up_packed: Tensor, up_scale: Tensor, up_zero: Tensor | None, down_packed: Tensor,
+        down_scale: Tensor, down_zero: Tensor | None, gate_bias_EI: Tensor | None, up_bias_EI: Tensor | None,
+        down_bias_EH: Tensor | None, alpha: float, limit: float, up_offset: float, group_size: int,
+        input_scale: float, input_group_size: int,
+    ) -> Tensor:  # fmt: skip
+        format = WeightFormat(
+            kind=kind, group_size=group_size, input_scale=input_scale, input_group_size=input_group_size
+        )
+        return run_experts(
+            x_TH, shares_TK, ids_TK, len(gate_packed),
+            partial(_linear, format, _parts(gate_packed, gate_scale, gate_zero), gate_bias_EI),
+            partial(_linear, format, _parts(up_packed, up_scale, up_zero), up_bias_EI),
+            partial(_linear, format, _parts(down_packed, down_scale, down_zero), down_bias_EH),
+            alpha, limit, up_offset,
+        )  # fmt: skip
+
+    parts = ", ".join(f"Tensor {name}_packed, Tensor {name}_scale, Tensor? {name}_zero" for name in WEIGHTS)
+    biases = ", ".join(f"Tensor? {name}_bias" for name in WEIGHTS)
+    schema = (
+        f"experts_{kind}(Tensor x, Tensor shares, Tensor expert_ids, {parts}, {biases}, float alpha, float limit, "
+        "float up_offset, int group_size, float input_scale, int input_group_size) -> Tensor"
+    )
+    return op(schema, shapes=like_first)(experts)
+
+
+def _parts(packed: Tensor, scale: Tensor, zero: Tensor | None) -> dict[str, Tensor]:
+    found = {"packed": packed, "scale": scale}
+    return found if zero is None else found | {"zero": zero}
+
+
+def _linear(
+    format: WeightFormat, parts: dict[str, Tensor], bias_EN: Tensor | None, expert: int, x_RK: Tensor
+) -> Tensor:
+    dtype, size = x_RK.dtype, format.input_group_size
+    if format.kind in ROUNDINGS:
+        rounded_RK, scale_RG = ROUNDINGS[format.kind].reference(x_RK, format.input_scale, size)
+        x_RK = dequantize(rounded_RK, scale_RG, None, size)
+    weight_NK = dense_weight(format, one_of(parts, expert), x_RK.shape[1])
+    return product(x_RK, weight_NK, None if bias_EN is None else bias_EN[expert], dtype)
+
+
+WEIGHTS = ("gate", "up", "down")
+OPS = {kind: _declare(kind) for kind in PACKED_DTYPES}
