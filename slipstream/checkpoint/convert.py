@@ -82,13 +82,15 @@ def open_checkpoint(source: Source, dtype: str = "auto") -> Checkpoint:
         generation_path = source.path / "generation_config.json"
         generation = read_json(generation_path) if generation_path.is_file() else {}
         options = read_json(source.path / "config.json")
+        tensors: TensorSource
+        weights: WeightTable | None = None
         if is_tensorrt_llm(source.path, options):
-            options, tensors = open_tensorrt_llm(source.path, options)
+            options, tensors, weights = open_tensorrt_llm(source.path, options)
         else:
             tensors = _open_folder(source.path, options)
         options.pop("quantization_config", None)
         return _open(
-            source, tensors, options, generation, dtype, lambda folder: copy_tokenizer(source.path, folder)
+            source, tensors, options, generation, dtype, lambda folder: copy_tokenizer(source.path, folder), weights
         )  # fmt: skip
     raise ModelError(f"{source.path} is an engine already; give a model folder or a .gguf file to convert.")
 

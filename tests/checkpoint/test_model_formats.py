@@ -11,7 +11,7 @@ import torch
 from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.engine.folder import open_engine
 from slipstream.models import known_models, model_file
-from tests.checkpoint import llama_cpp
+from tests.checkpoint import llama_cpp, tensorrt_llm
 from tests.checkpoint.naive_formats import FORMATS
 from tests.checkpoint.test_formats import (
     ACTIVATION_TOLERANCE,
@@ -38,7 +38,7 @@ EXPERTS = {"deepseek_v3", "mixtral", "qwen3_moe"}  # gpt-oss packs its own as MX
 NO_LINEARS = {"gpt2"}  # its products are Conv1D, which none of the tools quantizes
 OTHER_COLUMNS = {
     "GGUF": set(llama_cpp.ARCHITECTURES),  # tests/checkpoint/test_gguf_models.py
-    "TensorRT-LLM": {"llama"},  # tests/checkpoint/test_trtllm.py
+    "TensorRT-LLM": set(tensorrt_llm.ARCHITECTURES),  # tests/checkpoint/test_trtllm.py
 }
 CASES = [(model, column) for model in known_models() if model not in NO_LINEARS for column in EXAMPLES]
 
