@@ -21,7 +21,7 @@ class Config(DecoderConfig):
     def from_options(cls, options: Options) -> Self:
         hidden_size = options.integer("n_embd", 768)
         num_layers = options.integer("n_layer", 12, high=MAX_LAYERS)
-        num_heads = options.integer("n_head", 12)
+        num_heads = options.integer("n_head", 12, high=hidden_size)
         head_dim = hidden_size // num_heads
         scale = head_dim**-0.5 if options.boolean("scale_attn_weights", True) else 1.0
         by_layer = options.boolean("scale_attn_by_inverse_layer_idx")

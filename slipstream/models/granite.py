@@ -5,6 +5,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from slipstream.errors import CorruptFile
 from slipstream.layers import Attention, Decoder, GatedMLP, RMSNorm, StepTensors, scale
 from slipstream.models import llama
 from slipstream.schema.model import Options
@@ -19,12 +20,15 @@ class Config(llama.Config):
 
     @classmethod
     def from_options(cls, options: Options) -> Self:
+        logits_scaling = options.real("logits_scaling", 1.0)
+        if not logits_scaling:
+            raise CorruptFile("logits_scaling is 0.0; logits are divided by it, so it must be above 0.")
         return cls(
             **vars(llama.Config.from_options(options)),
             embedding_multiplier=options.real("embedding_multiplier", 1.0),
             residual_multiplier=options.real("residual_multiplier", 1.0),
             attention_multiplier=options.real("attention_multiplier", 1.0),
-            logits_scaling=options.real("logits_scaling", 1.0),
+            logits_scaling=logits_scaling,
         )
 
 

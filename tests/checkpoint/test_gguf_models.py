@@ -1,5 +1,6 @@
 """GGUF files of every architecture, as llama.cpp's converter writes them, against the model behind them."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,17 @@ def test_what_llama_cpp_tells_by_the_number_of_layers(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path, name: str, changes: dict[str, Any], error: type[ModelError], message: str) -> None:
     with pytest.raises(error, match=message):
         config_of(write_model(tmp_path, name), **changes)
+
+
+@pytest.mark.parametrize("name", llama_cpp.ARCHITECTURES)
+def test_hostile_hyperparameters_end_in_one_sentence(tmp_path: Path, name: str) -> None:
+    file = GGUFFile.open(write_model(tmp_path, name))
+    tensors, metadata = {each: file.read(each).numpy() for each in file.names()}, dict(file.metadata)
+    arch = metadata.pop("general.architecture")
+    numbers = [key for key, value in metadata.items() if key.startswith(f"{arch}.") and type(value) in (int, float)]
+    for key in numbers:
+        for hostile in (0, 3, 2**32 - 1):
+            changed = metadata | {key: type(metadata[key])(hostile)}
+            path = write_gguf(tmp_path / "hostile.gguf", tensors, changed, arch=arch)
+            with contextlib.suppress(ModelError):
+                open_checkpoint(resolve(path)).close()

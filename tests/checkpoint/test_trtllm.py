@@ -126,6 +126,30 @@ def test_an_fp8_folder_stays_fp8(tmp_path: Path) -> None:
     assert open_engine(tmp_path / "engine").graph.count_ops()["linear_fp8"] == 4 * 3
 
 
+def test_fp8_of_two_ranks_is_put_together_packed(tmp_path: Path) -> None:
+    hf, stored = write_model(tmp_path / "hf", "llama"), []
+    for tp_size in (1, 2):
+        folder = write_as_tensorrt_llm(
+            hf, tmp_path / f"of-{tp_size}", tp_size=tp_size, quantization={"quant_algo": "FP8"}
+        )
+        for rank in range(tp_size):
+            change(folder, to_fp8, rank)
+        stored.append(open_checkpoint(resolve(folder)))
+    one, two = stored
+    assert one.formats == two.formats
+    assert len(one.formats) == 7 * 3
+    for name in one.stored_names():
+        assert one.read(name).tolist() == two.read(name).tolist(), name
+
+
+def to_fp8(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if ".attention." in name or ".mlp." in name]:
+        owner = name.removesuffix(".weight")
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{owner}.weights_scaling_factor"] = torch.tensor([0.5])
+        tensors[f"{owner}.activation_scaling_factor"] = torch.tensor([0.25])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

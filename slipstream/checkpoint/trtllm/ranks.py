@@ -101,7 +101,7 @@ class RankTensors:
     def _join(self, name: str, tensors: list[Tensor]) -> Tensor:
         dim, shares = self._split.of(name, tensors[0].dim())
         if dim is None or dim >= tensors[0].dim():
-            if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
+            if not all(torch.equal(_bytes(tensor), _bytes(tensors[0])) for tensor in tensors):
                 raise CorruptFile(f"{name} is not the same in all ranks, and is none of the tensors that are split.")
             return tensors[0]
         size = tensors[0].shape[dim]
@@ -114,6 +114,10 @@ class RankTensors:
 
     def _is_padded(self, name: str, num_rows: int) -> bool:
         return name in VOCABULARY and 0 < num_rows - self._split.vocab_size < len(self._files)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)
 
 
 def rank_file(folder: Path, rank: int) -> Path:
