@@ -20,7 +20,7 @@ class GraphRunner:
         engine = open_engine(engine_folder)
         self._block_size = engine.manifest.tokens_per_block
         weights = {name: engine.weights.read(name) for name in engine.graph.weights}
-        self._step = compile_graph(engine.graph, weights, tuned_choices(engine, cpu), cpu)
+        self._step = compile_graph(engine.graph, weights, tuned_choices(engine, cpu), cpu).run
         num_blocks = -(-max_tokens // self._block_size) + 1
         # Blocks in reverse order: a block table that is not the identity.
         self._blocks = torch.arange(num_blocks - 1, 0, -1)

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.kernels.registry import op
+from slipstream.kernels.registry import kernel, on_gpu, op
 
 
 @op("silu(Tensor x) -> Tensor")
@@ -32,3 +32,17 @@ def gelu_and_mul(x_TI2: Tensor, approximate: bool) -> Tensor:
     """gelu(gate) * up, where gate and up are the two halves of each row (GEGLU, arXiv:2002.05202)."""
     gate_TI, up_TI = x_TI2.chunk(2, dim=1)
     return gelu.reference(gate_TI, approximate).mul_(up_TI)
+
+
+@kernel(silu_and_mul, "triton", on_gpu)
+def silu_and_mul_triton(x_TI2: Tensor) -> Tensor:
+    from slipstream.kernels.triton import rows
+
+    return rows.activate(x_TI2, "silu", is_gated=True)[0]
+
+
+@kernel(gelu_and_mul, "triton", on_gpu)
+def gelu_and_mul_triton(x_TI2: Tensor, approximate: bool) -> Tensor:
+    from slipstream.kernels.triton import rows
+
+    return rows.activate(x_TI2, "gelu_tanh" if approximate else "gelu", is_gated=True)[0]

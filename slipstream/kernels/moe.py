@@ -88,6 +88,7 @@ def like_first(x_TH: Tensor, *_: object, **__: object) -> Tensor:
     "experts(Tensor x, Tensor shares, Tensor expert_ids, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, "
     "Tensor? up_bias, Tensor? down_bias, float alpha, float limit, float up_offset) -> Tensor",
     shapes=like_first,
+    reads_values=True,
 )
 def experts(
     x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, gate_EIH: Tensor, up_EIH: Tensor, down_EHI: Tensor,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.kernels.registry import op
+from slipstream.kernels.registry import kernel, on_gpu, op
 
 ROWS_AT_ONCE = 4096  # of a weight, in float32: the head of a large model is most of a gigabyte in bfloat16
 
@@ -39,6 +39,23 @@ def add_rms_norm(
     return rms_norm.reference(total_TH, weight_H, eps, weight_offset), total_TH
 
 
+@kernel(rms_norm, "triton", on_gpu)
+def rms_norm_triton(x_TN: Tensor, weight_H: Tensor, eps: float, weight_offset: float) -> Tensor:
+    from slipstream.kernels.triton import rows
+
+    return rows.norm(x_TN, None, weight_H, None, eps, weight_offset=weight_offset)[0]
+
+
+@kernel(add_rms_norm, "triton", on_gpu)
+def add_rms_norm_triton(
+    x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float
+) -> tuple[Tensor, Tensor]:
+    from slipstream.kernels.triton import rows
+
+    normed_TH, _, total_TH = rows.norm(x_TH, residual_TH, weight_H, None, eps, weight_offset=weight_offset)
+    return normed_TH, total_TH
+
+
 @op("normalize_rows(Tensor weight) -> Tensor")
 def normalize_rows(weight_NK: Tensor) -> Tensor:
     """Each row scaled to length 1; a row of zeros stays."""
@@ -63,3 +80,20 @@ def add_layer_norm(
     """(layer_norm(x + residual), x + residual)"""
     total_TH = x_TH + residual_TH
     return layer_norm.reference(total_TH, weight_H, bias_H, eps), total_TH
+
+
+@kernel(layer_norm, "triton", on_gpu)
+def layer_norm_triton(x_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float) -> Tensor:
+    from slipstream.kernels.triton import rows
+
+    return rows.norm(x_TH, None, weight_H, bias_H, eps, is_layer=True)[0]
+
+
+@kernel(add_layer_norm, "triton", on_gpu)
+def add_layer_norm_triton(
+    x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    from slipstream.kernels.triton import rows
+
+    normed_TH, _, total_TH = rows.norm(x_TH, residual_TH, weight_H, bias_H, eps, is_layer=True)
+    return normed_TH, total_TH

@@ -42,7 +42,7 @@ def _declare(kind: str) -> Op:
         f"experts_{kind}(Tensor x, Tensor shares, Tensor expert_ids, {parts}, {biases}, float alpha, float limit, "
         "float up_offset, int group_size, float input_scale, int input_group_size) -> Tensor"
     )
-    return op(schema, shapes=like_first)(experts)
+    return op(schema, shapes=like_first, reads_values=True)(experts)
 
 
 def _parts(packed: Tensor, scale: Tensor, zero: Tensor | None) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from slipstream.kernels import activation, norm
 from slipstream.kernels.linear import fp8, w8a8
 from slipstream.kernels.linear.groups import quantized_shapes
-from slipstream.kernels.registry import op
+from slipstream.kernels.registry import kernel, on_gpu_with_fp8, op
 
 _QUANTIZE = {"int8": w8a8.quantize_w8a8, "float8_e4m3fn": fp8.quantize_fp8}
 
@@ -147,3 +147,44 @@ def gelu_quantize(
 ) -> tuple[Tensor, Tensor]:
     """gelu(x), and its scales float32 [T, G]."""
     return _quantize(activation.gelu.reference(x_TI, approximate), input_scale, input_group_size, dtype)
+
+
+@kernel(rms_norm_quantize, "triton", on_gpu_with_fp8)
+def rms_norm_quantize_triton(
+    x_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float, input_scale: float, input_group_size: int,
+    dtype: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from slipstream.kernels.triton import rows
+
+    how = rows.Quantized(input_scale, input_group_size, dtype)
+    return rows.norm(x_TH, None, weight_H, None, eps, weight_offset=weight_offset, how=how)[:2]
+
+
+@kernel(add_rms_norm_quantize, "triton", on_gpu_with_fp8)
+def add_rms_norm_quantize_triton(
+    x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float, input_scale: float,
+    input_group_size: int, dtype: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from slipstream.kernels.triton import rows
+
+    how = rows.Quantized(input_scale, input_group_size, dtype)
+    return rows.norm(x_TH, residual_TH, weight_H, None, eps, weight_offset=weight_offset, how=how)
+
+
+@kernel(silu_and_mul_quantize, "triton", on_gpu_with_fp8)
+def silu_and_mul_quantize_triton(
+    x_TI2: Tensor, input_scale: float, input_group_size: int, dtype: str
+) -> tuple[Tensor, Tensor]:
+    from slipstream.kernels.triton import rows
+
+    return rows.activate(x_TI2, "silu", is_gated=True, how=rows.Quantized(input_scale, input_group_size, dtype))
+
+
+@kernel(gelu_and_mul_quantize, "triton", on_gpu_with_fp8)
+def gelu_and_mul_quantize_triton(
+    x_TI2: Tensor, approximate: bool, input_scale: float, input_group_size: int, dtype: str
+) -> tuple[Tensor, Tensor]:
+    from slipstream.kernels.triton import rows
+
+    name, how = "gelu_tanh" if approximate else "gelu", rows.Quantized(input_scale, input_group_size, dtype)
+    return rows.activate(x_TI2, name, is_gated=True, how=how)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["kernel", "op"]  # public: a user's module may declare ops (docs/adding/pass.md)
+__all__ = ["kernel", "on_gpu", "op"]  # public: a user's module may declare ops (docs/adding/pass.md)
 
 _LIBRARY = torch.library.Library("slipstream", "DEF")
 _OPS: dict[str, "Op"] = {}
@@ -34,6 +34,7 @@ class Kernel:
     name: str
     function: Callable[..., Any]
     runs_on: Callable[[torch.device, torch.dtype], bool]
+    can_be_recorded: bool = True  # into a CUDA graph: nothing on the host waits for what the device computes
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,7 @@ class Op:
     num_outputs: int | None  # None: as many as the reference returns
     reference: Callable[..., Any]
     shapes: Callable[..., Any]  # same signature, on meta tensors: only shapes and dtypes matter
+    reads_values: bool = False  # the reference waits for values, so it cannot be recorded
     kernels: dict[str, Kernel] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,18 +67,21 @@ class Op:
     def candidates(self, device: torch.device, dtype: torch.dtype) -> dict[str, Kernel]:
         """Every way to compute this op there; "reference" is always one."""
         usable = {name: kernel for name, kernel in self.kernels.items() if kernel.runs_on(device, dtype)}
-        return {"reference": Kernel("reference", self.reference, lambda _device, _dtype: True), **usable}
+        reference = Kernel("reference", self.reference, lambda _device, _dtype: True, not self.reads_values)
+        return {"reference": reference, **usable}
 
 
-def op(schema: str, shapes: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], Op]:
+def op(
+    schema: str, shapes: Callable[..., Any] | None = None, *, reads_values: bool = False
+) -> Callable[[Callable[..., Any]], Op]:
     """Declare an op by a torch schema; the decorated function is its reference.
 
     Tensor arguments come first, then attributes (numbers known at build time). `shapes` replaces the reference on
-    meta tensors where the reference reads values.
+    meta tensors where the reference reads values; reads_values: it does so on the host (a loop over sequences, say).
     """
 
     def register(reference: Callable[..., Any]) -> Op:
-        parsed = _parse(schema, reference, shapes or reference)
+        parsed = _parse(schema, reference, shapes or reference, reads_values)
         _LIBRARY.define(schema)
         _LIBRARY.impl(parsed.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"slipstream::{parsed.name}", parsed.shapes, lib=_LIBRARY)
@@ -98,11 +103,21 @@ def kernel(
     return register
 
 
+def on_gpu(device: torch.device, dtype: torch.dtype) -> bool:
+    """An NVIDIA GPU, and numbers that its kernels take."""
+    return device.type == "cuda" and dtype != torch.float64
+
+
+def on_gpu_with_fp8(device: torch.device, dtype: torch.dtype) -> bool:
+    """One that can convert to E4M3: Ada, Hopper and later."""
+    return on_gpu(device, dtype) and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def known_ops() -> dict[str, Op]:
     return dict(_OPS)
 
 
-def _parse(schema: str, reference: Callable[..., Any], shapes: Callable[..., Any]) -> Op:
+def _parse(schema: str, reference: Callable[..., Any], shapes: Callable[..., Any], reads_values: bool) -> Op:
     match = _SCHEMA.fullmatch(schema)
     if match is None:
         raise ValueError(f"not an op schema: {schema}")
@@ -114,4 +129,4 @@ def _parse(schema: str, reference: Callable[..., Any], shapes: Callable[..., Any
     assert order == sorted(order, reverse=True), f"{schema}: tensors come before attributes"
     returns = match["returns"]
     num_outputs = None if returns == "Tensor[]" else returns.count("Tensor")
-    return Op(match["name"], arguments, num_outputs, reference, shapes)
+    return Op(match["name"], arguments, num_outputs, reference, shapes, reads_values)

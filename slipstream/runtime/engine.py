@@ -97,7 +97,7 @@ def start_engine(
         enable_chunked_prefill=enable_chunked_prefill,
         enable_block_reuse=enable_block_reuse,
     )
-    return Engine(config, Worker(folder, choices, num_blocks, groups, device))
+    return Engine(config, Worker(folder, choices, num_blocks, groups, config.max_batch_size, device))
 
 
 def _lowered(name: str, asked: int | None, built: int, default: int | None = None) -> int:

@@ -57,7 +57,7 @@ def evaluate(graph: Graph, inputs: dict[str, Tensor], weights: dict[str, Tensor]
         op = known_ops()[node.op]
         takes_list = any(argument.kind == "Tensor[]" for argument in op.arguments)
         (known[node.outputs[0]],) = [op.reference(*([values] if takes_list else values), **node.attributes)]
-    step = compile_graph(graph, {name: known[name] for name in graph.weights}, Choices("test"), CPU)
+    step = compile_graph(graph, {name: known[name] for name in graph.weights}, Choices("test"), CPU).run
     return {f"output {i}": value for i, value in enumerate(step(inputs))} | inputs
 
 

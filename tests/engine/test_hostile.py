@@ -104,7 +104,7 @@ def open_and_compile(folder: Path) -> Any:
         return None
     try:
         weights = {name: engine.weights.read(name) for name in engine.graph.weights}
-        step = compile_graph(engine.graph, weights, Choices("none"), CPU)
+        step = compile_graph(engine.graph, weights, Choices("none"), CPU).run
     except SlipstreamError:
         return None
     finally:
@@ -269,7 +269,7 @@ def test_an_input_s_name_reaches_the_source_only_as_a_string() -> None:
     text = {"inputs": {"eval.x": ["float32", "T", 8]}, "weights": {}, "outputs": ["silu"], "types": {}}
     text["nodes"] = [{"op": "silu", "in": ["eval.x"], "out": ["silu"]}]
     text["types"] = {"eval.x": ["float32", "T", 8], "silu": ["float32", "T", 8]}
-    step = compile_graph(graph_from_json(json.dumps(text)), {}, Choices("none"), CPU)
+    step = compile_graph(graph_from_json(json.dumps(text)), {}, Choices("none"), CPU).run
     assert_calls_only_ops(step)
     assert torch.equal(step({"eval.x": torch.zeros(1, 8)})[0], torch.zeros(1, 8))
 
@@ -313,7 +313,7 @@ def test_a_long_chain_within_the_limit_compiles(tiny_engine: Path) -> None:
         "nodes": [{"op": "silu", "in": [a], "out": [b]} for a, b in zip(["x", *names], names, strict=False)],
         "types": dict.fromkeys(["x", *names], kind),
     })  # fmt: skip
-    step = compile_graph(graph_from_json(text), {}, Choices("none"), CPU)
+    step = compile_graph(graph_from_json(text), {}, Choices("none"), CPU).run
     assert_calls_only_ops(step)
     assert step({"x": torch.ones(2, 8)})[0].shape == (2, 8)
 

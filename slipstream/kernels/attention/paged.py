@@ -41,6 +41,7 @@ def _attention_shapes(
     "attention(Tensor q, Tensor kv, Tensor query_starts, Tensor kv_lens, Tensor block_tables, Tensor? alibi_slopes, "
     "Tensor? sinks, float scale, int window, float soft_cap, int value_dim) -> Tensor",
     shapes=_attention_shapes,
+    reads_values=True,
 )
 def attention(
     q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,

@@ -32,6 +32,7 @@ def _shapes(q_TX: Tensor, sink_q_TX: Tensor, kv_PNBKD: Tensor, *rest: object) ->
     "streaming_attention(Tensor q, Tensor sink_q, Tensor kv, Tensor query_starts, Tensor kv_lens, Tensor block_tables, "
     "float scale, int window, float soft_cap, int value_dim, int sink_tokens) -> Tensor",
     shapes=_shapes,
+    reads_values=True,
 )
 def streaming_attention(
     q_TX: Tensor, sink_q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,

@@ -5,7 +5,7 @@ file is executed, and only registered ops can be called. On a GPU the function's
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,18 +17,24 @@ from slipstream.kernels.registry import Op, known_ops
 StepFunction = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 
 
-def compile_graph(graph: Graph, weights: dict[str, Tensor], choices: Choices, device: torch.device) -> StepFunction:
-    """A function from the inputs, by name, to the outputs, of a graph that engine/check.py has found to be sound."""
+class CompiledGraph(NamedTuple):
+    run: StepFunction  # from the inputs, by name, to the outputs
+    can_be_recorded: bool  # into a CUDA graph
+
+
+def compile_graph(graph: Graph, weights: dict[str, Tensor], choices: Choices, device: torch.device) -> CompiledGraph:
+    """A graph that engine/check.py has found to be sound, as a function."""
     writer = _Writer(graph, weights, choices, device)
     source = writer.source()
     exec(compile(source, "<engine graph>", "exec"), writer.scope)
     # Without this entry the function and its globals are no cycle: dropping it frees the weights at once.
-    return writer.scope.pop("step")
+    return CompiledGraph(writer.scope.pop("step"), writer.can_be_recorded)
 
 
 class _Writer:
     def __init__(self, graph: Graph, weights: dict[str, Tensor], choices: Choices, device: torch.device) -> None:
         self.scope: dict[str, Any] = {}
+        self.can_be_recorded = True  # until a kernel is chosen that cannot
         self._graph, self._choices, self._device = graph, choices, device
         self._ops = known_ops()
         self._names: dict[str, str] = {}
@@ -75,7 +81,8 @@ class _Writer:
         candidates = op.candidates(self._device, dtype or torch.float32)
         chosen = self._choices.kernels.get(key_of(node, self._graph.types), [])
         if len(chosen) != len(ROW_BUCKETS) or not set(chosen) <= set(candidates):
-            return list(candidates.values())[-1].function
+            chosen = [list(candidates)[-1]] * len(ROW_BUCKETS)
+        self.can_be_recorded &= all(candidates[name].can_be_recorded for name in chosen)
         functions = [candidates[name].function for name in chosen]
         if len(set(functions)) == 1:
             return functions[0]

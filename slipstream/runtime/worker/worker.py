@@ -10,8 +10,9 @@ from slipstream.engine.choices import Choices
 from slipstream.engine.folder import Engine
 from slipstream.runtime.worker.graphs import compile_graph
 from slipstream.runtime.worker.groups import with_groups
-from slipstream.runtime.worker.inputs import StepInputs, make_inputs
+from slipstream.runtime.worker.inputs import make_inputs, rows_wanted
 from slipstream.runtime.worker.memory import allocate_kv, keep_freed_memory
+from slipstream.runtime.worker.recorded import RecordedSteps
 from slipstream.runtime.worker.sample import Sampler
 from slipstream.schema.kv import KVGroup
 from slipstream.schema.step import BlockCopy, SequenceResult, StepPlan, StepResult
@@ -19,7 +20,13 @@ from slipstream.schema.step import BlockCopy, SequenceResult, StepPlan, StepResu
 
 class Worker:
     def __init__(
-        self, engine: Engine, choices: Choices, num_blocks: int, groups: Sequence[KVGroup], device: torch.device
+        self,
+        engine: Engine,
+        choices: Choices,
+        num_blocks: int,
+        groups: Sequence[KVGroup],
+        max_batch_size: int,
+        device: torch.device,
     ) -> None:
         manifest = engine.manifest
         self._device, self._manifest = device, manifest
@@ -32,7 +39,12 @@ class Worker:
         self._kv_inputs = {
             f"kv.{layer}": self._kv[place] for group in groups for place, layer in enumerate(group.layers)
         }
-        self._step = compile_graph(graph, weights, choices, device)
+        compiled = compile_graph(graph, weights, choices, device)
+        self._graph = compiled.run
+        self._recorded: RecordedSteps | None = None
+        if device.type == "cuda" and compiled.can_be_recorded:
+            block_size = manifest.tokens_per_block
+            self._recorded = RecordedSteps(self._logits_of, block_size, max_batch_size, device)
         self._sampler = Sampler(manifest.vocab_size, device)
 
     @torch.inference_mode()
@@ -47,17 +59,26 @@ class Worker:
             self._copy(copy)
         # A prompt whose logprobs were asked for needs the logits of every token; the others only of their last.
         wants_all_rows = [self._sampler.asks_prompt_logprobs(sequence.slot) for sequence in plan.sequences]
-        inputs = make_inputs(plan, wants_all_rows, self._manifest.tokens_per_block, self._device)
-        return self._finish(plan, inputs, wants_all_rows, self._run(inputs))
+        logit_counts = rows_wanted(plan, wants_all_rows)
+        return self._finish(plan, logit_counts, wants_all_rows, self._run(plan, logit_counts))
 
-    def _run(self, inputs: StepInputs) -> Tensor:
+    def _run(self, plan: StepPlan, logit_counts: list[int]) -> Tensor:
         """Logits of the wanted rows, [R, vocab_size]."""
-        (logits_RV,) = self._step(inputs.tensors | self._kv_inputs)
-        return logits_RV if self._manifest.logits == "selected" else logits_RV[inputs.tensors["step.logit_rows"]]
+        if self._recorded is not None:
+            logits_RV = self._recorded.run(plan, logit_counts)
+            if logits_RV is not None:
+                return logits_RV
+        return self._logits_of(make_inputs(plan, logit_counts, self._manifest.tokens_per_block, self._device))
 
-    def _finish(self, plan: StepPlan, inputs: StepInputs, wants_all_rows: list[bool], logits_RV: Tensor) -> StepResult:
+    def _logits_of(self, inputs: dict[str, Tensor]) -> Tensor:
+        (logits_RV,) = self._graph(inputs | self._kv_inputs)
+        return logits_RV if self._manifest.logits == "selected" else logits_RV[inputs["step.logit_rows"]]
+
+    def _finish(
+        self, plan: StepPlan, logit_counts: list[int], wants_all_rows: list[bool], logits_RV: Tensor
+    ) -> StepResult:
         """Sample the last row of each sequence that is at its last known token; add the prompt logprobs asked for."""
-        chunks = logits_RV.split(list(inputs.logit_counts))
+        chunks = logits_RV.split(logit_counts)
         sampled = [index for index, sequence in enumerate(plan.sequences) if sequence.sample]
         rows_RV = logits_RV
         if len(sampled) != len(logits_RV):

@@ -1,0 +1,1 @@
+"""GPU kernels in Triton. A candidate imports its kernel when it is first called: only a GPU needs Triton."""

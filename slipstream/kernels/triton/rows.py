@@ -1,0 +1,191 @@
+"""Norms and gated activations, a row a program: read once, written once, quantized on the way where that is asked for.
+
+One kernel for each of the two, whose parts are chosen by constants: the residual sum before, the mean taken off
+(LayerNorm), the numbers and scales that an 8-bit product reads after (kernels/quantized.py).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+SMALLEST_AMAX = tl.constexpr(1e-12)  # of a row of zeros, as in kernels/linear/groups.py
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How a result is quantized: kernels/quantized.py."""
+
+    input_scale: float
+    group_size: int
+    dtype: str
+
+
+@triton.jit
+def _nearest_even(x):
+    """Rounded half to even, for |x| < 2^22: adding 1.5 · 2^23 leaves no bits for a fraction."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _store_quantized(
+    y, out, scales, row, num_columns, static_scale,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, IS_STATIC: tl.constexpr,
+):  # fmt: skip
+    """y [BLOCK] in float32 → y / scale, and the scale, of each GROUP columns; zeros lie beyond num_columns."""
+    y_GC = tl.reshape(y, (BLOCK // GROUP, GROUP))
+    groups = tl.arange(0, BLOCK // GROUP)
+    columns = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    if IS_STATIC:
+        scale_G = tl.zeros((BLOCK // GROUP,), tl.float32) + static_scale
+    else:
+        scale_G = tl.maximum(tl.max(tl.abs(y_GC), 1), SMALLEST_AMAX) / LARGEST
+    num_groups = tl.cdiv(num_columns, GROUP)
+    tl.store(scales + row * num_groups + groups, scale_G, mask=groups < num_groups)
+    scaled_GC = tl.div_rn(y_GC, scale_G[:, None] + tl.zeros_like(y_GC))
+    if out.dtype.element_ty == tl.int8:
+        # Its largest is one more than the largest below zero.
+        scaled_GC = tl.minimum(tl.maximum(_nearest_even(scaled_GC), -LARGEST - 1), LARGEST)
+    else:
+        scaled_GC = tl.minimum(tl.maximum(scaled_GC, -LARGEST), LARGEST)
+    tl.store(out + row * num_columns + columns, scaled_GC.to(out.dtype.element_ty), mask=columns < num_columns)
+
+
+@triton.jit
+def _norm(
+    x, residual, weight, bias, out, total, scales, x_stride, residual_stride, size, num_groups, eps, weight_offset,
+    static_scale,
+    BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, IS_LAYER: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, IS_STATIC: tl.constexpr,
+):  # fmt: skip
+    """`size` columns of a row; num_groups such lie side by side in a row of x (the heads of queries and keys)."""
+    place = tl.program_id(0).to(tl.int64)
+    row, group = place // num_groups, place % num_groups
+    columns = tl.arange(0, BLOCK)
+    is_inside = columns < size
+    dtype = x.dtype.element_ty
+    value = tl.load(x + row * x_stride + group * size + columns, mask=is_inside, other=0.0)
+    if HAS_RESIDUAL:
+        added = tl.load(residual + row * residual_stride + columns, mask=is_inside, other=0.0)
+        value = (value.to(tl.float32) + added.to(tl.float32)).to(dtype)
+        tl.store(total + row * size + columns, value, mask=is_inside)
+    value = value.to(tl.float32)
+    if IS_LAYER:
+        value = tl.where(is_inside, value - tl.sum(value, 0) / size, 0.0)
+    normed = value * tl.rsqrt(tl.sum(value * value, 0) / size + eps)
+    scale = tl.load(weight + columns, mask=is_inside, other=0.0).to(tl.float32)
+    if HAS_OFFSET:
+        scale += weight_offset
+    elif not IS_LAYER:
+        normed = normed.to(dtype).to(tl.float32)  # as Hugging Face's Llama rounds
+    y = normed * scale
+    if HAS_BIAS:
+        y += tl.load(bias + columns, mask=is_inside, other=0.0).to(tl.float32)
+    if GROUP:
+        y = tl.where(is_inside, y.to(dtype).to(tl.float32), 0.0)
+        _store_quantized(y, out, scales, place, size, static_scale, BLOCK, GROUP, LARGEST, IS_STATIC)
+    else:
+        tl.store(out + place * size + columns, y.to(dtype), mask=is_inside)
+
+
+@triton.jit
+def _tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    if ACTIVATION == "gelu_tanh":
+        return 0.5 * x * (1 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _activation(
+    x, out, scales, x_stride, size, static_scale,
+    BLOCK: tl.constexpr, IS_GATED: tl.constexpr, ACTIVATION: tl.constexpr, GROUP: tl.constexpr,
+    LARGEST: tl.constexpr, IS_STATIC: tl.constexpr,
+):  # fmt: skip
+    """A row without quantization is cut into blocks of columns; with it, a program has the whole row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_inside = columns < size
+    dtype = x.dtype.element_ty
+    y = _activate(tl.load(x + row * x_stride + columns, mask=is_inside, other=0.0).to(tl.float32), ACTIVATION)
+    if IS_GATED:
+        up = tl.load(x + row * x_stride + size + columns, mask=is_inside, other=0.0).to(tl.float32)
+        y = y.to(dtype).to(tl.float32) * up
+    if GROUP:
+        y = tl.where(is_inside, y.to(dtype).to(tl.float32), 0.0)
+        _store_quantized(y, out, scales, row, size, static_scale, BLOCK, GROUP, LARGEST, IS_STATIC)
+    else:
+        tl.store(out + row * size + columns, y.to(dtype), mask=is_inside)
+
+
+def norm(
+    x_TN: Tensor, residual_TH: Tensor | None, weight_H: Tensor, bias_H: Tensor | None, eps: float,
+    *, weight_offset: float = 0.0, is_layer: bool = False, how: Quantized | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(result, its scales, x + residual); what was not asked for is an empty tensor."""
+    size = weight_H.shape[0]
+    num_groups = x_TN.shape[1] // size
+    out, scales, options = _results(x_TN, x_TN.shape[1], how)
+    total = torch.empty(x_TN.shape if residual_TH is not None else 0, dtype=x_TN.dtype, device=x_TN.device)
+    x_TN, residual_TH = _with_dense_rows(x_TN), None if residual_TH is None else _with_dense_rows(residual_TH)
+    block = triton.next_power_of_2(size)
+    if x_TN.shape[0]:
+        _norm[(x_TN.shape[0] * num_groups,)](
+            x_TN, residual_TH, weight_H, bias_H, out, total, scales,
+            x_TN.stride(0), 0 if residual_TH is None else residual_TH.stride(0), size, num_groups, eps, weight_offset,
+            0.0 if how is None else how.input_scale,
+            BLOCK=block, HAS_RESIDUAL=residual_TH is not None, HAS_BIAS=bias_H is not None, IS_LAYER=is_layer,
+            HAS_OFFSET=bool(weight_offset), **options(block), num_warps=_num_warps(block),
+        )  # fmt: skip
+    return out, scales, total
+
+
+def activate(x_TX: Tensor, name: str, *, is_gated: bool, how: Quantized | None = None) -> tuple[Tensor, Tensor]:
+    """(result, its scales). name: silu, gelu_tanh or gelu; gated: of the first half of each row, times the second."""
+    size = x_TX.shape[1] // 2 if is_gated else x_TX.shape[1]
+    out, scales, options = _results(x_TX, size, how)
+    x_TX = _with_dense_rows(x_TX)
+    block = triton.next_power_of_2(size) if how is not None else min(1024, triton.next_power_of_2(size))
+    if x_TX.shape[0]:
+        _activation[(x_TX.shape[0], triton.cdiv(size, block))](
+            x_TX, out, scales, x_TX.stride(0), size, 0.0 if how is None else how.input_scale,
+            BLOCK=block, IS_GATED=is_gated, ACTIVATION=name, **options(block), num_warps=_num_warps(block),
+        )  # fmt: skip
+    return out, scales
+
+
+def _results(x_TX: Tensor, num_columns: int, how: Quantized | None) -> tuple[Tensor, Tensor, Any]:
+    """Where the result and its scales go, and the constants that say how it is quantized, for a block of columns."""
+    dtype = x_TX.dtype if how is None else getattr(torch, how.dtype)
+    out = torch.empty((x_TX.shape[0], num_columns), dtype=dtype, device=x_TX.device)
+    groups = 0 if how is None else triton.cdiv(num_columns, how.group_size) if how.group_size else 1
+    scales = torch.empty((x_TX.shape[0], groups), dtype=torch.float32, device=x_TX.device)
+
+    def options(block: int) -> dict[str, Any]:
+        if how is None:
+            return {"GROUP": 0, "LARGEST": 0.0, "IS_STATIC": False}
+        return {
+            "GROUP": how.group_size or block,
+            "LARGEST": LARGEST[how.dtype],
+            "IS_STATIC": how.input_scale != 0,
+        }
+
+    return out, scales, options
+
+
+def _with_dense_rows(x_TX: Tensor) -> Tensor:
+    return x_TX if x_TX.stride(1) == 1 else x_TX.contiguous()
+
+
+def _num_warps(block: int) -> int:
+    return min(16, max(1, block // 512))

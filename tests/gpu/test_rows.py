@@ -1,0 +1,88 @@
+"""Norms and gated activations on the GPU: what the ops mean in float64, from rows that lie apart."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slipstream.kernels.registry import known_ops
+
+DTYPES = {"float32": 2e-5, "bfloat16": 2e-2}
+ROUNDED = {"int8": (torch.int8, 1.01), "float8_e4m3fn": (torch.float8_e4m3fn, 32.5)}  # the widest step between numbers
+SIZES = (24, 96, 128)
+NUM_ROWS = (0, 1, 3)
+
+
+def numbers(device: torch.device, dtype: str, *shape: int) -> Tensor:
+    """Rows of a wider tensor, so that they lie apart."""
+    wide = torch.randn(*shape[:-1], shape[-1] + 8, device=device).to(getattr(torch, dtype))
+    return wide[..., : shape[-1]] if len(shape) > 1 else wide[: shape[0]].contiguous()
+
+
+def check(name: str, arguments: tuple[Any, ...], dtype: str) -> None:
+    op = known_ops()[name]
+    expected = op.reference(*[each.double() if isinstance(each, Tensor) else each for each in arguments])
+    actual = op.kernels["triton"].function(*arguments)
+    if isinstance(actual, Tensor):
+        actual, expected = (actual,), (expected,)
+    for ours, naive in zip(actual, expected, strict=True):
+        assert ours.shape == naive.shape
+        tolerance = DTYPES[dtype]
+        torch.testing.assert_close(ours.double(), naive.double(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+def test_norms(num_rows: int, size: int, dtype: str, device: torch.device) -> None:
+    x, residual = (numbers(device, dtype, num_rows, size) for _ in range(2))
+    heads = numbers(device, dtype, num_rows, 3 * size)
+    weight, bias = numbers(device, dtype, size), numbers(device, dtype, size)
+    for offset in (0.0, 1.0):
+        check("rms_norm", (heads, weight, 1e-5, offset), dtype)
+        check("add_rms_norm", (x, residual, weight, 1e-5, offset), dtype)
+    for each in (bias, None):
+        check("layer_norm", (x, weight, each, 1e-5), dtype)
+        check("add_layer_norm", (x, residual, weight, each, 1e-5), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+def test_gated_activations(num_rows: int, size: int, dtype: str, device: torch.device) -> None:
+    x = numbers(device, dtype, num_rows, 2 * size)
+    check("silu_and_mul", (x,), dtype)
+    for approximate in (False, True):
+        check("gelu_and_mul", (x, approximate), dtype)
+
+
+@pytest.mark.parametrize("group_size", [0, 32])
+@pytest.mark.parametrize("static", [0.0, 0.02])
+@pytest.mark.parametrize("rounded", ROUNDED)
+@pytest.mark.parametrize("size", [96, 128])
+def test_quantized(size: int, rounded: str, static: float, group_size: int, device: torch.device) -> None:
+    """The scales are the reference's; a number next to a tie may be its neighbour."""
+    x, residual = (numbers(device, "float32", 5, size) for _ in range(2))
+    x[2] = 0
+    weight, how = numbers(device, "float32", size), (static, group_size, rounded)
+    gated = numbers(device, "float32", 5, 2 * size)
+    calls: dict[str, tuple[Any, ...]] = {
+        "rms_norm_quantize": (x, weight, 1e-5, 0.0, *how),
+        "add_rms_norm_quantize": (x, residual, weight, 1e-5, 0.0, *how),
+        "silu_and_mul_quantize": (gated, *how),
+        "gelu_and_mul_quantize": (gated, True, *how),
+    }
+    dtype, step = ROUNDED[rounded]
+    for name, arguments in calls.items():
+        op = known_ops()[name]
+        actual, expected = op.kernels["triton"].function(*arguments), op.reference(*arguments)
+        assert actual[0].dtype == expected[0].dtype == dtype
+        torch.testing.assert_close(actual[1], expected[1], atol=1e-12, rtol=1e-5)
+        difference = (actual[0].float() - expected[0].float()).abs()
+        if device.type == "cpu" and rounded != "int8":  # the interpreter's E4M3 loses a carry into the exponent
+            difference[expected[0].float().frexp().mantissa.abs() == 0.5] = 0
+        assert difference.max() <= step
+        assert (difference > 0).float().mean() < 0.02
+        for ours, naive in zip(actual[2:], expected[2:], strict=True):
+            torch.testing.assert_close(ours, naive)
