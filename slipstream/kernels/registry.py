@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["kernel", "on_gpu", "op"]  # public: a user's module may declare ops (docs/adding/pass.md)
+__all__ = ["kernel", "op"]  # public: a user's module may declare ops (docs/adding/pass.md)
 
 _LIBRARY = torch.library.Library("slipstream", "DEF")
 _OPS: dict[str, "Op"] = {}
