@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.kernels.registry import kernel, op
+from slipstream.kernels.registry import kernel, on_gpu, op
 
 
 def _nothing(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor) -> None:
@@ -185,3 +185,16 @@ def _attend_flash(q_QX: Tensor, kv_2NBKD: Tensor, block_ids_B: Tensor, kv_len: i
         q_1HQD, k_1KLD, v_1KLD, mask_QL, is_causal=mask_QL is None, scale=scale, enable_gqa=True
     )
     return out[0].transpose(0, 1).reshape(num_queries, -1)
+
+
+@kernel(attention, "triton", on_gpu)
+def attention_triton(
+    q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
+    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
+) -> Tensor:  # fmt: skip
+    from slipstream.kernels.triton.attention import attention as in_tiles
+
+    return in_tiles(
+        q_TX, kv_PNBKD, query_starts, kv_lens, block_tables_SB, alibi_slopes_H, sinks_H,
+        scale, window, soft_cap, value_dim,
+    )  # fmt: skip

@@ -1,0 +1,435 @@
+"""Attention over the paged cache in tiles: softmax as it goes along (arXiv:2205.14135), long pasts in splits.
+
+A row is one query token at one head. The query heads that share a KV head are neighbours in a tile (GQA, MQA), so their
+keys are read once. The tiles of all sequences are numbered in one line, and a program finds its sequence in
+query_starts: the grid depends on shapes alone and can be recorded. Where tiles are few, several programs walk through
+one tile's keys, each through its share of as many as there are, and a second kernel merges what they found.
+
+A head's numbers are a power of two, MAIN, and the rest, REST (80 = 64 + 16, 576 = 512 + 64): tiles are powers of two,
+and 576 numbers in 1,024 would be half zeros.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2_E = 1.4426950408889634  # the kernels' exponentials are of base 2
+
+
+@dataclass(frozen=True)
+class Tile:
+    rows: int
+    keys: int  # read at a time
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One pass over the step's sequences."""
+
+    tile: Tile
+    num_splits: int
+    # Sequences with few rows take one tile each, if max_rows is given; then another launch has those of min_rows.
+    max_rows: int = 0
+    min_rows: int = 0
+
+
+@triton.jit
+def _sequence_of(tile, query_starts, num_sequences, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """The last sequence whose first tile is not after this one; that of sequence s is (its first row) // ROWS + s."""
+    count = 0
+    for first in range(0, num_sequences, 256):  # all at once: a binary search would wait for memory at each step
+        sequences = first + tl.arange(0, 256)
+        is_one = sequences < num_sequences
+        starts = tl.load(query_starts + sequences, mask=is_one, other=0)
+        count += tl.sum((is_one & (starts * GROUP // ROWS + sequences <= tile)).to(tl.int32))
+    return count - 1
+
+
+@triton.jit
+def _seen_by_tile(
+    first_row, num_rows, kv_len, window,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Positions of the tile's first and last token, and of the first key that a row of it sees, at a page's start."""
+    past = kv_len - num_rows // GROUP
+    first_position = past + first_row // GROUP
+    last_position = past + (tl.minimum(first_row + ROWS, num_rows) - 1) // GROUP
+    first_key = 0
+    if HAS_WINDOW:
+        first_key = tl.maximum(first_position - window + 1, 0) // BLOCK_SIZE * BLOCK_SIZE
+    return first_position, last_position, first_key
+
+
+@triton.jit
+def _load(base, offsets, is_row, START: tl.constexpr, WIDTH: tl.constexpr, USED: tl.constexpr, IS_MASKED: tl.constexpr):
+    """Numbers START to START + WIDTH of each row, of USED that there are; zeros for others, which are not read."""
+    columns = START + tl.arange(0, WIDTH)
+    pointers = base + offsets[:, None] + columns[None, :]
+    if START + WIDTH > USED:
+        if IS_MASKED:
+            return tl.load(pointers, mask=is_row[:, None] & (columns < USED)[None, :], other=0.0)
+        return tl.load(pointers, mask=(columns < USED)[None, :], other=0.0)
+    if IS_MASKED:
+        return tl.load(pointers, mask=is_row[:, None], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _store(base, offsets, is_row, values, START: tl.constexpr, WIDTH: tl.constexpr, USED: tl.constexpr):
+    columns = START + tl.arange(0, WIDTH)
+    mask = is_row[:, None] & (columns < USED)[None, :]
+    tl.store(base + offsets[:, None] + columns[None, :], values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finite(maximum):
+    """For rows that have seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) is NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_splits", "table_stride", "window"])
+def _attend(
+    q, kv, out, partial_sums, partial_stats, query_starts, kv_lens, block_tables, alibi_slopes, sinks,
+    num_sequences, num_splits, window, scale, soft_cap,
+    q_stride, out_stride, plane_stride, page_stride, token_stride, head_stride, table_stride,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    MAIN: tl.constexpr, REST: tl.constexpr, VALUE_MAIN: tl.constexpr, VALUE_REST: tl.constexpr,
+    KEYS_ARE_VALUES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    FIRST_PHASE: tl.constexpr, IS_SPLIT: tl.constexpr, MAX_ROWS: tl.constexpr, MIN_ROWS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """One tile, one KV head, one split. Scores are in units of log2."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    # The last tile of a prompt sees most keys: it starts first.
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // NUM_KV_HEADS
+    kv_head = (tl.num_programs(0) - 1 - tl.program_id(0)) % NUM_KV_HEADS
+    split = tl.program_id(1)
+    sequence = tile
+    if not MAX_ROWS:
+        sequence = _sequence_of(tile, query_starts, num_sequences, GROUP, ROWS)
+    first_token = tl.load(query_starts + sequence)
+    num_rows = ((tl.load(query_starts + sequence + 1) - first_token) * GROUP).to(tl.int32)
+    first_row = 0
+    if not MAX_ROWS:
+        first_row = (tile - first_token * GROUP // ROWS - sequence).to(tl.int32) * ROWS
+    if first_row >= num_rows:
+        return
+    if (MAX_ROWS and num_rows > MAX_ROWS) or (MIN_ROWS and num_rows < MIN_ROWS):
+        return
+
+    kv_len = tl.load(kv_lens + sequence).to(tl.int32)
+    first_position, last_position, first_key = _seen_by_tile(
+        first_row, num_rows, kv_len, window, GROUP, ROWS, BLOCK_SIZE, HAS_WINDOW
+    )
+    begin, end_key = first_key, last_position + 1
+    num_parts = 1
+    if IS_SPLIT:
+        split_keys = tl.cdiv(tl.cdiv(end_key - first_key, KEYS), num_splits) * KEYS
+        num_parts = tl.cdiv(end_key - first_key, split_keys)
+        begin = first_key + split * split_keys
+        if begin >= end_key:
+            return
+        end_key = tl.minimum(begin + split_keys, end_key)
+
+    rows = first_row + tl.arange(0, ROWS)
+    is_row = rows < num_rows
+    tokens, heads = first_token + rows // GROUP, kv_head * GROUP + rows % GROUP
+    positions = kv_len - num_rows // GROUP + rows // GROUP
+    q_offsets = tokens * q_stride + heads * HEAD_DIM
+    q_main = _load(q, q_offsets, is_row, 0, MAIN, HEAD_DIM, True)
+    if REST:
+        q_rest = _load(q, q_offsets, is_row, MAIN, REST, HEAD_DIM, True)
+    if HAS_SLOPES:
+        slopes = tl.load(alibi_slopes + heads, mask=is_row, other=0.0) * LOG2_E
+    log2_scale = scale * LOG2_E
+
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sum_main = tl.zeros([ROWS, VALUE_MAIN], tl.float32)
+    sum_rest = tl.zeros([ROWS, VALUE_REST if VALUE_REST else 16], tl.float32)
+
+    keys_of_head = kv + kv_head * head_stride
+    values_of_head = keys_of_head + plane_stride
+    table = block_tables + sequence * table_stride
+    IS_ONE_PAGE: tl.constexpr = BLOCK_SIZE % KEYS == 0
+    # Phase 1 has the keys that all rows see and needs no masks; 0 those before it, at a window's start; 2 those after.
+    for PHASE in tl.static_range(FIRST_PHASE, 3):
+        end = end_key
+        if PHASE == 0:
+            hidden = tl.maximum(last_position - window + 1 - begin, 0)
+            end = tl.minimum(begin + tl.cdiv(hidden, KEYS) * KEYS, end_key)
+        if PHASE == 1:
+            seen = tl.minimum(first_position + 1, end_key) - begin
+            end = begin + tl.maximum(seen, 0) // KEYS * KEYS
+        # A turn's page ids are read in the turn before it, so that its keys can be fetched several turns ahead.
+        if IS_ONE_PAGE:
+            pages = tl.load(table + begin // BLOCK_SIZE, mask=begin < end, other=0)
+        else:
+            keys = begin + tl.arange(0, KEYS)
+            pages = tl.load(table + keys // BLOCK_SIZE, mask=keys < end, other=0)
+        for start in range(begin, end, KEYS):
+            keys = start + tl.arange(0, KEYS)
+            is_key = keys < end
+            key_offsets = pages * page_stride + keys % BLOCK_SIZE * token_stride
+            if IS_ONE_PAGE:
+                pages = tl.load(table + (start + KEYS) // BLOCK_SIZE, mask=start + KEYS < end, other=0)
+            else:
+                pages = tl.load(table + (keys + KEYS) // BLOCK_SIZE, mask=keys + KEYS < end, other=0)
+            k_main = _load(keys_of_head, key_offsets, is_key, 0, MAIN, HEAD_DIM, PHASE != 1)
+            scores = tl.dot(q_main, k_main.T, input_precision="ieee")
+            if REST:
+                k_rest = _load(keys_of_head, key_offsets, is_key, MAIN, REST, HEAD_DIM, PHASE != 1)
+                scores = tl.dot(q_rest, k_rest.T, scores, input_precision="ieee")
+            factor = log2_scale  # left to the exponent, where it costs nothing, if nothing comes between
+            if HAS_SOFT_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+                scores = soft_cap * (1 - 2 / (tl.exp2(scores * (2 * log2_scale / soft_cap)) + 1))
+                factor = LOG2_E
+            if HAS_SLOPES:
+                scores = scores * factor + slopes[:, None] * (keys[None, :] - positions[:, None])
+                factor = 1.0
+            if PHASE != 1:
+                is_seen = keys[None, :] <= positions[:, None]
+                if HAS_WINDOW:
+                    is_seen &= keys[None, :] > positions[:, None] - window
+                scores = tl.where(is_seen, scores, float("-inf"))
+            new_maximum = tl.maximum(maximum, tl.max(scores, 1) * factor)
+            if PHASE != 1:
+                new_maximum = _finite(new_maximum)
+            probs = tl.exp2(scores * factor - new_maximum[:, None])
+            decay = tl.exp2(maximum - new_maximum)
+            maximum = new_maximum
+            total = total * decay + tl.sum(probs, 1)
+            probs = probs.to(q_main.dtype)
+            if KEYS_ARE_VALUES:
+                v_main = k_main
+            else:
+                v_main = _load(values_of_head, key_offsets, is_key, 0, VALUE_MAIN, VALUE_DIM, PHASE != 1)
+            sum_main = tl.dot(probs, v_main, sum_main * decay[:, None], input_precision="ieee")
+            if VALUE_REST:
+                v_rest = _load(values_of_head, key_offsets, is_key, VALUE_MAIN, VALUE_REST, VALUE_DIM, PHASE != 1)
+                sum_rest = tl.dot(probs, v_rest, sum_rest * decay[:, None], input_precision="ieee")
+        begin = end
+
+    if IS_SPLIT and num_parts > 1:
+        partial_rows = tokens * (NUM_KV_HEADS * GROUP) + heads
+        if MAX_ROWS:
+            partial_rows = (sequence * NUM_KV_HEADS + kv_head).to(tl.int64) * ROWS + rows
+        parts = partial_rows * num_splits + split
+        tl.store(partial_stats + parts * 2, maximum, mask=is_row)
+        tl.store(partial_stats + parts * 2 + 1, total, mask=is_row)
+        _store(partial_sums, parts * VALUE_DIM, is_row, sum_main, 0, VALUE_MAIN, VALUE_DIM)
+        if VALUE_REST:
+            _store(partial_sums, parts * VALUE_DIM, is_row, sum_rest, VALUE_MAIN, VALUE_REST, VALUE_DIM)
+        return
+    share = 1 / total
+    if HAS_SINKS:
+        sink = tl.load(sinks + heads, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
+        new_maximum = tl.maximum(maximum, sink)
+        decay = tl.exp2(maximum - new_maximum)
+        share = decay / (total * decay + tl.exp2(sink - new_maximum))
+    out_offsets = tokens * out_stride + heads * VALUE_DIM
+    _store(out, out_offsets, is_row, sum_main * share[:, None], 0, VALUE_MAIN, VALUE_DIM)
+    if VALUE_REST:
+        _store(out, out_offsets, is_row, sum_rest * share[:, None], VALUE_MAIN, VALUE_REST, VALUE_DIM)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_splits", "window"])
+def _merge(
+    out, partial_sums, partial_stats, query_starts, kv_lens, sinks, num_sequences, num_splits, window, out_stride,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MAX_PARTS: tl.constexpr, PARTS: tl.constexpr,
+    MAX_ROWS: tl.constexpr, MIN_ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """One row: what its splits found, weighed by their maxima and totals, and the sink. Rows of one part are done."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    partial_row = tl.program_id(0).to(tl.int64)
+    if MAX_ROWS:
+        sequence, row = partial_row // (NUM_KV_HEADS * ROWS), (partial_row % ROWS).to(tl.int32)
+        first_token = tl.load(query_starts + sequence)
+        token = first_token + row // GROUP
+        head = partial_row // ROWS % NUM_KV_HEADS * GROUP + row % GROUP
+    else:
+        token, head = partial_row // (NUM_KV_HEADS * GROUP), partial_row % (NUM_KV_HEADS * GROUP)
+        sequence = _sequence_of_token(token, query_starts, num_sequences)
+        first_token = tl.load(query_starts + sequence)
+        row = ((token - first_token) * GROUP + head % GROUP).to(tl.int32)
+    num_rows = ((tl.load(query_starts + sequence + 1) - first_token) * GROUP).to(tl.int32)
+    if row >= num_rows:
+        return
+    if (MAX_ROWS and num_rows > MAX_ROWS) or (MIN_ROWS and num_rows < MIN_ROWS):
+        return
+    kv_len = tl.load(kv_lens + sequence).to(tl.int32)
+    _, last_position, first_key = _seen_by_tile(
+        row // ROWS * ROWS, num_rows, kv_len, window, GROUP, ROWS, BLOCK_SIZE, HAS_WINDOW
+    )
+    num_keys = last_position + 1 - first_key
+    num_parts = tl.cdiv(num_keys, tl.cdiv(tl.cdiv(num_keys, KEYS), num_splits) * KEYS)
+    if num_parts == 1:
+        return
+
+    sums = partial_sums + partial_row * num_splits * VALUE_DIM
+    stats = partial_stats + partial_row * num_splits * 2
+    all_parts = tl.arange(0, MAX_PARTS)
+    maxima = tl.load(stats + all_parts * 2, mask=all_parts < num_parts, other=float("-inf"))
+    totals = tl.load(stats + all_parts * 2 + 1, mask=all_parts < num_parts, other=0.0)
+    maximum = tl.max(maxima, 0)
+    if HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+        maximum = tl.maximum(maximum, sink)
+    total = tl.sum(totals * tl.exp2(maxima - maximum), 0)
+    if HAS_SINKS:
+        total += tl.exp2(sink - maximum)
+    columns = tl.arange(0, VALUE_WIDTH)
+    result = tl.zeros([VALUE_WIDTH], tl.float32)
+    for first in range(0, num_parts, PARTS):
+        parts = first + tl.arange(0, PARTS)
+        is_part = parts < num_parts
+        weights = tl.exp2(tl.load(stats + parts * 2, mask=is_part, other=float("-inf")) - maximum)
+        found = tl.load(
+            sums + parts[:, None] * VALUE_DIM + columns[None, :],
+            mask=is_part[:, None] & (columns < VALUE_DIM)[None, :],
+            other=0.0,
+        )
+        result += tl.sum(found * weights[:, None], 0)
+    pointers = out + token * out_stride + head * VALUE_DIM + columns
+    tl.store(pointers, (result / total).to(out.dtype.element_ty), mask=columns < VALUE_DIM)
+
+
+@triton.jit
+def _sequence_of_token(token, query_starts, num_sequences):
+    count = 0
+    for first in range(0, num_sequences, 256):
+        sequences = first + tl.arange(0, 256)
+        is_one = sequences < num_sequences
+        starts = tl.load(query_starts + sequences, mask=is_one, other=0)
+        count += tl.sum((is_one & (starts <= token)).to(tl.int32))
+    return count - 1
+
+
+def attention(
+    q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
+    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
+    launches: tuple[Launch, ...] | None = None,
+) -> Tensor:  # fmt: skip
+    """As the op (kernels/attention/paged.py). launches: instead of those that the shapes suggest, to measure others."""
+    _, _, block_size, num_kv_heads, head_dim = kv_PNBKD.shape
+    num_heads = q_TX.shape[1] // head_dim
+    out_TX = q_TX.new_empty(q_TX.shape[0], num_heads * value_dim)
+    if launches is None:
+        launches = plan(
+            q_TX.shape[0], len(kv_lens), num_kv_heads, num_heads // num_kv_heads, block_tables_SB.shape[1] * block_size,
+            head_dim, q_TX.element_size(), num_processors(q_TX.device),
+        )  # fmt: skip
+    for launch in launches if q_TX.numel() else ():
+        _run(
+            launch, out_TX, q_TX if q_TX.stride(1) == 1 else q_TX.contiguous(), kv_PNBKD, query_starts, kv_lens,
+            block_tables_SB, alibi_slopes_H, sinks_H, scale, window, soft_cap, value_dim,
+        )  # fmt: skip
+    return out_TX
+
+
+def _run(
+    launch: Launch, out_TX: Tensor, q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor,
+    block_tables_SB: Tensor, alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, scale: float, window: int,
+    soft_cap: float, value_dim: int,
+) -> None:  # fmt: skip
+    num_planes, _, block_size, num_kv_heads, head_dim = kv_PNBKD.shape
+    num_tokens, num_sequences = q_TX.shape[0], len(kv_lens)
+    group = q_TX.shape[1] // head_dim // num_kv_heads
+    tile, num_splits = launch.tile, launch.num_splits
+    main, rest = _powers_of_two(head_dim)
+    value_main, value_rest = _powers_of_two(value_dim)
+    num_tiles = num_sequences if launch.max_rows else num_tokens * group // tile.rows + num_sequences
+    num_rows = num_sequences * num_kv_heads * tile.rows if launch.max_rows else num_tokens * group * num_kv_heads
+    sums = stats = None
+    if num_splits > 1:
+        sums = torch.empty(num_rows * num_splits * value_dim, dtype=torch.float32, device=q_TX.device)
+        stats = torch.empty(num_rows * num_splits * 2, dtype=torch.float32, device=q_TX.device)
+    # Short tiles meet their whole past and a few masked keys in one loop: to start another costs more than masks.
+    first_phase = 2 if tile.rows < 64 else 1 - (window > 0)
+    _attend[num_tiles * num_kv_heads, num_splits](
+        q_TX, kv_PNBKD, out_TX, sums, stats, query_starts, kv_lens, block_tables_SB, alibi_slopes_H, sinks_H,
+        num_sequences, num_splits, window, scale, soft_cap,
+        q_TX.stride(0), out_TX.stride(0), kv_PNBKD.stride(0) * (num_planes - 1), *kv_PNBKD.stride()[1:4],
+        block_tables_SB.stride(0),
+        num_kv_heads, group, head_dim, value_dim, main, rest, value_main, value_rest,
+        num_planes == 1 and value_dim == main, block_size, tile.rows, tile.keys,
+        first_phase, num_splits > 1, launch.max_rows, launch.min_rows,
+        window > 0, soft_cap != 0, alibi_slopes_H is not None, sinks_H is not None,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if num_splits > 1:
+        width = triton.next_power_of_2(value_dim)
+        max_parts = triton.next_power_of_2(num_splits)
+        _merge[(num_rows,)](
+            out_TX, sums, stats, query_starts, kv_lens, sinks_H, num_sequences, num_splits, window, out_TX.stride(0),
+            num_kv_heads, group, value_dim, width, block_size, tile.rows, tile.keys,
+            max_parts, min(max_parts, max(1, 4096 // width)),
+            launch.max_rows, launch.min_rows, window > 0, sinks_H is not None,
+            num_warps=4,
+        )  # fmt: skip
+
+
+def _powers_of_two(width: int) -> tuple[int, int]:
+    """The main part of so many numbers and the rest, each padded to a size that a tile can have."""
+    main = max(16, 1 << width.bit_length() - 1)
+    return main, max(16, triton.next_power_of_2(width - main)) if width > main else 0
+
+
+def plan(
+    num_tokens: int, num_sequences: int, num_kv_heads: int, group: int, max_keys: int, head_dim: int, item_size: int,
+    num_processors: int,
+) -> tuple[Launch, ...]:  # fmt: skip
+    """The launches for a step of these shapes: a recorded one must do for any lengths that come in them."""
+    tokens_a_sequence = -(-num_tokens // num_sequences)
+    # Up to eight may be drafted tokens that each sequence verifies; more than that are a prompt's, beside generation.
+    few = _few_rows(group * tokens_a_sequence if tokens_a_sequence <= 8 else group, head_dim, item_size)
+
+    def launch(tile: Tile, num_tiles: int, programs_a_processor: int, **limits: int) -> Launch:
+        room = programs_a_processor * num_processors // (num_tiles * num_kv_heads)
+        return Launch(tile, max(1, min(room, -(-max_keys // (2 * tile.keys)), 64)), **limits)
+
+    if num_tokens <= num_sequences or num_tokens * group <= few.rows:
+        return (launch(few, max(num_sequences, num_tokens * group // few.rows), 4),)
+    many = _many_rows(num_tokens * group, head_dim, item_size)
+    num_tiles = -(-num_tokens * group // many.rows)
+    if num_sequences == 1:
+        return (launch(many, num_tiles, 1),)
+    return (
+        launch(few, num_sequences, 4, max_rows=few.rows),
+        launch(many, num_tiles, 1, min_rows=few.rows + 1),
+    )
+
+
+def _few_rows(num_rows: int, head_dim: int, item_size: int) -> Tile:
+    """For generation: all that counts is to have many keys on their way."""
+    rows = min(64, max(16, triton.next_power_of_2(num_rows)))
+    if item_size == 4:
+        return Tile(rows, 32, 4, 2)
+    if head_dim > 256:
+        return Tile(rows, 32, 8 if rows == 64 else 4, 2)
+    return Tile(rows, 32 if head_dim > 128 else 64, 4, 3)
+
+
+def _many_rows(num_rows: int, head_dim: int, item_size: int) -> Tile:
+    """For prompts: large products, as far as registers and shared memory go."""
+    if item_size == 4:
+        return Tile(32, 32, 4, 2)
+    if head_dim > 256:
+        return Tile(64, 32, 8, 2)
+    if head_dim > 128:
+        return Tile(128, 32, 8, 2)
+    if num_rows < 1024:
+        return Tile(64, 64, 4, 3)
+    return Tile(128, 64, 8, 3)
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8

@@ -1,0 +1,211 @@
+"""Paged attention in tiles, against softmax written out in float64; what no row may see is NaN."""
+
+import math
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from slipstream.kernels.triton import attention as tiles  # noqa: E402 - conftest chooses the interpreter first
+
+SEED = random.SystemRandom().randrange(2**32)
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+IS_REAL = torch.cuda.is_available()
+HALF = torch.bfloat16 if IS_REAL else torch.float16  # the interpreter multiplies the bits of a bfloat16
+
+# (query rows, tokens in the cache before them) of each sequence
+BATCHES = {
+    "generation": [(1, 0), (1, 37), (1, 5)],
+    "one long": [(1, 150)],
+    "context": [(9, 0), (17, 0), (1, 0)],
+    "mixed": [(9, 0), (1, 60), (0, 5), (11, 23), (1, 3), (2, 30)],
+}
+if IS_REAL:
+    BATCHES |= {
+        "much generation": [(1, 131 * i % 4000) for i in range(64)],
+        "long context": [(1500, 0), (700, 3000)],
+        "much of both": [(1, 5000), (513, 100), *[(1, 997 * i % 3000) for i in range(30)], (64, 0), (3, 777)],
+    }
+
+
+def make(
+    device: torch.device,
+    chunks: list[tuple[int, int]],
+    *,
+    dtype: torch.dtype = torch.float32,
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 32,
+    value_dim: int | None = None,
+    num_planes: int = 2,
+    block_size: int = 16,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    has_slopes: bool = False,
+    has_sinks: bool = False,
+    padding: int = 0,
+) -> tuple[Any, ...]:
+    """The op's arguments. padding: rows and sequences added as a recorded step adds them; q is NaN there."""
+    generator = torch.Generator().manual_seed(SEED)
+    num_heads, num_kv_heads = heads
+    kv_lens = [rows + past for rows, past in chunks]
+    counts = [-(-length // block_size) for length in kv_lens]
+    order = (torch.randperm(sum(counts) + 3, generator=generator) + 1).tolist()
+    kv = torch.full((num_planes, len(order) + 1, block_size, num_kv_heads, head_dim), math.nan)
+    tables = torch.zeros(len(chunks) + padding, max(counts) + 2, dtype=torch.int64)
+    for sequence, ((_, past), length) in enumerate(zip(chunks, kv_lens, strict=True)):
+        first = max(0, past + 1 - window) // block_size if window else 0
+        for index in range(first, counts[sequence]):
+            tables[sequence, index] = block = order.pop()
+            used = min(block_size, length - index * block_size)
+            kv[:, block, :used] = torch.randn(num_planes, used, num_kv_heads, head_dim, generator=generator)
+    num_rows = sum(rows for rows, _ in chunks)
+    q = torch.randn(num_rows + padding, num_heads * head_dim + 24, generator=generator)
+    q[num_rows:] = math.nan
+    starts = [0, *torch.tensor([rows for rows, _ in chunks]).cumsum(0).tolist(), *[num_rows] * padding]
+    return (
+        q.to(device, dtype)[:, 16:-8],  # as a slice of a joined projection
+        kv.to(device, dtype),
+        torch.tensor(starts, device=device),
+        torch.tensor([*kv_lens, *[0] * padding], device=device),
+        tables.to(device),
+        torch.rand(num_heads, generator=generator).to(device) if has_slopes else None,
+        torch.randn(num_heads, generator=generator).to(device, dtype) if has_sinks else None,
+        head_dim**-0.5,
+        window,
+        soft_cap,
+        head_dim if value_dim is None else value_dim,
+    )
+
+
+def naive(
+    q: Tensor, kv: Tensor, query_starts: Tensor, kv_lens: Tensor, tables: Tensor, slopes: Tensor | None,
+    sinks: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
+) -> Tensor:  # fmt: skip
+    num_kv_heads, head_dim = kv.shape[3:]
+    block_size, num_heads = kv.shape[2], q.shape[1] // head_dim
+    q_THD = q.double().unflatten(1, (num_heads, head_dim))
+    out = q.new_zeros(len(q), num_heads, value_dim, dtype=torch.float64)
+    for sequence, kv_len in enumerate(kv_lens.tolist()):
+        rows = slice(*query_starts[sequence : sequence + 2].tolist())
+        if rows.start == rows.stop:
+            continue
+        places = torch.arange(kv_len, device=q.device)
+        found = kv[:, tables[sequence, places // block_size], places % block_size].double().nan_to_num()
+        found = found.repeat_interleave(num_heads // num_kv_heads, 2)
+        scores = torch.einsum("qhd,khd->hqk", q_THD[rows], found[0]) * scale
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        distance = places[kv_len - (rows.stop - rows.start) :, None] - places
+        if slopes is not None:
+            scores -= slopes.double()[:, None, None] * distance
+        scores.masked_fill_((distance < 0) | ((distance >= window) if window else False), -math.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, scores.shape[1], 1)], 2)
+        probs = scores.softmax(2)[:, :, :kv_len]
+        out[rows] = torch.einsum("hqk,khd->qhd", probs, found[-1, ..., :value_dim])
+    return out.flatten(1)
+
+
+def check(arguments: tuple[Any, ...], launches: tuple[tiles.Launch, ...] | None = None) -> None:
+    q, starts = arguments[0], arguments[2]
+    num_rows = int(starts[-1])
+    poisoned = torch.full((len(q), len(q)), math.nan, device=q.device)  # what torch.empty may give next
+    del poisoned
+    actual = tiles.attention(*arguments, launches=launches)
+    tolerance = TOLERANCE[q.dtype]
+    torch.testing.assert_close(actual[:num_rows].double(), naive(*arguments)[:num_rows], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("chunks", BATCHES.values(), ids=BATCHES)
+def test_any_batch(device: torch.device, chunks: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    check(make(device, chunks, dtype=dtype))
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 1},
+        {"window": 20, "has_sinks": True},
+        {"soft_cap": 2.0},
+        {"has_slopes": True},
+        {"window": 30, "soft_cap": 3.0, "has_slopes": True, "has_sinks": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options(device: torch.device, options: dict[str, Any], num_splits: int) -> None:
+    few = tiles.Launch(tiles.Tile(16, 32, 4, 2), num_splits, max_rows=16)
+    many = tiles.Launch(tiles.Tile(64, 16, 4, 2), num_splits, min_rows=17)
+    check(make(device, BATCHES["mixed"], **options), (few, many))
+    check(make(device, BATCHES["generation"], **options), (tiles.Launch(few.tile, num_splits),))
+
+
+@pytest.mark.parametrize("head_dim", [8, 48, 64, 80, 96, 128, 192, 256])
+def test_head_sizes(device: torch.device, head_dim: int) -> None:
+    check(make(device, [(3, 20), (1, 40)], head_dim=head_dim, dtype=HALF))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1), (5, 1), (71, 1), (1, 1)], ids=str)
+def test_groups(device: torch.device, heads: tuple[int, int]) -> None:
+    check(make(device, BATCHES["generation"], heads=heads))
+    check(make(device, [(5, 10), (1, 3)], heads=heads))
+
+
+@pytest.mark.parametrize("block_size", [4, 16, 32, 64, 128])
+def test_page_sizes(device: torch.device, block_size: int) -> None:
+    check(make(device, BATCHES["generation"], block_size=block_size, window=70))
+    check(make(device, [(6, 30), (9, 0)], block_size=block_size, dtype=HALF))
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(576, 512), (80, 64), (24, 7), (8, 5)])
+def test_latent_keys_are_values(device: torch.device, head_dim: int, value_dim: int) -> None:
+    options = {"head_dim": head_dim, "value_dim": value_dim, "num_planes": 1, "heads": (16, 1)}
+    check(make(device, BATCHES["generation"], **options, dtype=HALF))
+    check(make(device, [(9, 20), (1, 3)], **options, dtype=HALF))
+
+
+@pytest.mark.parametrize("chunks", BATCHES.values(), ids=BATCHES)
+def test_padding_is_neither_read_nor_written(device: torch.device, chunks: list[tuple[int, int]]) -> None:
+    check(make(device, chunks, padding=3))
+
+
+def test_no_tokens(device: torch.device) -> None:
+    arguments = make(device, [(0, 5)])
+    assert tiles.attention(*arguments).shape == (0, 128)
+
+
+def test_a_plan_depends_on_shapes_and_fills_the_device() -> None:
+    def plan(num_tokens: int, num_sequences: int, max_keys: int = 8192) -> tuple[tiles.Launch, ...]:
+        return tiles.plan(num_tokens, num_sequences, 8, 4, max_keys, 128, 2, 132)
+
+    (one,) = plan(1, 1)
+    assert one.num_splits > 8
+    assert plan(1, 1, 64)[0].num_splits == 1
+    assert plan(512, 512)[0].num_splits == 1
+    (prompt,) = plan(2048, 1)
+    assert prompt.num_splits == 1
+    few, many = plan(2048, 64)
+    assert few.max_rows + 1 == many.min_rows
+    assert replace(few, num_splits=1) == replace(plan(256, 64)[0], num_splits=1)
+
+
+@pytest.mark.skipif(not IS_REAL, reason="needs a GPU")
+def test_a_recorded_call_serves_other_lengths(device: torch.device) -> None:
+    first = make(device, [(1, 900), (1, 3), (1, 2000)], dtype=HALF)
+    second = make(device, [(1, 17), (1, 2000), (0, 0)], dtype=HALF)
+    tiles.attention(*first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = tiles.attention(*first)
+    q, kv, starts, lens, tables, *_ = second
+    first[0][:2], first[2][:], first[3][:] = q[:2], starts, lens
+    first[1][:, : kv.shape[1]] = kv
+    first[4][:, : tables.shape[1]] = tables
+    graph.replay()
+    torch.testing.assert_close(out[:2].double(), naive(*second)[:2], rtol=3e-2, atol=3e-2)
