@@ -21,6 +21,7 @@ _COLD_BYTES = 96 << 20  # weights cycled through while timing, so that no cache 
 # The fastest of many single calls counts: on a shared machine a neighbour spoils most, rarely all.
 _ROUNDS = 7
 _ROUND_SECONDS = 0.004
+_RECORDED_CALLS = 16
 _NUMBERS = ("float32", "float16", "bfloat16", "float8_e4m3fn", "int8")  # what activations are; indices are int64
 
 
@@ -108,10 +109,12 @@ def _fastest_by_rows(node: Node, graph: Graph, device: torch.device, limit: int)
             winners.append(winners[-1])
             continue
         calls = cycle([_arguments(node, graph, op, num_rows, copy, device) for copy in weights])
+        time_round = _recorded if device.type == "cuda" else _called
+        rounds = {name: time_round(kernel.function, calls, node.attributes) for name, kernel in candidates.items()}
         best = dict.fromkeys(candidates, float("inf"))
         for _ in range(_ROUNDS):  # interleaved, so that a disturbance hits all alike
-            for name, kernel in candidates.items():
-                best[name] = min(best[name], _seconds(kernel.function, calls, node.attributes, device))
+            for name, seconds in rounds.items():
+                best[name] = min(best[name], seconds())
         winners.append(min(best, key=best.__getitem__))
     return winners
 
@@ -144,20 +147,39 @@ def _arguments(
     return [values] if any(argument.kind == "Tensor[]" for argument in op.arguments) else values
 
 
-def _seconds(
-    function: Callable[..., Any], calls: Iterator[list[Any]], attributes: dict[str, Any], device: torch.device
-) -> float:
-    """Seconds of the fastest call in one round; each call takes the next of the cold weights."""
-    function(*next(calls), **attributes)
-    _synchronize(device)
-    fastest, end = float("inf"), time.perf_counter() + _ROUND_SECONDS
-    while (start := time.perf_counter()) < end:
+def _called(
+    function: Callable[..., Any], calls: Iterator[list[Any]], attributes: dict[str, Any]
+) -> Callable[[], float]:
+    """Gives the seconds of the fastest call in one round; each call takes the next of the cold weights."""
+
+    def seconds() -> float:
         function(*next(calls), **attributes)
-        _synchronize(device)
-        fastest = min(fastest, time.perf_counter() - start)
-    return fastest
+        fastest, end = float("inf"), time.perf_counter() + _ROUND_SECONDS
+        while (start := time.perf_counter()) < end:
+            function(*next(calls), **attributes)
+            fastest = min(fastest, time.perf_counter() - start)
+        return fastest
+
+    return seconds
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _recorded(
+    function: Callable[..., Any], calls: Iterator[list[Any]], attributes: dict[str, Any]
+) -> Callable[[], float]:
+    """Gives the seconds of a call among calls recorded one after another, as a step is recorded."""
+    function(*next(calls), **attributes)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_RECORDED_CALLS):
+            function(*next(calls), **attributes)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def seconds() -> float:
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / _RECORDED_CALLS
+
+    return seconds

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.kernels.registry import kernel, op
+from slipstream.kernels.registry import kernel, on_gpu, op
 
 
 def _linear_shapes(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -27,3 +27,14 @@ def linear_weight_first(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None =
     columns_KM = (torch.cat([x_MK, x_MK]) if num_rows == 1 else x_MK).t()
     y_MN = torch.mm(weight_NK, columns_KM).t()[:num_rows]
     return y_MN if bias_N is None else y_MN + bias_N
+
+
+@kernel(linear, "triton", on_gpu)
+def linear_triton(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """For few rows; cuBLAS has no equal for many."""
+    from slipstream.kernels.triton import linear as skinny
+
+    weight = skinny.Weight(weight_NK)
+    if x_MK.shape[0] > 64 or not skinny.supports(x_MK, weight):
+        return functional.linear(x_MK, weight_NK, bias_N)
+    return skinny.product(x_MK, weight, bias_N, x_MK.dtype)

@@ -15,7 +15,7 @@ from slipstream.kernels.linear.groups import (
     product,
     quantized_shapes,
 )
-from slipstream.kernels.registry import op
+from slipstream.kernels.registry import kernel, on_gpu_with_fp8, op
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 
@@ -56,6 +56,37 @@ def linear_fp8(
     return product(x_MK, dequantize(packed_NK, scale_NG, None, group_size), bias_N, getattr(torch, dtype))
 
 
+@kernel(linear_fp8, "cublas", on_gpu_with_fp8)
+def linear_fp8_cublas(
+    x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
+    input_group_size: int, dtype: str,
+) -> Tensor:  # fmt: skip
+    """Scales by row, or by 128 columns, which cuBLASLt reads column by column (PyTorch's tests of _scaled_mm)."""
+    num_out, num_columns = packed_NK.shape
+    is_taken = num_columns % 128 == num_out % 16 == 0 and len(x_MK) and group_size == input_group_size in (0, 128)
+    if not is_taken or dtype != "bfloat16" or scale_NG.dtype != torch.float32:
+        return linear_fp8_triton(x_MK, x_scale_MG, packed_NK, scale_NG, bias_N, group_size, input_group_size, dtype)
+    scales = x_scale_MG.t().contiguous().t(), scale_NG.t().contiguous()
+    return torch._scaled_mm(
+        x_MK, packed_NK.t(), *scales, bias=bias_N, out_dtype=torch.bfloat16, use_fast_accum=not group_size
+    )
+
+
+@kernel(linear_fp8, "triton", on_gpu_with_fp8)
+def linear_fp8_triton(
+    x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
+    input_group_size: int, dtype: str,
+) -> Tensor:  # fmt: skip
+    from slipstream.kernels.triton import linear as skinny
+
+    weight = skinny.Weight(packed_NK, scale_NG, None, group_size, x_scale_MG, input_group_size)
+    if not skinny.supports(x_MK, weight):
+        return linear_fp8.reference(
+            x_MK, x_scale_MG, packed_NK, scale_NG, bias_N, group_size, input_group_size, dtype
+        )  # fmt: skip
+    return skinny.product(x_MK, weight, bias_N, getattr(torch, dtype))
+
+
 @op(
     "linear_fp8a16(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int group_size) -> Tensor",
     shapes=linear_shapes,
@@ -63,3 +94,15 @@ def linear_fp8(
 def linear_fp8a16(x_MK: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int) -> Tensor:
     """packed E4M3 [N, K], x as it is."""
     return product(x_MK, dequantize(packed_NK, scale_NG, None, group_size), bias_N, x_MK.dtype)
+
+
+@kernel(linear_fp8a16, "triton", on_gpu_with_fp8)
+def linear_fp8a16_triton(
+    x_MK: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int
+) -> Tensor:
+    from slipstream.kernels.triton import linear as skinny
+
+    weight = skinny.Weight(packed_NK, scale_NG, None, group_size)
+    if not skinny.supports(x_MK, weight):
+        return linear_fp8a16.reference(x_MK, packed_NK, scale_NG, bias_N, group_size)
+    return skinny.product(x_MK, weight, bias_N, x_MK.dtype)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from slipstream.kernels.linear.groups import dequantize, linear_shapes, product
-from slipstream.kernels.registry import op
+from slipstream.kernels.registry import kernel, on_gpu, op
 
 
 @op(
@@ -18,3 +18,17 @@ def linear_w8a16(
     """packed int8 [N, K]; order int32 [K] (act-order): packed column j multiplies column order[j] of x."""
     weight_NK = dequantize(packed_NK, scale_NG, zero_NG, group_size, order_K)
     return product(x_MK, weight_NK, bias_N, x_MK.dtype)
+
+
+@kernel(linear_w8a16, "triton", on_gpu)
+def linear_w8a16_triton(
+    x_MK: Tensor, packed_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, order_K: Tensor | None,
+    bias_N: Tensor | None, group_size: int,
+) -> Tensor:  # fmt: skip
+    from slipstream.kernels.triton import linear as skinny
+
+    weight = skinny.Weight(packed_NK, scale_NG, zero_NG, group_size)
+    if not skinny.supports(x_MK, weight):
+        return linear_w8a16.reference(x_MK, packed_NK, scale_NG, zero_NG, order_K, bias_N, group_size)
+    ordered_MK = x_MK if order_K is None else x_MK.index_select(1, order_K)
+    return skinny.product(ordered_MK, weight, bias_N, x_MK.dtype)

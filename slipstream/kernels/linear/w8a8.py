@@ -3,8 +3,14 @@
 import torch
 from torch import Tensor
 
-from slipstream.kernels.linear.groups import activation_scale, dequantize, per_column, product, quantized_shapes
-from slipstream.kernels.registry import op
+from slipstream.kernels.linear.groups import (
+    activation_scale,
+    dequantize,
+    per_column,
+    product,
+    quantized_shapes,
+)
+from slipstream.kernels.registry import kernel, on_gpu, op
 
 LARGEST = 127
 
@@ -43,3 +49,18 @@ def linear_w8a8(
     """x int8 and its scale as quantize_w8a8 gives them, packed int8 [N, K]; the result is in dtype."""
     x_MK = dequantize(x_MK, x_scale_MG, None, input_group_size)
     return product(x_MK, dequantize(packed_NK, scale_NG, None, group_size), bias_N, getattr(torch, dtype))
+
+
+@kernel(linear_w8a8, "triton", on_gpu)
+def linear_w8a8_triton(
+    x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
+    input_group_size: int, dtype: str,
+) -> Tensor:  # fmt: skip
+    from slipstream.kernels.triton import linear as skinny
+
+    weight = skinny.Weight(packed_NK, scale_NG, None, group_size, x_scale_MG, input_group_size)
+    if not skinny.supports(x_MK, weight):
+        return linear_w8a8.reference(
+            x_MK, x_scale_MG, packed_NK, scale_NG, bias_N, group_size, input_group_size, dtype
+        )  # fmt: skip
+    return skinny.product(x_MK, weight, bias_N, getattr(torch, dtype))

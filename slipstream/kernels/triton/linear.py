@@ -1,0 +1,279 @@
+"""y = x Wᵀ + b for few rows of x: the time is that of reading W once, in whatever format it is stored.
+
+One row is summed without tensor cores (`_row`), more are padded to the tiles of tensor cores (`_rows`). A weight is
+dense, bytes (int8, E4M3) or nibbles (two columns a byte), and w = (packed - zero) · scale by row or group of columns.
+Scales are applied to sums of products, never to the products: what is multiplied is exact.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import cuda as tl_cuda
+
+
+class Tiles(NamedTuple):
+    """How one product is cut up."""
+
+    rows: int  # of W in a program
+    columns: int  # of W at a time
+    splits: int = 1  # programs that share rows, each with its part of the columns
+    warps: int = 4
+    stages: int = 4  # tiles in flight
+    is_swapped: bool = False  # W on the left of the tensor cores' product: Hopper's wgmma wants 64 rows there
+    is_early: bool = False  # launched while the kernel before it ends (programmatic dependent launch)
+
+
+class Weight(NamedTuple):
+    """A weight as it is stored, and the scales of what it is multiplied with."""
+
+    packed: Tensor  # [N, K] of x's dtype, int8 or E4M3; uint8 [N, K/2]
+    scale_NG: Tensor | None = None
+    zero_NG: Tensor | None = None
+    group_size: int = 0
+    x_scale_MG: Tensor | None = None
+    x_group_size: int = 0
+
+
+@triton.jit
+def _load(pointers, is_inside, IS_EVEN: tl.constexpr):
+    if IS_EVEN:
+        values = tl.load(pointers)
+    else:
+        values = tl.load(pointers, mask=is_inside, other=0.0)
+    return values
+
+
+@triton.jit
+def _row(
+    x_K, x_scale_G, w_NK, scale_NG, zero_NG, bias_N, y_N, N, num_groups,
+    K: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, IS_PAIRS: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, IS_EVEN: tl.constexpr, IS_EARLY: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of W by one row of x. A thread reads VECTOR bytes of a row at once, and sums them before all else."""
+    per_byte: tl.constexpr = 2 if IS_PAIRS else 1
+    num_stored: tl.constexpr = K // per_byte  # columns of W as stored; an odd K goes elsewhere
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start_N = w_NK + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * num_stored
+    scale_rows_N = tl.minimum(rows, N - 1)[:, None] * num_groups
+    sums = tl.zeros((ROWS, COLUMNS // VECTOR), tl.float32)
+    if IS_EARLY:
+        tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
+    for first in tl.range(0, num_stored, COLUMNS, num_stages=STAGES):
+        columns = first + tl.arange(0, COLUMNS)
+        w = _load(start_N + columns[None, :], (columns < num_stored)[None, :], IS_EVEN)
+        if IS_PAIRS:
+            pairs = columns[:, None] * 2 + tl.arange(0, 2)[None, :]
+            x_pairs = _load(x_K + pairs, pairs < K, IS_EVEN).to(tl.float32)
+            x_low, x_high = tl.split(x_pairs)
+            products = (w & 15).to(tl.float32) * x_low[None, :] + (w >> 4).to(tl.float32) * x_high[None, :]
+            x = x_low + x_high
+        else:
+            x = _load(x_K + columns, columns < K, IS_EVEN).to(tl.float32)
+            products = w.to(tl.float32) * x[None, :]
+        part = tl.sum(tl.reshape(products, (ROWS, COLUMNS // VECTOR, VECTOR)), 2)
+        if GROUP or X_GROUP or IS_PAIRS or zero_NG is not None:
+            vectors = (first + tl.arange(0, COLUMNS // VECTOR) * VECTOR) * per_byte
+            inside = vectors < K
+            group = vectors // GROUP if GROUP else vectors * 0
+            if IS_PAIRS or zero_NG is not None:
+                x_part = tl.sum(tl.reshape(x, (COLUMNS // VECTOR, VECTOR)), 1)
+                zero = 8.0
+                if zero_NG is not None:
+                    zero = tl.load(zero_NG + scale_rows_N + group[None, :], mask=inside[None, :], other=0.0)
+                    zero = zero.to(tl.float32)
+                part -= zero * x_part[None, :]
+            if GROUP:
+                scale = tl.load(scale_NG + scale_rows_N + group[None, :], mask=inside[None, :], other=0.0)
+                part *= scale.to(tl.float32)
+            if X_GROUP:
+                part *= tl.load(x_scale_G + vectors // X_GROUP, mask=inside, other=0.0)[None, :]
+        sums += part
+    y = tl.sum(sums, 1)
+    if scale_NG is not None and not GROUP:
+        y *= tl.load(scale_NG + rows, mask=rows < N).to(tl.float32)
+    if x_scale_G is not None and not X_GROUP:
+        y *= tl.load(x_scale_G)
+    if bias_N is not None:
+        y += tl.load(bias_N + rows, mask=rows < N).to(tl.float32)
+    tl.store(y_N + rows, y.to(y_N.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
+def _product(x, w, sums, IS_SWAPPED: tl.constexpr):
+    """sums + x wᵀ, or its transpose."""
+    if IS_SWAPPED:
+        sums = tl.dot(w, tl.trans(x), sums, out_dtype=sums.dtype)
+    else:
+        sums = tl.dot(x, tl.trans(w), sums, out_dtype=sums.dtype)
+    return sums
+
+
+@triton.jit
+def _rows(
+    x_MK, x_scale_MG, w_NK, scale_NG, zero_NG, bias_N, y_MN, parts_SMN, arrived, M, N, num_groups, x_groups,
+    K: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, IS_PAIRS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    IS_EVEN: tl.constexpr, IS_SWAPPED: tl.constexpr, IS_EARLY: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of x by BLOCK_N rows of W on tensor cores; BLOCK_K counts columns of x, a group at most."""
+    per_byte: tl.constexpr = 2 if IS_PAIRS else 1
+    stored: tl.constexpr = BLOCK_K // per_byte
+    integers: tl.constexpr = x_MK.dtype.element_ty == tl.int8
+    sum_type: tl.constexpr = tl.int32 if integers else tl.float32
+    is_e4m3: tl.constexpr = x_MK.dtype.element_ty.primitive_bitwidth == 8 and not integers
+    # Groups are scaled one by one; and Hopper's sums of E4M3 products have few bits, so that they are kept short.
+    is_grouped: tl.constexpr = (GROUP > 0) or (X_GROUP > 0) or is_e4m3
+
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
+    inside_n = tl.minimum(n, N - 1)
+    x_rows = x_MK + m.to(tl.int64)[:, None] * K
+    w_rows = w_NK + inside_n.to(tl.int64)[:, None] * (K // per_byte)
+    shape_m: tl.constexpr = BLOCK_N if IS_SWAPPED else BLOCK_M
+    shape_n: tl.constexpr = BLOCK_M if IS_SWAPPED else BLOCK_N
+    total = tl.zeros((shape_m, shape_n), tl.float32 if is_grouped else sum_type)
+    if IS_EARLY:
+        tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
+
+    steps: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
+    for index in tl.range(0, steps, num_stages=STAGES):
+        step = split * steps + index
+        columns = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        packed = step * stored + tl.arange(0, stored)
+        x_mask = (m < M)[:, None] if IS_EVEN else (m < M)[:, None] & (columns < K)[None, :]
+        x = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0)
+        w = _load(w_rows + packed[None, :], (packed < K // per_byte)[None, :], IS_EVEN)
+        group = step * BLOCK_K // GROUP if GROUP else 0
+        sums = tl.zeros((shape_m, shape_n), sum_type) if is_grouped else total
+        if IS_PAIRS:
+            zero = tl.full((BLOCK_N,), 8, tl.int8)
+            if zero_NG is not None:
+                zero = tl.load(zero_NG + inside_n * num_groups + group).to(tl.int8)
+            x_low, x_high = tl.split(tl.reshape(x, (BLOCK_M, stored, 2)))
+            low = ((w & 15).to(tl.int8) - zero[:, None]).to(x.dtype)
+            high = ((w >> 4).to(tl.int8) - zero[:, None]).to(x.dtype)
+            sums = _product(x_low, low, sums, IS_SWAPPED)
+            sums = _product(x_high, high, sums, IS_SWAPPED)
+        else:
+            if zero_NG is not None:
+                zero = tl.load(zero_NG + inside_n * num_groups + group).to(tl.int16)
+                w = (w.to(tl.int16) - zero[:, None]).to(x.dtype)
+            sums = _product(x, w.to(x.dtype), sums, IS_SWAPPED)
+        if GROUP:
+            scale = tl.load(scale_NG + inside_n * num_groups + group).to(tl.float32)
+            sums = sums.to(tl.float32) * (scale[:, None] if IS_SWAPPED else scale[None, :])
+        if X_GROUP:
+            x_group = step * BLOCK_K // X_GROUP
+            x_scale = tl.load(x_scale_MG + m * x_groups + x_group, mask=m < M, other=0.0)
+            sums = sums.to(tl.float32) * (x_scale[None, :] if IS_SWAPPED else x_scale[:, None])
+        total = total + sums if is_grouped else sums
+
+    y = total.to(tl.float32)
+    if IS_SWAPPED:
+        y = tl.trans(y)
+    places = m.to(tl.int64)[:, None] * N + n[None, :]
+    is_inside = (m < M)[:, None] & (n < N)[None, :]
+    is_last = True
+    if SPLITS > 1:
+        # Whoever comes last adds all parts in their order: the sum is the same every time.
+        tl.store(parts_SMN + split.to(tl.int64) * M * N + places, y, mask=is_inside)
+        tl.debug_barrier()
+        counter = arrived + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        is_last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1
+        if is_last:
+            y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for each in range(SPLITS):
+                part = parts_SMN + tl.cast(each, tl.int64) * M * N + places
+                y += tl.load(part, mask=is_inside, other=0.0, cache_modifier=".cg")
+            tl.store(counter, 0)
+    if is_last:
+        if x_scale_MG is not None and X_GROUP == 0:
+            y *= tl.load(x_scale_MG + m, mask=m < M, other=0.0)[:, None]
+        if scale_NG is not None and GROUP == 0:
+            y *= tl.load(scale_NG + inside_n).to(tl.float32)[None, :]
+        if bias_N is not None:
+            y += tl.load(bias_N + inside_n).to(tl.float32)[None, :]
+        tl.store(y_MN + places, y.to(y_MN.dtype.element_ty), mask=is_inside)
+
+
+_MOST_SPLIT_TILES = 1 << 16
+
+
+@cache
+def _arrivals(device: torch.device) -> Tensor:
+    """Counters of programs that split columns, 0 between kernels: the last program of a tile resets its own."""
+    return torch.zeros(_MOST_SPLIT_TILES, dtype=torch.int32, device=device)
+
+
+def supports(x_MK: Tensor, weight: Weight) -> bool:
+    """Whether groups hold whole vectors, rows start at whole vectors, and the dtypes are the tensor cores'."""
+    num_columns, num_pairs = x_MK.shape[1], weight.packed.dtype == torch.uint8
+    groups = [size for size in (weight.group_size, weight.x_group_size) if size and size < num_columns]
+    return (
+        x_MK.dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
+        and num_columns % (32 if num_pairs else 16) == 0
+        and all(size >= 32 and size & (size - 1) == 0 for size in groups)
+        and x_MK.shape[0] > 0
+        and x_MK.is_contiguous()
+    )
+
+
+def product(
+    x_MK: Tensor, weight: Weight, bias_N: Tensor | None, dtype: torch.dtype, tiles: Tiles | None = None
+) -> Tensor:
+    """x Wᵀ + b in dtype, for what `supports` allows."""
+    num_rows, num_columns = x_MK.shape
+    num_out = weight.packed.shape[0]
+    tiles = tiles or choose_tiles(num_rows, num_out, num_columns, weight.packed.dtype)
+    group = _whole(weight.group_size, num_columns)
+    x_group = _whole(weight.x_group_size, num_columns)
+    num_groups = weight.scale_NG.shape[1] if weight.scale_NG is not None else 1
+    is_pairs = weight.packed.dtype == torch.uint8
+    y_MN = x_MK.new_empty(num_rows, num_out, dtype=dtype)
+    operands = x_MK, weight.x_scale_MG, weight.packed, weight.scale_NG, weight.zero_NG, bias_N, y_MN
+    launch = {"num_warps": tiles.warps, "num_stages": tiles.stages, "launch_pdl": tiles.is_early}
+    if tiles.splits == 0:
+        stored = num_columns // 2 if is_pairs else num_columns
+        _row[(triton.cdiv(num_out, tiles.rows),)](
+            *operands, num_out, num_groups, num_columns, group, x_group, is_pairs, 16 // weight.packed.itemsize,
+            tiles.rows, tiles.columns, tiles.stages, stored % tiles.columns == 0, tiles.is_early, **launch,
+        )  # fmt: skip
+        return y_MN
+    block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
+    block_k = min(tiles.columns, group or tiles.columns, x_group or tiles.columns)
+    grid = triton.cdiv(num_rows, block_m), triton.cdiv(num_out, tiles.rows), tiles.splits
+    parts_SMN = arrived = None
+    if tiles.splits > 1:
+        parts_SMN = y_MN.new_empty(tiles.splits, num_rows, num_out, dtype=torch.float32)
+        arrived = _arrivals(x_MK.device)
+    x_groups = weight.x_scale_MG.shape[1] if weight.x_scale_MG is not None else 1
+    _rows[grid](
+        *operands, parts_SMN, arrived, num_rows, num_out, num_groups, x_groups,
+        num_columns, group, x_group, is_pairs, block_m, tiles.rows, block_k, tiles.splits, tiles.stages,
+        num_columns % (block_k * tiles.splits) == 0, tiles.is_swapped, tiles.is_early, **launch,
+    )  # fmt: skip
+    return y_MN
+
+
+def _whole(group_size: int, num_columns: int) -> int:
+    """A group that holds the whole row is none."""
+    return group_size if group_size < num_columns else 0
+
+
+def choose_tiles(num_rows: int, num_out: int, num_columns: int, dtype: torch.dtype) -> Tiles:
+    """Tiles by shape alone (benchmarks/gpu_linear.py compares them)."""
+    width = dtype.itemsize
+    if num_rows == 1:
+        return Tiles(8, 2048 // width, splits=0, stages=1)
+    if num_rows <= 16:
+        return Tiles(16 if num_out < 16384 else 32, 512 // width, stages=4)
+    if num_rows <= 64:
+        return Tiles(64, 256 // width, stages=4)
+    return Tiles(128, 128 // width, warps=8, stages=3)
