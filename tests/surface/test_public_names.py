@@ -18,7 +18,7 @@ STATIONS = {  # not at the root, where the packages `build` and `checkpoint` hav
 REWRITING = {  # what a pass outside the package is written with
     "slipstream.build.rewrite": ["Match", "Rewrite", "Rule", "Symbol", "ops"],
     "slipstream.build.example": ["trace"],
-    "slipstream.kernels.registry": ["kernel", "on_gpu", "op"],
+    "slipstream.kernels.registry": ["kernel", "op"],
 }
 
 
