@@ -1,6 +1,6 @@
 """Times slipstream/kernels/triton/attention.py on this GPU: python benchmarks/gpu_attention.py [section ...] [--all]
 
-Sections: check decode prefill mixed latent; all if none is named. Each call is recorded into a CUDA graph and replayed
+Sections: check rope decode prefill mixed latent; all if none is named. Each call is recorded into a CUDA graph and replayed
 over inputs that no cache holds. A line has the floor (KV bytes at copy bandwidth, or the product at PEAK), what the
 plan takes, and the best three of the variants; --all adds a line for each of them. `128x64 w8 s3 /4` is a tile of 128
 rows and 64 keys, 8 warps, 3 stages, 4 splits.
@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slipstream.kernels import rope
 from slipstream.kernels.attention import paged
 from slipstream.kernels.triton import attention as tiles
 from slipstream.kernels.triton.attention import Launch, Tile
@@ -310,7 +311,37 @@ def latent(bandwidth: float, show_all: bool) -> None:
         del shape
 
 
-SECTIONS = {"check": check, "decode": decode, "prefill": prefill, "mixed": mixed, "latent": latent}
+def rope_kv_write(bandwidth: float, _show_all: bool) -> None:
+    """The fused op against its reference, which is a dozen launches; both kinds of heads of the 8B shape."""
+    op, num_blocks = rope.rope_kv_write, 2048
+    functions = (op.reference, op.kernels["triton"].function)
+    kv = torch.zeros(2, num_blocks, 32, 8, 128, dtype=torch.bfloat16, device=DEVICE)
+    for num_tokens in (1, 8, 64, 512, 2048, 8192):
+        copies = max(1, min(64, COLD_BYTES // (num_tokens * 6144 * 2)))
+        x = torch.empty(copies, num_tokens, 6144, dtype=torch.bfloat16, device=DEVICE).normal_()
+        angles = torch.rand(num_tokens, 64, device=DEVICE) * 6
+        slots = torch.randperm(num_blocks * 32, device=DEVICE)[:num_tokens]
+        every = [(*each.split([4096, 1024, 1024], 1), angles.cos(), angles.sin(), kv, slots) for each in x]
+        results = []
+        for function in functions:
+            kv.fill_(float("nan"))
+            out = function(*every[0])
+            results.append(torch.cat([out.flatten(), kv.flatten(1, 2)[:, slots].flatten()]).float())
+        error = ((results[1] - results[0]).norm() / results[0].norm()).item()
+        torch_us, us = (time_us([lambda f=f, i=i: f(*every[i % copies]) for i in range(32)]) for f in functions)
+        floor_us = 2 * x[0].nbytes / bandwidth * 1e6
+        ours = f"triton {us:6.1f}µs {floor_us / us:4.0%} | torch {torch_us:6.1f} | difference {error:.1e}"
+        print(f"rope_kv_write {num_tokens:5d} tokens: floor {floor_us:5.1f} | {ours}", flush=True)
+
+
+SECTIONS = {
+    "check": check,
+    "rope": rope_kv_write,
+    "decode": decode,
+    "prefill": prefill,
+    "mixed": mixed,
+    "latent": latent,
+}
 
 if __name__ == "__main__":
     main()

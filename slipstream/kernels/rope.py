@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.attention.paged import kv_write
-from slipstream.kernels.registry import op
+from slipstream.kernels.registry import kernel, on_gpu, op
 
 
 def _cos_sin_shapes(positions_T: Tensor, inv_freq_F: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -44,6 +44,13 @@ def rope(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, head_dim: int) -> Tensor:
     return out.flatten(1)
 
 
+@kernel(rope, "triton", on_gpu)
+def rope_triton(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, head_dim: int) -> Tensor:
+    from slipstream.kernels.triton import rope as rotation
+
+    return rotation.rope(x_TX, cos_TF, sin_TF, head_dim)
+
+
 @op("rope_pairs(Tensor x, Tensor cos, Tensor sin) -> Tensor", shapes=_like_first)
 def rope_pairs(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     """Rotate all 2F numbers of each head, each paired with its neighbour (DeepSeek's order)."""
@@ -61,3 +68,12 @@ def rope_kv_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv:
     head_dim = kv.shape[4]
     kv_write.reference(rope.reference(k, cos, sin, head_dim), v, kv, slots)
     return rope.reference(q, cos, sin, head_dim)
+
+
+@kernel(rope_kv_write, "triton", on_gpu)
+def rope_kv_write_triton(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor
+) -> Tensor:
+    from slipstream.kernels.triton import rope as rotation
+
+    return rotation.rope_kv_write(q, k, v, cos, sin, kv, slots)

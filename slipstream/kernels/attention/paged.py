@@ -30,6 +30,13 @@ def kv_write(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tenso
         page_SKD.index_copy_(0, slots_T, x_TY.unflatten(1, heads).to(kv_PNBKD.dtype))
 
 
+@kernel(kv_write, "triton", on_gpu)
+def kv_write_triton(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor) -> None:
+    from slipstream.kernels.triton import rope as rotation
+
+    rotation.kv_write(k_TY, v_TY, kv_PNBKD, slots_T)
+
+
 def _attention_shapes(
     q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
     alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
