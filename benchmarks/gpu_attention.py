@@ -1,9 +1,9 @@
 """Times slipstream/kernels/triton/attention.py on this GPU: python benchmarks/gpu_attention.py [section ...] [--all]
 
-Sections: check rope decode prefill mixed latent; all if none is named. Each call is recorded into a CUDA graph and replayed
-over inputs that no cache holds. A line has the floor (KV bytes at copy bandwidth, or the product at PEAK), what the
-plan takes, and the best three of the variants; --all adds a line for each of them. `128x64 w8 s3 /4` is a tile of 128
-rows and 64 keys, 8 warps, 3 stages, 4 splits.
+Sections: check rope decode prefill mixed latent; all if none is named. Each call is recorded into a CUDA graph and
+replayed over inputs that no cache holds. A line has the floor (KV bytes at copy bandwidth, or the product at PEAK),
+what the plan takes, and the best three of the variants; --all adds a line for each of them. `128x64 w8 s3 /4` is a
+tile of 128 rows and 64 keys, 8 warps, 3 stages, 4 splits.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,7 +123,8 @@ class Shape:
     def time(self, launches: tuple[Launch, ...], floor_us: float) -> float:
         count = max(2, min(32, int(1500 / floor_us)))
         every = [self.arguments(copy) for copy in range(self.copies)]
-        return time_us([lambda i=i: tiles.attention(*every[i % self.copies], launches=launches) for i in range(count)])
+        calls = [partial(tiles.attention, *every[i % self.copies], launches=launches) for i in range(count)]
+        return time_us(calls)
 
 
 def first_line(error: Exception) -> str:
@@ -328,7 +330,7 @@ def rope_kv_write(bandwidth: float, _show_all: bool) -> None:
             out = function(*every[0])
             results.append(torch.cat([out.flatten(), kv.flatten(1, 2)[:, slots].flatten()]).float())
         error = ((results[1] - results[0]).norm() / results[0].norm()).item()
-        torch_us, us = (time_us([lambda f=f, i=i: f(*every[i % copies]) for i in range(32)]) for f in functions)
+        torch_us, us = (time_us([partial(f, *every[i % copies]) for i in range(32)]) for f in functions)
         floor_us = 2 * x[0].nbytes / bandwidth * 1e6
         ours = f"triton {us:6.1f}µs {floor_us / us:4.0%} | torch {torch_us:6.1f} | difference {error:.1e}"
         print(f"rope_kv_write {num_tokens:5d} tokens: floor {floor_us:5.1f} | {ours}", flush=True)
