@@ -195,6 +195,19 @@ def test_a_plan_depends_on_shapes_and_fills_the_device() -> None:
     assert replace(few, num_splits=1) == replace(plan(256, 64)[0], num_splits=1)
 
 
+def test_a_recorded_step_has_sequences_to_spare(device: torch.device) -> None:
+    """As many as tokens, and more than are looked through at once; a prompt and generation rows among them."""
+    arguments = list(make(device, [(1, 9), (30, 0), (0, 3), (1, 2), (40, 5)], padding=0))
+    spare = 300 if IS_REAL else 256
+    num_sequences = len(arguments[3])
+    arguments[2] = torch.cat([arguments[2], arguments[2][-1:].expand(spare)])
+    arguments[3] = torch.cat([arguments[3], arguments[3].new_zeros(spare)])
+    arguments[4] = torch.cat([arguments[4], arguments[4].new_zeros(spare, arguments[4].shape[1])])
+    few, many = tiles.Tile(16, 32, 4, 2), tiles.Tile(64, 32, 4, 2)
+    check(tuple(arguments), (tiles.Launch(few, 1, max_rows=16), tiles.Launch(many, 2, min_rows=17)))
+    assert len(arguments[3]) == num_sequences + spare
+
+
 @pytest.mark.skipif(not IS_REAL, reason="needs a GPU")
 def test_a_recorded_call_serves_other_lengths(device: torch.device) -> None:
     first = make(device, [(1, 900), (1, 3), (1, 2000)], dtype=HALF)

@@ -40,15 +40,23 @@ class Launch:
 
 
 @triton.jit
-def _sequence_of(tile, query_starts, num_sequences, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """The last sequence whose first tile is not after this one; that of sequence s is (its first row) // ROWS + s."""
-    count = 0
+def _find_tile(index, query_starts, num_sequences, GROUP: tl.constexpr, ROWS: tl.constexpr, MIN_ROWS: tl.constexpr):
+    """(sequence, its tile) of a tile counted from the last; sequence -1 where there are not as many."""
+    before = 0
+    num_tiles_before = 0
+    num_tiles = 0
     for first in range(0, num_sequences, 256):  # all at once: a binary search would wait for memory at each step
-        sequences = first + tl.arange(0, 256)
-        is_one = sequences < num_sequences
+        sequences = num_sequences - 1 - first - tl.arange(0, 256)
+        is_one = sequences >= 0
         starts = tl.load(query_starts + sequences, mask=is_one, other=0)
-        count += tl.sum((is_one & (starts * GROUP // ROWS + sequences <= tile)).to(tl.int32))
-    return count - 1
+        num_rows = ((tl.load(query_starts + sequences + 1, mask=is_one, other=0) - starts) * GROUP).to(tl.int32)
+        tiles = tl.where(num_rows >= MIN_ROWS, tl.cdiv(num_rows, ROWS), 0)
+        is_before = num_tiles + tl.cumsum(tiles, 0) <= index
+        before += tl.sum((is_one & is_before).to(tl.int32))
+        num_tiles_before += tl.sum(tl.where(is_before, tiles, 0))
+        num_tiles += tl.sum(tiles)
+    sequence = num_sequences - 1 - before
+    return sequence, index - num_tiles_before
 
 
 @triton.jit
@@ -106,22 +114,20 @@ def _attend(
 ):  # fmt: skip
     """One tile, one KV head, one split. Scores are in units of log2."""
     LOG2_E: tl.constexpr = 1.4426950408889634
-    # The last tile of a prompt sees most keys: it starts first.
-    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // NUM_KV_HEADS
-    kv_head = (tl.num_programs(0) - 1 - tl.program_id(0)) % NUM_KV_HEADS
+    index = tl.program_id(0) // NUM_KV_HEADS
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
     split = tl.program_id(1)
-    sequence = tile
-    if not MAX_ROWS:
-        sequence = _sequence_of(tile, query_starts, num_sequences, GROUP, ROWS)
+    sequence = index
+    tiles_after = 0
+    if not MAX_ROWS:  # counted from the last: the end of a prompt sees most keys, so it starts first
+        sequence, tiles_after = _find_tile(index, query_starts, num_sequences, GROUP, ROWS, MIN_ROWS)
+        if sequence < 0:
+            return
     first_token = tl.load(query_starts + sequence)
     num_rows = ((tl.load(query_starts + sequence + 1) - first_token) * GROUP).to(tl.int32)
-    first_row = 0
-    if not MAX_ROWS:
-        first_row = (tile - first_token * GROUP // ROWS - sequence).to(tl.int32) * ROWS
-    if first_row >= num_rows:
+    if num_rows == 0 or (MAX_ROWS and num_rows > MAX_ROWS):
         return
-    if (MAX_ROWS and num_rows > MAX_ROWS) or (MIN_ROWS and num_rows < MIN_ROWS):
-        return
+    first_row = (tl.cdiv(num_rows, ROWS) - 1 - tiles_after) * ROWS
 
     kv_len = tl.load(kv_lens + sequence).to(tl.int32)
     first_position, last_position, first_key = _seen_by_tile(
@@ -345,7 +351,7 @@ def _run(
     tile, num_splits = launch.tile, launch.num_splits
     main, rest = _powers_of_two(head_dim)
     value_main, value_rest = _powers_of_two(value_dim)
-    num_tiles = num_sequences if launch.max_rows else num_tokens * group // tile.rows + num_sequences
+    num_tiles = num_sequences if launch.max_rows else _most_tiles(launch, num_tokens, num_sequences, group)
     num_rows = num_sequences * num_kv_heads * tile.rows if launch.max_rows else num_tokens * group * num_kv_heads
     sums = stats = None
     if num_splits > 1:
@@ -376,6 +382,13 @@ def _run(
         )  # fmt: skip
 
 
+def _most_tiles(launch: Launch, num_tokens: int, num_sequences: int, group: int) -> int:
+    """However the tokens are distributed among the sequences."""
+    num_rows, rows = num_tokens * group, launch.tile.rows
+    not_full = min(num_sequences, num_tokens, num_rows // max(1, launch.min_rows))
+    return min(num_tokens * -(-group // rows), num_rows // rows + not_full)
+
+
 def _powers_of_two(width: int) -> tuple[int, int]:
     """The main part of so many numbers and the rest, each padded to a size that a tile can have."""
     main = max(16, 1 << width.bit_length() - 1)
@@ -390,16 +403,17 @@ def plan(
     tokens_a_sequence = -(-num_tokens // num_sequences)
     # Up to eight may be drafted tokens that each sequence verifies; more than that are a prompt's, beside generation.
     few = _few_rows(group * tokens_a_sequence if tokens_a_sequence <= 8 else group, head_dim, item_size)
+    many = _many_rows(num_tokens * group, head_dim, item_size)
 
     def launch(tile: Tile, num_tiles: int, programs_a_processor: int, **limits: int) -> Launch:
-        room = programs_a_processor * num_processors // (num_tiles * num_kv_heads)
+        room = programs_a_processor * num_processors // (max(1, num_tiles) * num_kv_heads)
         return Launch(tile, max(1, min(room, -(-max_keys // (2 * tile.keys)), 64)), **limits)
 
-    if num_tokens <= num_sequences or num_tokens * group <= few.rows:
-        return (launch(few, max(num_sequences, num_tokens * group // few.rows), 4),)
-    many = _many_rows(num_tokens * group, head_dim, item_size)
+    # A recorded step has as many sequences as tokens; its tokens may still be one prompt's.
+    if num_tokens <= min(num_sequences, 64) or num_tokens * group <= few.rows:
+        return (launch(few, min(num_tokens, num_sequences) * -(-group // few.rows), 4),)
     num_tiles = -(-num_tokens * group // many.rows)
-    if num_sequences == 1:
+    if num_sequences == 1 or group > few.rows:
         return (launch(many, num_tiles, 1),)
     return (
         launch(few, num_sequences, 4, max_rows=few.rows),
