@@ -414,10 +414,10 @@ def plan(
         return (launch(few, min(num_tokens, num_sequences) * -(-group // few.rows), 4),)
     num_tiles = -(-num_tokens * group // many.rows)
     if num_sequences == 1 or group > few.rows:
-        return (launch(many, num_tiles, 1),)
+        return (launch(many, num_tiles, 128 // many.rows),)
     return (
         launch(few, num_sequences, 4, max_rows=few.rows),
-        launch(many, num_tiles, 1, min_rows=few.rows + 1),
+        launch(many, num_tiles, 128 // many.rows, min_rows=few.rows + 1),
     )
 
 

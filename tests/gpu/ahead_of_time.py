@@ -1,0 +1,91 @@
+"""Compiles the kernels that some calls need for a GPU that need not be there: python -m tests.gpu.ahead_of_time 90
+
+The interpreter takes what the compiler refuses (a name that changes its shape in a loop, say), so this is run too.
+Prints the shared memory of each kernel, which must fit the GPU's.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from slipstream.kernels.triton import attention, rope
+
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+class Absent:
+    """A driver of a GPU that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main(capability: int) -> None:
+    driver.set_active(Absent(capability))
+    run: Callable[..., Any] = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        print(f"{self.__name__}: {kernel.metadata.shared} bytes")
+        assert kernel.metadata.shared <= SHARED_BYTES[capability], self.__name__
+
+    JITFunction.run = compile_only
+    attention.num_processors = lambda device: 132
+    for call in (attend, attend_with_everything, attend_latent, place):
+        call()
+
+
+def attend() -> None:
+    """A generation step, in splits; a prompt."""
+    for num_tokens in (1, 2048):
+        _attend(num_tokens, 1)
+
+
+def attend_with_everything() -> None:
+    _attend(
+        200, 20, head_dim=80, window=100, soft_cap=30.0, alibi_slopes_H=torch.ones(32), sinks_H=torch.ones(32),
+        block_size=64,
+    )  # fmt: skip
+
+
+def attend_latent() -> None:
+    _attend(64, 64, head_dim=576, value_dim=512, num_planes=1, num_kv_heads=1)
+
+
+def _attend(
+    num_tokens: int, num_sequences: int, *, head_dim: int = 128, num_planes: int = 2, num_kv_heads: int = 8,
+    block_size: int = 32, **options: Any,
+) -> None:  # fmt: skip
+    q_TX = torch.empty(num_tokens, 32 * head_dim, dtype=torch.bfloat16)
+    kv = torch.empty(num_planes, 4, block_size, num_kv_heads, head_dim, dtype=torch.bfloat16)
+    starts, lens = torch.zeros(num_sequences + 1, dtype=torch.int64), torch.zeros(num_sequences, dtype=torch.int64)
+    tables = torch.zeros(num_sequences, 100, dtype=torch.int64)
+    given = {"alibi_slopes_H": None, "sinks_H": None, "scale": 0.1, "window": 0, "soft_cap": 0.0, "value_dim": head_dim}
+    attention.attention(q_TX, kv, starts, lens, tables, **(given | options))
+
+
+def place() -> None:
+    q, k, v = torch.empty(3, 6144, dtype=torch.bfloat16).split([4096, 1024, 1024], 1)
+    kv, angles = torch.empty(2, 4, 32, 8, 128, dtype=torch.bfloat16), torch.empty(3, 64)
+    slots = torch.zeros(3, dtype=torch.int64)
+    rope.rope_kv_write(q, k, v, angles, angles, kv, slots)
+    rope.kv_write(k, v, kv, slots)
+    rope.rope(q, angles, angles, 128)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
