@@ -35,7 +35,7 @@ FORMATS = {  # group of columns of W that share a scale, of x, and whether there
 }
 WAYS = {
     "row": Tiles(8, 256, splits=0, stages=1, warps=2),
-    "row ahead": Tiles(4, 512, splits=0, stages=3),
+    "row ahead": Tiles(4, 32, splits=0, stages=2),
     "dot": Tiles(32, 128),
     "split": Tiles(16, 128, splits=3),
     "swapped": Tiles(64, 64, is_swapped=True),
