@@ -39,8 +39,8 @@ class Case:
     tiles: tuple[Tiles, ...]
 
 
-def row(rows: int, columns: int, warps: int = 4, stages: int = 1, early: bool = False) -> Tiles:
-    return Tiles(rows, columns, 0, warps, stages, is_early=early)
+def row(rows: int, columns: int, warps: int = 4, early: bool = False) -> Tiles:
+    return Tiles(rows, columns, 0, warps, is_early=early)
 
 
 def swapped(rows: int, columns: int, splits: int = 1, warps: int = 4, stages: int = 4) -> Tiles:
@@ -49,7 +49,7 @@ def swapped(rows: int, columns: int, splits: int = 1, warps: int = 4, stages: in
 
 TILES = {
     ("bf16", 1): (
-        row(8, 1024), row(4, 1024), row(8, 1024, early=True), row(8, 1024, stages=3), Tiles(16, 256, stages=5),
+        row(8, 1024), row(4, 1024), row(8, 1024, early=True), row(4, 2048, warps=8), Tiles(16, 256, stages=5),
     ),
     ("bf16", 8): (
         Tiles(16, 256, stages=5), Tiles(32, 256, stages=4), swapped(64, 128), swapped(64, 128, splits=2),
@@ -74,9 +74,10 @@ TILES = {
     ("fp8x128", 8): (Tiles(32, 128, stages=6), swapped(64, 128, stages=6)),
     ("w8a16", 1): (row(8, 2048), row(4, 2048), row(8, 1024, warps=2), Tiles(32, 256, stages=5)),
     ("w4a16", 1): (
-        row(8, 1024, warps=2), row(8, 2048), row(4, 1024, warps=2), Tiles(32, 128, stages=6), Tiles(64, 128, stages=6),
+        row(8, 512), row(8, 256, warps=2), row(4, 512), row(16, 256, warps=2), row(8, 512, early=True),
+        Tiles(32, 128, stages=6),
     ),
-    ("w4a16", 8): (Tiles(32, 128, stages=6), Tiles(64, 128, stages=6)),
+    ("w4a16", 8): (Tiles(32, 128, stages=6), Tiles(64, 128, stages=6), swapped(64, 128, stages=6)),
     ("fp8", 1024): (Tiles(128, 128, warps=8, stages=3), Tiles(256, 64, warps=8, stages=3)),
     ("fp8x128", 1024): (Tiles(128, 128, warps=8, stages=3),),
     ("w8a16", 1024): (Tiles(128, 64, warps=8, stages=3),),

@@ -29,13 +29,14 @@ FORMATS = {  # group of columns of W that share a scale, of x, and whether there
     "w8a16 groups": (32, 0, True),
     "w4a16": (0, 0, False),
     "w4a16 groups": (128, 0, True),
+    "w4a16 small groups": (32, 0, True),
     "w4a16 symmetric": (64, 0, False),
     "w8a8": (0, 0, False),
     "w8a8 groups": (128, 64, False),
 }
 WAYS = {
-    "row": Tiles(8, 256, splits=0, stages=1, warps=2),
-    "row ahead": Tiles(4, 32, splits=0, stages=2),
+    "row": Tiles(8, 256, splits=0, warps=2),
+    "row of one step": Tiles(4, 2048, splits=0),
     "dot": Tiles(32, 128),
     "split": Tiles(16, 128, splits=3),
     "swapped": Tiles(64, 64, is_swapped=True),

@@ -19,8 +19,10 @@ class Tiles(NamedTuple):
     """How one product is cut up."""
 
     rows: int  # of W in a program
-    columns: int  # of W at a time
-    splits: int = 1  # programs that share rows, each with its part of the columns
+    columns: int  # of W at a time; words where splits is 0
+    splits: int = (
+        1  # programs that share rows, each with its part of the columns; 0: one row of x, without tensor cores
+    )
     warps: int = 4
     stages: int = 4  # tiles in flight
     is_swapped: bool = False  # W on the left of the tensor cores' product: Hopper's wgmma wants 64 rows there
@@ -154,15 +156,26 @@ def _product(x, w, sums, IS_SWAPPED: tl.constexpr):
 
 
 @triton.jit
+def _four_bits(words, shift: tl.constexpr, zero_N, dtype: tl.constexpr):
+    """q - zero, exact: q as the last bits of a float's fraction is 128 + q, or 1024 + q, without converting."""
+    base: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
+    offset: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
+    shifted = ((words >> shift) & 15 | base).to(dtype, bitcast=True)
+    return shifted - (offset + zero_N).to(dtype)[:, None]
+
+
+@triton.jit
 def _rows(
     x_MK, x_scale_MG, w_NK, scale_NG, zero_NG, bias_N, y_MN, parts_SMN, arrived, M, N, num_groups, x_groups,
-    K: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, IS_PAIRS: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, PER_WORD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
     IS_EVEN: tl.constexpr, IS_SWAPPED: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of x by BLOCK_N rows of W on tensor cores; BLOCK_K counts columns of x, a group at most."""
-    per_byte: tl.constexpr = 2 if IS_PAIRS else 1
-    stored: tl.constexpr = BLOCK_K // per_byte
+    """BLOCK_M rows of x by BLOCK_N rows of W on tensor cores, BLOCK_K columns at a time, a group at most.
+
+    A word is a column of W, or PER_WORD = 2 or 4 columns of 4 bits, multiplied by every second or fourth of x.
+    """
+    words: tl.constexpr = BLOCK_K // PER_WORD
     integers: tl.constexpr = x_MK.dtype.element_ty == tl.int8
     sum_type: tl.constexpr = tl.int32 if integers else tl.float32
     is_e4m3: tl.constexpr = x_MK.dtype.element_ty.primitive_bitwidth == 8 and not integers
@@ -174,7 +187,7 @@ def _rows(
     split = tl.program_id(2)
     inside_n = tl.minimum(n, N - 1)
     x_rows = x_MK + m.to(tl.int64)[:, None] * K
-    w_rows = w_NK + inside_n.to(tl.int64)[:, None] * (K // per_byte)
+    w_rows = w_NK + inside_n.to(tl.int64)[:, None] * (K // PER_WORD)
     shape_m: tl.constexpr = BLOCK_N if IS_SWAPPED else BLOCK_M
     shape_n: tl.constexpr = BLOCK_M if IS_SWAPPED else BLOCK_N
     total = tl.zeros((shape_m, shape_n), tl.float32 if is_grouped else sum_type)
@@ -186,21 +199,27 @@ def _rows(
     for index in tl.range(0, steps, num_stages=STAGES):
         step = split * steps + index
         columns = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        packed = step * stored + tl.arange(0, stored)
+        packed = step * words + tl.arange(0, words)
         x_mask = (m < M)[:, None] if IS_EVEN else (m < M)[:, None] & (columns < K)[None, :]
         x = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0)
-        w = _load(w_rows + packed[None, :], (packed < K // per_byte)[None, :], IS_EVEN)
+        w = _load(w_rows + packed[None, :], (packed < K // PER_WORD)[None, :], IS_EVEN)
         group = step * BLOCK_K // GROUP if GROUP else 0
         sums = tl.zeros((shape_m, shape_n), sum_type) if is_grouped else total
-        if IS_PAIRS:
-            zero = tl.full((BLOCK_N,), 8, tl.int8)
+        if PER_WORD > 1:
+            zero = tl.full((BLOCK_N,), 8, tl.float32)
             if zero_NG is not None:
-                zero = tl.load(zero_NG + inside_n * num_groups + group).to(tl.int8)
-            x_low, x_high = tl.split(tl.reshape(x, (BLOCK_M, stored, 2)))
-            low = ((w & 15).to(tl.int8) - zero[:, None]).to(x.dtype)
-            high = ((w >> 4).to(tl.int8) - zero[:, None]).to(x.dtype)
-            sums = _product(x_low, low, sums, IS_SWAPPED)
-            sums = _product(x_high, high, sums, IS_SWAPPED)
+                zero = tl.load(zero_NG + inside_n * num_groups + group).to(tl.float32)
+            w = w.to(tl.int16)
+            if PER_WORD == 2:
+                x_0, x_1 = tl.split(tl.reshape(x, (BLOCK_M, words, 2)))
+            else:
+                even, odd = tl.split(tl.reshape(x, (BLOCK_M, words, 2, 2)))
+                x_0, x_2 = tl.split(even)
+                x_1, x_3 = tl.split(odd)
+                sums = _product(x_2, _four_bits(w, 8, zero, x.dtype), sums, IS_SWAPPED)
+                sums = _product(x_3, _four_bits(w, 12, zero, x.dtype), sums, IS_SWAPPED)
+            sums = _product(x_0, _four_bits(w, 0, zero, x.dtype), sums, IS_SWAPPED)
+            sums = _product(x_1, _four_bits(w, 4, zero, x.dtype), sums, IS_SWAPPED)
         else:
             if zero_NG is not None:
                 zero = tl.load(zero_NG + inside_n * num_groups + group).to(tl.int16)
@@ -254,11 +273,11 @@ def _arrivals(device: torch.device) -> Tensor:
 
 def supports(x_MK: Tensor, weight: Weight) -> bool:
     """Whether groups hold whole vectors, rows start at whole vectors, and the dtypes are the tensor cores'."""
-    num_columns, num_pairs = x_MK.shape[1], weight.packed.dtype == torch.uint8
+    num_columns, is_packed = x_MK.shape[1], weight.packed.dtype == torch.uint8
     groups = [size for size in (weight.group_size, weight.x_group_size) if size and size < num_columns]
     return (
         x_MK.dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
-        and num_columns % (32 if num_pairs else 16) == 0
+        and num_columns % (32 if is_packed else 16) == 0
         and all(size >= 32 and size & (size - 1) == 0 for size in groups)
         and x_MK.shape[0] > 0
         and x_MK.is_contiguous()
@@ -271,15 +290,16 @@ def product(
     """x Wᵀ + b in dtype, for what `supports` allows."""
     num_rows, num_columns = x_MK.shape
     num_out = weight.packed.shape[0]
-    tiles = tiles or choose_tiles(num_rows, num_out, num_columns, weight.packed.dtype)
+    tiles = tiles or choose_tiles(num_rows, num_out, weight.packed.dtype)
     group = _whole(weight.group_size, num_columns)
     x_group = _whole(weight.x_group_size, num_columns)
     num_groups = weight.scale_NG.shape[1] if weight.scale_NG is not None else 1
-    is_pairs = weight.packed.dtype == torch.uint8
     y_MN = x_MK.new_empty(num_rows, num_out, dtype=dtype)
     launch = {"num_warps": tiles.warps, "num_stages": tiles.stages, "launch_pdl": tiles.is_early}
+    words = weight.packed
     if tiles.splits == 0:
-        words = weight.packed.view(torch.int32) if is_pairs else weight.packed
+        if words.dtype == torch.uint8:
+            words = words.view(torch.int32)
         _row[(triton.cdiv(num_out, tiles.rows),)](
             x_MK, weight.x_scale_MG, words, weight.scale_NG, weight.zero_NG, bias_N, y_MN, num_out, num_groups,
             num_columns, group, x_group, num_columns // words.shape[1], 16 // words.itemsize, tiles.rows,
@@ -288,6 +308,8 @@ def product(
         return y_MN
     block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
     block_k = min(tiles.columns, group or tiles.columns, x_group or tiles.columns)
+    if words.dtype == torch.uint8 and block_k >= 64:  # a product on tensor cores sums 16 columns or more
+        words = words.view(torch.int16)
     grid = triton.cdiv(num_rows, block_m), triton.cdiv(num_out, tiles.rows), tiles.splits
     parts_SMN = arrived = None
     if tiles.splits > 1:
@@ -295,8 +317,9 @@ def product(
         arrived = _arrivals(x_MK.device)
     x_groups = weight.x_scale_MG.shape[1] if weight.x_scale_MG is not None else 1
     _rows[grid](
-        x_MK, weight.x_scale_MG, weight.packed, weight.scale_NG, weight.zero_NG, bias_N, y_MN,
-        parts_SMN, arrived, num_rows, num_out, num_groups, x_groups, num_columns, group, x_group, is_pairs, block_m, tiles.rows, block_k, tiles.splits, tiles.stages,
+        x_MK, weight.x_scale_MG, words, weight.scale_NG, weight.zero_NG, bias_N, y_MN,
+        parts_SMN, arrived, num_rows, num_out, num_groups, x_groups, num_columns, group, x_group,
+        num_columns // words.shape[1], block_m, tiles.rows, block_k, tiles.splits, tiles.stages,
         num_columns % (block_k * tiles.splits) == 0, tiles.is_swapped, tiles.is_early, **launch,
     )  # fmt: skip
     return y_MN
@@ -307,13 +330,14 @@ def _whole(group_size: int, num_columns: int) -> int:
     return group_size if group_size < num_columns else 0
 
 
-def choose_tiles(num_rows: int, num_out: int, num_columns: int, dtype: torch.dtype) -> Tiles:
+def choose_tiles(num_rows: int, num_out: int, dtype: torch.dtype) -> Tiles:
     """Tiles by shape alone (benchmarks/gpu_linear.py compares them)."""
+    is_packed = dtype == torch.uint8
     width = dtype.itemsize
     if num_rows == 1:
-        return Tiles(8, 2048 // width, splits=0, stages=1)
+        return Tiles(8, 512 if is_packed else 2048 // width, splits=0)
     if num_rows <= 16:
-        return Tiles(16 if num_out < 16384 else 32, 512 // width, stages=4)
+        return Tiles(32, 128, stages=6) if is_packed else Tiles(16 if num_out < 16384 else 32, 512 // width)
     if num_rows <= 64:
-        return Tiles(64, 256 // width, stages=4)
-    return Tiles(128, 128 // width, warps=8, stages=3)
+        return Tiles(64, 128 if is_packed else 256 // width)
+    return Tiles(128, 64 if is_packed else 128 // width, warps=8, stages=3)
