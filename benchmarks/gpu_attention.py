@@ -306,7 +306,7 @@ def check(case: Case) -> str:
 
 
 def decode() -> list[Case]:
-    kinds = [Tile(16, 64, 4, 3), Tile(16, 64, 4, 4), Tile(16, 32, 4, 4), Tile(16, 128, 4, 2), Tile(16, 128, 8, 3)]
+    kinds = [Tile(16, 64, 4, 3), Tile(16, 64, 4, 4), Tile(16, 32, 4, 4), Tile(16, 128, 4, 2), Tile(16, 64, 8, 3)]
     found = []
     for num_kv_heads, keys, batch in itertools.product((8, 32), (128, 512, 2048, 8192), (1, 8, 64)):
         case = Case(f"decode {batch} x {keys}, 32/{num_kv_heads}", ((1, keys - 1),) * batch, (32, num_kv_heads))
@@ -320,7 +320,7 @@ def decode() -> list[Case]:
 def prefill() -> list[Case]:
     kinds = [
         Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 4), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3),
-        Tile(64, 64, 4, 3), Tile(64, 128, 4, 2), Tile(128, 64, 4, 3),
+        Tile(64, 64, 4, 3), Tile(64, 128, 4, 2),
     ]  # fmt: skip
     found = [
         Case("prompt 2048, 32/8", ((2048, 0),)).with_tiles(kinds),
@@ -364,7 +364,7 @@ def latent() -> list[Case]:
             name, ((1, 2047),) * batch, (num_heads, 1), head_dim=576, value_dim=512, num_planes=1, block_size=64
         )
         rows = min(num_heads, 64)
-        kinds = [Tile(rows, 32, 4, 2), Tile(rows, 32, 8, 2), Tile(rows, 64, 8, 2), Tile(rows, 32, 8, 3)]
+        kinds = [Tile(rows, 32, 4, 2), Tile(rows, 32, 8, 2), Tile(rows, 64, 8, 2), Tile(min(rows, 32), 32, 8, 2)]
         found.append(case.with_tiles([*kinds, Tile(rows, 16, 8, 3)], splits=True))
     return found
 

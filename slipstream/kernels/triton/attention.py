@@ -117,17 +117,19 @@ def _attend(
     index = tl.program_id(0) // NUM_KV_HEADS
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     split = tl.program_id(1)
-    sequence = index
-    tiles_after = 0
-    if not MAX_ROWS:  # counted from the last: the end of a prompt sees most keys, so it starts first
-        sequence, tiles_after = _find_tile(index, query_starts, num_sequences, GROUP, ROWS, MIN_ROWS)
+    if MAX_ROWS:
+        sequence, tiles_after = index, 0
+    else:  # counted from the last: the end of a prompt sees most keys, so it starts first
+        sequence, tiles_after = 0, index
+        if num_sequences > 1:
+            sequence, tiles_after = _find_tile(index, query_starts, num_sequences, GROUP, ROWS, MIN_ROWS)
         if sequence < 0:
             return
     first_token = tl.load(query_starts + sequence)
     num_rows = ((tl.load(query_starts + sequence + 1) - first_token) * GROUP).to(tl.int32)
-    if num_rows == 0 or (MAX_ROWS and num_rows > MAX_ROWS):
-        return
     first_row = (tl.cdiv(num_rows, ROWS) - 1 - tiles_after) * ROWS
+    if first_row < 0 or (MAX_ROWS and num_rows > MAX_ROWS) or (MIN_ROWS and num_rows < MIN_ROWS):
+        return
 
     kv_len = tl.load(kv_lens + sequence).to(tl.int32)
     first_position, last_position, first_key = _seen_by_tile(
@@ -262,7 +264,9 @@ def _merge(
         head = partial_row // ROWS % NUM_KV_HEADS * GROUP + row % GROUP
     else:
         token, head = partial_row // (NUM_KV_HEADS * GROUP), partial_row % (NUM_KV_HEADS * GROUP)
-        sequence = _sequence_of_token(token, query_starts, num_sequences)
+        sequence = 0
+        if num_sequences > 1:
+            sequence = _sequence_of_token(token, query_starts, num_sequences)
         first_token = tl.load(query_starts + sequence)
         row = ((token - first_token) * GROUP + head % GROUP).to(tl.int32)
     num_rows = ((tl.load(query_starts + sequence + 1) - first_token) * GROUP).to(tl.int32)
@@ -423,9 +427,9 @@ def plan(
 
 def _few_rows(num_rows: int, head_dim: int, item_size: int) -> Tile:
     """For generation: all that counts is to have many keys on their way."""
-    rows = min(64, max(16, triton.next_power_of_2(num_rows)))
+    rows = min(64 if item_size < 4 else 32, max(16, triton.next_power_of_2(num_rows)))
     if item_size == 4:
-        return Tile(rows, 32, 4, 2)
+        return Tile(rows, 32, rows // 4, 2)
     if head_dim > 256:
         return Tile(rows, 32, 8 if rows == 64 else 4, 2)
     return Tile(rows, 32 if head_dim > 128 else 64, 4, 3)
@@ -433,8 +437,8 @@ def _few_rows(num_rows: int, head_dim: int, item_size: int) -> Tile:
 
 def _many_rows(num_rows: int, head_dim: int, item_size: int) -> Tile:
     """For prompts: large products, as far as registers and shared memory go."""
-    if item_size == 4:
-        return Tile(32, 32, 4, 2)
+    if item_size == 4:  # exact products run outside the tensor cores, from registers
+        return Tile(32, 32, 8, 2)
     if head_dim > 256:
         return Tile(64, 32, 8, 2)
     if head_dim > 128:
