@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from slipstream.kernels.triton import attention, rope
+from slipstream.kernels.triton import attention, linear, rope
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
@@ -47,6 +47,7 @@ def main(capability: int) -> None:
     attention.num_processors = lambda device: 132
     for call in (attend, attend_with_everything, attend_latent, place):
         call()
+    multiply(has_fp8=capability >= 89)
 
 
 def attend() -> None:
@@ -85,6 +86,19 @@ def place() -> None:
     rope.rope_kv_write(q, k, v, angles, angles, kv, slots)
     rope.kv_write(k, v, kv, slots)
     rope.rope(q, angles, angles, 128)
+
+
+def multiply(has_fp8: bool) -> None:
+    """Each kind of weight; one row, few, and a prompt."""
+    wide, e4m3 = torch.bfloat16, torch.float8_e4m3fn
+    kinds = [(wide, wide, 0), (torch.int8, wide, 0), (torch.uint8, wide, 128), (torch.int8, torch.int8, 0)]
+    for packed, x, group in [*kinds, (e4m3, e4m3, 128)] if has_fp8 else kinds:
+        weight_NK = torch.empty(6144, 2048 if packed == torch.uint8 else 4096, dtype=packed)
+        scale_NG = None if packed == wide else torch.empty(6144, 32 if group else 1)
+        for num_rows in (1, 8, 64):
+            x_scale_MG = torch.empty(num_rows, 32 if group else 1) if x != wide else None
+            weight = linear.Weight(weight_NK, scale_NG, None, group, x_scale_MG, group if x != wide else 0)
+            linear.product(torch.empty(num_rows, 4096, dtype=x), weight, None, wide)
 
 
 if __name__ == "__main__":

@@ -290,9 +290,9 @@ def product(
     """x Wᵀ + b in dtype, for what `supports` allows."""
     num_rows, num_columns = x_MK.shape
     num_out = weight.packed.shape[0]
-    tiles = tiles or choose_tiles(num_rows, num_out, weight.packed.dtype)
     group = _whole(weight.group_size, num_columns)
     x_group = _whole(weight.x_group_size, num_columns)
+    tiles = tiles or choose_tiles(num_rows, num_out, group, x_MK.dtype, weight.packed.dtype)
     num_groups = weight.scale_NG.shape[1] if weight.scale_NG is not None else 1
     y_MN = x_MK.new_empty(num_rows, num_out, dtype=dtype)
     launch = {"num_warps": tiles.warps, "num_stages": tiles.stages, "launch_pdl": tiles.is_early}
@@ -330,14 +330,15 @@ def _whole(group_size: int, num_columns: int) -> int:
     return group_size if group_size < num_columns else 0
 
 
-def choose_tiles(num_rows: int, num_out: int, dtype: torch.dtype) -> Tiles:
-    """Tiles by shape alone (benchmarks/gpu_linear.py compares them)."""
-    is_packed = dtype == torch.uint8
-    width = dtype.itemsize
+def choose_tiles(num_rows: int, num_out: int, group: int, x_type: torch.dtype, packed_type: torch.dtype) -> Tiles:
+    """Tiles by shape alone, for some 32 KiB of W on their way to each processor (benchmarks/gpu_linear.py)."""
+    width = x_type.itemsize
     if num_rows == 1:
-        return Tiles(8, 512 if is_packed else 2048 // width, splits=0)
+        return Tiles(8, 2048 // (4 if packed_type == torch.uint8 else packed_type.itemsize), splits=0)
+    if num_rows <= 16 and group:
+        return Tiles(32, group, splits=2, stages=6)
     if num_rows <= 16:
-        return Tiles(32, 128, stages=6) if is_packed else Tiles(16 if num_out < 16384 else 32, 512 // width)
+        return Tiles(16 if num_out < 16384 else 32, 512 // width)
     if num_rows <= 64:
-        return Tiles(64, 128 if is_packed else 256 // width)
-    return Tiles(128, 64 if is_packed else 128 // width, warps=8, stages=3)
+        return Tiles(64, 256 // width, splits=2 if num_out < 16384 else 1)
+    return Tiles(128, 128 // width, warps=8, stages=3)
