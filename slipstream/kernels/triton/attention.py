@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2_E = 1.4426950408889634  # the kernels' exponentials are of base 2
+LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are of base 2
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,6 @@ def _attend(
     HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """One tile, one KV head, one split. Scores are in units of log2."""
-    LOG2_E: tl.constexpr = 1.4426950408889634
     index = tl.program_id(0) // NUM_KV_HEADS
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     split = tl.program_id(1)
@@ -255,7 +254,6 @@ def _merge(
     MAX_ROWS: tl.constexpr, MIN_ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """One row: what its splits found, weighed by their maxima and totals, and the sink. Rows of one part are done."""
-    LOG2_E: tl.constexpr = 1.4426950408889634
     partial_row = tl.program_id(0).to(tl.int64)
     if MAX_ROWS:
         sequence, row = partial_row // (NUM_KV_HEADS * ROWS), (partial_row % ROWS).to(tl.int32)
