@@ -155,3 +155,17 @@ def test_the_op_takes_the_kernel_where_it_can_and_else_the_reference(
         expected_MN = op.reference(problem.x_MK, *arguments[name])
         assert y_MN.dtype == expected_MN.dtype and y_MN.shape == expected_MN.shape
         assert (y_MN - expected_MN).float().norm() <= 2e-2 * expected_MN.float().norm()
+
+
+@pytest.mark.skipif(not IS_GPU, reason="cuBLASLt is on a GPU alone")
+@pytest.mark.parametrize("name", ["fp8", "fp8 blocks", "fp8 mixed"])
+@pytest.mark.parametrize(("num_rows", "num_in"), [(0, 256), (1, 4096), (7, 4096), (300, 1536), (5, 160)])
+def test_cublas_takes_scales_by_row_and_by_block(name: str, num_rows: int, num_in: int, device: torch.device) -> None:
+    problem = Problem(name, num_rows, 272, num_in, device)
+    weight, (group, x_group, _) = problem.weight, FORMATS[name]
+    call = known_ops()["linear_fp8"].kernels["cublas"].function
+    y_MN = call(
+        problem.x_MK, weight.x_scale_MG, weight.packed, weight.scale_NG, None, group, x_group, "bfloat16"
+    )  # fmt: skip
+    expected_MN = problem.expected_MN - problem.bias_N.cpu().double()
+    assert (y_MN.cpu().double() - expected_MN).norm() <= 1e-2 * expected_MN.norm(), f"seed {SEED}"

@@ -4,6 +4,8 @@ A weight has one scale for each row, or one for each 128 columns of a row (DeepS
 128 rows repeat it). The scale of a whole tensor is repeated for its rows: q, k and v are joined without requantizing.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -61,15 +63,24 @@ def linear_fp8_cublas(
     x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
     input_group_size: int, dtype: str,
 ) -> Tensor:  # fmt: skip
-    """Scales by row, or by 128 columns, which cuBLASLt reads column by column (PyTorch's tests of _scaled_mm)."""
+    """Scales by row; or by 128 columns, which cuBLASLt takes on Hopper alone and reads column by column."""
     num_out, num_columns = packed_NK.shape
-    is_taken = num_columns % 128 == num_out % 16 == 0 and len(x_MK) and group_size == input_group_size in (0, 128)
-    if not is_taken or dtype != "bfloat16" or scale_NG.dtype != torch.float32:
+    is_taken = len(x_MK) > 0 and num_columns % 128 == num_out % 16 == 0 and dtype == "bfloat16"
+    is_taken = is_taken and scale_NG.dtype == torch.float32 and (bias_N is None or bias_N.dtype == torch.bfloat16)
+    if group_size or input_group_size:
+        is_taken = is_taken and group_size == input_group_size == 128 and bias_N is None and _multiplies_blocks()
+    if not is_taken:
         return linear_fp8_triton(x_MK, x_scale_MG, packed_NK, scale_NG, bias_N, group_size, input_group_size, dtype)
     scales = x_scale_MG.t().contiguous().t(), scale_NG.t().contiguous()
     return torch._scaled_mm(
         x_MK, packed_NK.t(), *scales, bias=bias_N, out_dtype=torch.bfloat16, use_fast_accum=not group_size
     )
+
+
+@cache
+def _multiplies_blocks() -> bool:
+    version = tuple(int(part) for part in str(torch.version.cuda).split("."))
+    return version >= (12, 9) and torch.cuda.get_device_capability()[0] == 9
 
 
 @kernel(linear_fp8, "triton", on_gpu_with_fp8)
