@@ -26,7 +26,7 @@ from slipstream.engine.memory import plan_memory
 from slipstream.errors import BuildError
 from slipstream.kernels.registry import known_ops
 from slipstream.progress import Progress, Stopwatch
-from slipstream.schema.build import MAX_BATCH_SIZE, PLUGINS, BuildConfig
+from slipstream.schema.build import MAX_BATCH_SIZE, MAX_TOKENS_PER_BLOCK, PLUGINS, BuildConfig
 from slipstream.schema.model import DecoderConfig
 
 
@@ -145,7 +145,7 @@ class Limits:
 def resolve_limits(config: BuildConfig, checkpoint: Checkpoint) -> Limits:
     longest = checkpoint.config.longest_seq_len
     max_seq_len = checkpoint.config.max_position_embeddings if config.max_seq_len is None else config.max_seq_len
-    highest = {"max_batch_size": MAX_BATCH_SIZE, "max_num_tokens": 2**31, "tokens_per_block": 2**16}
+    highest = {"max_batch_size": MAX_BATCH_SIZE, "max_num_tokens": 2**31, "tokens_per_block": MAX_TOKENS_PER_BLOCK}
     for name, high in highest.items():
         if not 1 <= getattr(config, name) <= high:
             raise BuildError(f"{name} is {getattr(config, name)}; it must be from 1 to {high}.")

@@ -2,10 +2,15 @@
 
 The build asks after each stage; opening an engine asks again, since its file may come from anyone. Ops trust what they
 are given (a kernel that gets a wrong index reads wherever it points), so what indexes anything comes straight from the
-step, under its own name, and nothing but a KV cache is written to.
+step, under its own name, or from the op that chose among as many, and nothing but a KV cache is written to. Shapes are
+the ops' own business: their shape functions refuse what does not fit (kernels/fits.py).
 """
 
+from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.engine.manifest import Manifest
@@ -16,11 +21,14 @@ from slipstream.kernels.attention.metadata import STEP_SHAPES
 from slipstream.kernels.registry import Argument, Op, known_ops
 
 ONLY_AT_BUILD = {"concat", "normalize_rows"}  # on weights, which the build computes; a step never does
+ONLY_AT_START = {"place_in_window", "streaming_attention"}  # where sinks are asked for: runtime/worker/groups.py
 
 _STEP_INPUTS = {f"step.{name}": TensorType(shape, "int64") for name, shape in STEP_SHAPES.items()}
 # Arguments of ops that index something → the one input that may stand there.
 _INDICES = {name: f"step.{name}" for name in ("positions", "slots", "query_starts", "kv_lens", "block_tables")}
 _INDICES["rows"] = "step.logit_rows"
+_ROW_PER_TOKEN = {"select_rows": "x", "attention": "q"}  # what those indices count the rows of
+_RESERVED = ("step.", ".for_sinks")  # how names begin, or end, that the runtime adds when an engine starts
 
 _KINDS: dict[str, tuple[type, ...]] = {"float": (float, int), "int": (int,), "bool": (bool,), "str": (str,)}
 
@@ -41,13 +49,19 @@ def problem_of_call(node: Node) -> str | None:
 
 def check_program(graph: Graph, manifest: Manifest) -> None:
     """Raise EngineError unless this graph can run as this manifest says. Nothing is run or allocated."""
+    producers = graph.producers()
     for node in graph.nodes:
         problem = problem_of_call(node) or _problem_of_values(node, graph, manifest)
+        problem = problem or _problem_of_ids(node, graph, producers)
         if problem is not None:
             raise EngineError(f"the engine's graph {problem}; {_remedy(node, manifest)}.")
+    caches = {f"kv.{layer}" for layer in range(manifest.num_layers)}
     for name, kind in graph.inputs.items():
-        if not name.startswith("kv.") and _STEP_INPUTS.get(name) != kind:
+        if name not in caches and _STEP_INPUTS.get(name) != kind:
             raise EngineError(f"the engine's graph reads {name}: {kind}, which no step has; build it again.")
+    for name in (*graph.weights, *producers):
+        if name.startswith(_RESERVED[0]) or name.endswith(_RESERVED[1]):
+            raise EngineError(f"the engine's graph calls a value {name}, as only a step may; build it again.")
     try:
         inferred = infer_types(graph)
     except BuildError as error:
@@ -62,6 +76,20 @@ def check_program(graph: Graph, manifest: Manifest) -> None:
         raise EngineError("the engine's graph takes more or less memory than config.json says; build it again.")
 
 
+def check_orders(graph: Graph, read: Callable[[str], Tensor]) -> None:
+    """Raise EngineError unless each order of columns (act-order), the one index that a file holds, is a permutation."""
+    orders = dict.fromkeys(
+        str(name)
+        for node in graph.nodes
+        for argument, name in zip(known_ops()[node.op].tensor_arguments, node.inputs, strict=False)
+        if argument.name == "order" and name is not None
+    )
+    for name in orders:
+        order = read(name).sort().values if name in graph.weights else None
+        if order is None or not torch.equal(order, torch.arange(len(order), dtype=order.dtype)):
+            raise EngineError(f"the engine's {name} is no order of columns, each of them once; build it again.")
+
+
 def _remedy(node: Node, manifest: Manifest) -> str:
     if node.op in known_ops() or not manifest.op_modules:
         return "build it again"
@@ -73,15 +101,18 @@ def _remedy(node: Node, manifest: Manifest) -> str:
 
 
 def _problem_of_values(node: Node, graph: Graph, manifest: Manifest) -> str | None:
-    if node.op in ONLY_AT_BUILD:
-        return f"calls {node.op}, which only a build may"
+    if node.op in ONLY_AT_BUILD | ONLY_AT_START:
+        return f"calls {node.op}, which only a {'build' if node.op in ONLY_AT_BUILD else 'start with sink tokens'} may"
     for argument, name in zip(known_ops()[node.op].tensor_arguments, node.inputs, strict=False):
         expected = _INDICES.get(argument.name)
         if expected is not None and name != expected:
             return f"gives {node.op} {name} as {argument.name}, which must be {expected}"
-        is_cache = name in graph.inputs and name not in _STEP_INPUTS
-        if (argument.is_mutated or argument.name == "kv") and not is_cache:
-            return f"gives {node.op} {name} as {argument.name}, which must be a KV cache"
+        takes_cache = argument.is_mutated or argument.name == "kv"
+        if takes_cache != (name in graph.inputs and name not in _STEP_INPUTS):
+            what = "must be a KV cache" if takes_cache else "a KV cache cannot be"
+            return f"gives {node.op} {name} as {argument.name}, which {what}"
+        if _ROW_PER_TOKEN.get(node.op) == argument.name and graph.types[str(name)].shape[:1] != ("T",):
+            return f"gives {node.op} {name}: {graph.types[str(name)]} as {argument.name}, which must have a row a token"
     if node.op == "embedding":
         table, ids = node.inputs
         longest = {"step.token_ids": manifest.vocab_size, "step.positions": manifest.max_seq_len}
@@ -89,6 +120,18 @@ def _problem_of_values(node: Node, graph: Graph, manifest: Manifest) -> str | No
         if ids not in longest or not isinstance(rows, int) or rows < longest[ids]:
             return f"looks up {ids} in {table}, which has {rows} rows"
     return None
+
+
+def _problem_of_ids(node: Node, graph: Graph, producers: dict[str, Node]) -> str | None:
+    """Ids of experts come from a router that knows as many."""
+    if node.op.partition("_")[0] != "experts":
+        return None
+    ids, gate = str(node.inputs[2]), str(node.inputs[3])
+    router = producers.get(ids)
+    if router is None or router.op not in ("route_softmax", "route_sigmoid") or router.outputs[1] != ids:
+        return f"gives {node.op} {ids} as expert_ids, which must be what a router chose"
+    known, chosen = graph.types[gate].shape[:1], graph.types[str(router.inputs[1])].shape[:1]
+    return None if known == chosen else f"has a router of {list(chosen)} experts for {list(known)}"
 
 
 def _takes(op: Op, inputs: tuple[str | None, ...]) -> bool:

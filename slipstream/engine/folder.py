@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slipstream.engine.bounded_json import read_json
-from slipstream.engine.check import check_program
+from slipstream.engine.check import check_orders, check_program
 from slipstream.engine.graph import Graph, TensorType, graph_from_json
 from slipstream.engine.manifest import Manifest
 from slipstream.engine.tensor_file import TensorFile, write_tensor_file
@@ -72,6 +72,7 @@ def open_engine(path: str | Path) -> Engine:
         graph = graph_from_json(weights.metadata.get("graph", "null"))
         _check(path, manifest, graph, weights)
         check_program(graph, manifest)
+        check_orders(graph, weights.read)
     except BaseException:
         weights.close()
         raise

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from slipstream.errors import EngineError
-from slipstream.schema.build import DTYPES, MAX_BATCH_SIZE, PLUGINS
+from slipstream.schema.build import DTYPES, MAX_BATCH_SIZE, MAX_TOKENS_PER_BLOCK, PLUGINS
 from slipstream.schema.kv import KVGroup, group_layers, narrow
 from slipstream.schema.model import MAX_LAYERS
 
@@ -14,6 +14,7 @@ _LARGEST = {
     "max_batch_size": MAX_BATCH_SIZE,
     "num_layers": MAX_LAYERS,
     "kv_planes": 2,
+    "tokens_per_block": MAX_TOKENS_PER_BLOCK,
 }  # these many things are made at once
 
 _MODULE = re.compile(r"[A-Za-z_][\w.]{0,200}", re.ASCII)
@@ -134,7 +135,7 @@ def _check(where: str, name: str, value: Any, kind: Any) -> None:
         ok = isinstance(value, dict) and set(value) <= set(PLUGINS)
         ok = ok and all(choice in ("measured", "disabled") for choice in value.values())
     elif kind is str:
-        ok = isinstance(value, str) and len(value) < 4096
+        ok = isinstance(value, str) and len(value) < 4096 and value.isprintable()  # not to steer a terminal
     else:
         ok = isinstance(value, list if str(kind).startswith("list") else dict)
     if not ok:

@@ -2,20 +2,9 @@
 
 import math
 
-from slipstream.engine.graph import Graph, TensorType
+import torch
 
-_BYTES = {
-    "float32": 4,
-    "int64": 8,
-    "int32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "float64": 8,
-    "int8": 1,
-    "uint8": 1,
-    "float8_e4m3fn": 1,
-    "bool": 1,
-}
+from slipstream.engine.graph import Graph, TensorType
 
 
 def plan_memory(graph: Graph, *, max_num_tokens: int, max_batch_size: int) -> dict[str, int]:
@@ -45,4 +34,7 @@ def _peak(graph: Graph, sizes: dict[str, int]) -> int:
 
 
 def _num_bytes(kind: TensorType, sizes: dict[str, int]) -> int:
-    return math.prod(sizes[size] if isinstance(size, str) else size for size in kind.shape) * _BYTES[kind.dtype]
+    return (
+        math.prod(sizes[size] if isinstance(size, str) else size for size in kind.shape)
+        * getattr(torch, kind.dtype).itemsize
+    )

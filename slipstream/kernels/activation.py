@@ -3,31 +3,40 @@
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.kernels.fits import need, need_floats
 from slipstream.kernels.registry import kernel, on_gpu, op
 
 
-@op("silu(Tensor x) -> Tensor")
+def _like_first(x: Tensor, *_: object, **__: object) -> Tensor:
+    need_floats(x=x)
+    return x.new_empty(x.shape)
+
+
+@op("silu(Tensor x) -> Tensor", shapes=_like_first)
 def silu(x: Tensor) -> Tensor:
     return functional.silu(x)
 
 
-@op("gelu(Tensor x, bool approximate) -> Tensor")
+@op("gelu(Tensor x, bool approximate) -> Tensor", shapes=_like_first)
 def gelu(x: Tensor, approximate: bool) -> Tensor:
     return functional.gelu(x, approximate="tanh" if approximate else "none")
 
 
-def _half_columns(x_TI2: Tensor, *_: object, **__: object) -> Tensor:
-    return x_TI2.new_empty(x_TI2.shape[0], x_TI2.shape[1] // 2)
+def half_columns(x_TI2: Tensor, *_: object, **__: object) -> Tensor:
+    need_floats(x=x_TI2)
+    num_tokens, num_columns = x_TI2.shape
+    need(num_columns % 2 == 0, "x must have an even number of columns")
+    return x_TI2.new_empty(num_tokens, num_columns // 2)
 
 
-@op("silu_and_mul(Tensor x) -> Tensor", shapes=_half_columns)
+@op("silu_and_mul(Tensor x) -> Tensor", shapes=half_columns)
 def silu_and_mul(x_TI2: Tensor) -> Tensor:
     """silu(gate) * up, where gate and up are the two halves of each row (SwiGLU, arXiv:2002.05202)."""
     gate_TI, up_TI = x_TI2.chunk(2, dim=1)
     return functional.silu(gate_TI).mul_(up_TI)
 
 
-@op("gelu_and_mul(Tensor x, bool approximate) -> Tensor", shapes=_half_columns)
+@op("gelu_and_mul(Tensor x, bool approximate) -> Tensor", shapes=half_columns)
 def gelu_and_mul(x_TI2: Tensor, approximate: bool) -> Tensor:
     """gelu(gate) * up, where gate and up are the two halves of each row (GEGLU, arXiv:2002.05202)."""
     gate_TI, up_TI = x_TI2.chunk(2, dim=1)

@@ -5,26 +5,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from slipstream.kernels.fits import need, need_floats
 from slipstream.kernels.registry import op
 
 
-@op("add(Tensor x, Tensor y) -> Tensor")
+def _sum_shapes(x: Tensor, y: Tensor) -> Tensor:
+    need_floats(x=x, y=y)
+    return x + y
+
+
+@op("add(Tensor x, Tensor y) -> Tensor", shapes=_sum_shapes)
 def add(x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
 
-@op("mul(Tensor x, Tensor y) -> Tensor")
+@op("mul(Tensor x, Tensor y) -> Tensor", shapes=_sum_shapes)
 def mul(x: Tensor, y: Tensor) -> Tensor:
     return x * y
 
 
-@op("scale(Tensor x, float factor) -> Tensor")
+def _like_first(x: Tensor, *_: object, **__: object) -> Tensor:
+    need_floats(x=x)
+    return x.new_empty(x.shape)
+
+
+@op("scale(Tensor x, float factor) -> Tensor", shapes=_like_first)
 def scale(x: Tensor, factor: float) -> Tensor:
     """x times a number known at build time, rounded to x's dtype first, as Hugging Face's Gemma does."""
     return x * torch.tensor(factor, dtype=x.dtype)
 
 
-@op("soft_cap(Tensor x, float cap) -> Tensor")
+@op("soft_cap(Tensor x, float cap) -> Tensor", shapes=_like_first)
 def soft_cap(x: Tensor, cap: float) -> Tensor:
     """cap · tanh(x / cap): near x where x is small, never beyond cap (arXiv:2408.00118)."""
     return torch.tanh(x / cap).mul_(cap)
@@ -37,7 +48,9 @@ def concat(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _split_shapes(x_TN: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    return [x_TN.new_empty(x_TN.shape[0], size) for size in sizes]
+    num_tokens, num_columns = x_TN.shape
+    need(sum(sizes) == num_columns, f"the sizes must add up to {num_columns} columns")
+    return [x_TN.new_empty(num_tokens, size) for size in sizes]
 
 
 @op("split(Tensor x, int[] sizes) -> Tensor[]", shapes=_split_shapes)
@@ -46,6 +59,11 @@ def split(x_TN: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return list(torch.split(x_TN, list(sizes), dim=1))
 
 
-@op("select_rows(Tensor x, Tensor rows) -> Tensor")
+def _select_shapes(x_TH: Tensor, rows_R: Tensor) -> Tensor:
+    (_, num_columns), (num_rows,) = x_TH.shape, rows_R.shape
+    return x_TH.new_empty(num_rows, num_columns)
+
+
+@op("select_rows(Tensor x, Tensor rows) -> Tensor", shapes=_select_shapes)
 def select_rows(x_TH: Tensor, rows_R: Tensor) -> Tensor:
     return x_TH.index_select(0, rows_R)

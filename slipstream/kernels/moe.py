@@ -9,11 +9,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from slipstream.kernels.fits import need, need_floats, need_same_dtype, need_shape
 from slipstream.kernels.registry import op
 
 
-def _routes(x_TH: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    shape = (x_TH.shape[0], top_k)
+def _routes(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, top_k: int, num_open: int) -> tuple[Tensor, Tensor]:
+    """num_open: how many experts there are to choose from."""
+    need_floats(x=x_TH, weight=weight_EH, bias=bias_E)
+    num_tokens, hidden_size = x_TH.shape
+    num_experts = weight_EH.shape[0]
+    need_shape("weight", weight_EH, num_experts, hidden_size)
+    need_shape("bias", bias_E, num_experts)
+    need(1 <= top_k <= num_open, f"top_k must be from 1 to {num_open}")
+    shape = (num_tokens, top_k)
     return x_TH.new_empty(shape, dtype=torch.float32), x_TH.new_empty(shape, dtype=torch.int64)
 
 
@@ -25,7 +33,7 @@ def _logits(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
 def _softmax_shapes(
     x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, top_k: int, is_normalized: bool
 ) -> tuple[Tensor, Tensor]:
-    return _routes(x_TH, top_k)
+    return _routes(x_TH, weight_EH, bias_E, top_k, weight_EH.shape[0])
 
 
 @op(
@@ -52,7 +60,12 @@ def _sigmoid_shapes(
     x_TH: Tensor, weight_EH: Tensor, correction_E: Tensor, top_k: int, num_groups: int, top_groups: int,
     is_normalized: bool, factor: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _routes(x_TH, top_k)
+    num_experts = weight_EH.shape[0]
+    need(num_groups > 0 and num_experts % num_groups == 0, f"num_groups must divide {num_experts}")
+    group_size = num_experts // num_groups
+    need(group_size >= 2, "a group must have two experts at least")
+    need(1 <= top_groups <= num_groups, f"top_groups must be from 1 to {num_groups}")
+    return _routes(x_TH, weight_EH, correction_E, top_k, top_groups * group_size)
 
 
 @op(
@@ -80,14 +93,39 @@ def route_sigmoid(
     return scores_TK.mul_(factor), ids_TK
 
 
-def like_first(x_TH: Tensor, *_: object, **__: object) -> Tensor:
+def need_routes(x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor) -> None:
+    """Rows, and for each of them what a router gives."""
+    need_floats(x=x_TH)
+    need(shares_TK.dtype == torch.float32, "shares must be float32")
+    (num_tokens, _), top_k = x_TH.shape, ids_TK.shape[1]
+    need(ids_TK.dtype == torch.int64, "expert_ids must be int64")
+    need_shape("expert_ids", ids_TK, num_tokens, top_k)
+    need_shape("shares", shares_TK, num_tokens, top_k)
+
+
+def _experts_shapes(
+    x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, gate_EIH: Tensor, up_EIH: Tensor, down_EHI: Tensor,
+    gate_bias_EI: Tensor | None, up_bias_EI: Tensor | None, down_bias_EH: Tensor | None,
+    alpha: float, limit: float, up_offset: float,
+) -> Tensor:  # fmt: skip
+    need_routes(x_TH, shares_TK, ids_TK)
+    need_same_dtype(
+        x_TH, gate=gate_EIH, up=up_EIH, down=down_EHI, gate_bias=gate_bias_EI, up_bias=up_bias_EI,
+        down_bias=down_bias_EH,
+    )  # fmt: skip
+    hidden_size, (num_experts, width) = x_TH.shape[1], gate_EIH.shape[:2]
+    for name, weight, bias in (("gate", gate_EIH, gate_bias_EI), ("up", up_EIH, up_bias_EI)):
+        need_shape(name, weight, num_experts, width, hidden_size)
+        need_shape(f"{name}_bias", bias, num_experts, width)
+    need_shape("down", down_EHI, num_experts, hidden_size, width)
+    need_shape("down_bias", down_bias_EH, num_experts, hidden_size)
     return x_TH.new_empty(x_TH.shape)
 
 
 @op(
     "experts(Tensor x, Tensor shares, Tensor expert_ids, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, "
     "Tensor? up_bias, Tensor? down_bias, float alpha, float limit, float up_offset) -> Tensor",
-    shapes=like_first,
+    shapes=_experts_shapes,
     reads_values=True,
 )
 def experts(

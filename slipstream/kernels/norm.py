@@ -4,12 +4,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.kernels.fits import need_floats, need_heads, need_same_dtype, need_shape
 from slipstream.kernels.registry import kernel, on_gpu, op
 
 ROWS_AT_ONCE = 4096  # of a weight, in float32: the head of a large model is most of a gigabyte in bfloat16
 
 
-@op("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset) -> Tensor")
+def rms_norm_shapes(x_TN: Tensor, weight_H: Tensor, *_: object, **__: object) -> Tensor:
+    need_floats(x=x_TN, weight=weight_H)
+    (num_tokens, num_columns), (size,) = x_TN.shape, weight_H.shape
+    need_heads("x", num_columns, size)
+    return x_TN.new_empty(num_tokens, num_columns)
+
+
+@op("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset) -> Tensor", shapes=rms_norm_shapes)
 def rms_norm(x_TN: Tensor, weight_H: Tensor, eps: float, weight_offset: float) -> Tensor:
     """Normalise each group of len(weight) columns: a whole row, or one attention head of it.
 
@@ -23,13 +31,21 @@ def rms_norm(x_TN: Tensor, weight_H: Tensor, eps: float, weight_offset: float) -
     return normed.to(x_TN.dtype).mul_(weight_H).flatten(1)
 
 
-def _two_like(x_TH: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_TH), torch.empty_like(x_TH)
+def add_rms_norm_shapes(
+    x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, *_: object, **__: object
+) -> tuple[Tensor, Tensor]:
+    _need_residual(x_TH, residual_TH)
+    return rms_norm_shapes(x_TH, weight_H), x_TH.new_empty(x_TH.shape)
+
+
+def _need_residual(x_TH: Tensor, residual_TH: Tensor) -> None:
+    need_same_dtype(x_TH, residual=residual_TH)
+    need_shape("residual", residual_TH, *x_TH.shape)
 
 
 @op(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset) -> (Tensor, Tensor)",
-    shapes=_two_like,
+    shapes=add_rms_norm_shapes,
 )
 def add_rms_norm(
     x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float
@@ -65,14 +81,31 @@ def normalize_rows(weight_NK: Tensor) -> Tensor:
     return out_NK
 
 
-@op("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor")
+def layer_norm_shapes(x_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, *_: object, **__: object) -> Tensor:
+    need_floats(x=x_TH)
+    need_same_dtype(x_TH, weight=weight_H, bias=bias_H)
+    num_tokens, size = x_TH.shape[:2]
+    need_shape("x", x_TH, num_tokens, size)
+    need_shape("weight", weight_H, size)
+    need_shape("bias", bias_H, size)
+    return x_TH.new_empty(x_TH.shape)
+
+
+@op("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor", shapes=layer_norm_shapes)
 def layer_norm(x_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float) -> Tensor:
     return functional.layer_norm(x_TH, weight_H.shape, weight_H, bias_H, eps)
 
 
+def add_layer_norm_shapes(
+    x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, *_: object, **__: object
+) -> tuple[Tensor, Tensor]:
+    _need_residual(x_TH, residual_TH)
+    return layer_norm_shapes(x_TH, weight_H, bias_H), x_TH.new_empty(x_TH.shape)
+
+
 @op(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
-    shapes=_two_like,
+    shapes=add_layer_norm_shapes,
 )
 def add_layer_norm(
     x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float

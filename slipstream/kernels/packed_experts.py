@@ -5,12 +5,14 @@ Gate, up and down are of one format, whose columns are in their own order; each 
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
+from slipstream.kernels.fits import need
 from slipstream.kernels.linear import fp8, w8a8
-from slipstream.kernels.linear.groups import dequantize, product
+from slipstream.kernels.linear.groups import dequantize, packed_rows, product
 from slipstream.kernels.linear.parts import dense_weight, one_of
-from slipstream.kernels.moe import like_first, run_experts
+from slipstream.kernels.moe import need_routes, run_experts
 from slipstream.kernels.registry import Op, op
 from slipstream.schema.format import PACKED_DTYPES, WeightFormat
 
@@ -18,6 +20,25 @@ ROUNDINGS = {"w8a8": w8a8.quantize_w8a8, "fp8": fp8.quantize_fp8}  # of activati
 
 
 def _declare(kind: str) -> Op:
+    packed_dtype = getattr(torch, PACKED_DTYPES[kind])
+
+    def shapes(
+        x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, gate_packed: Tensor, gate_scale: Tensor,
+        gate_zero: Tensor | None, up_packed: Tensor, up_scale: Tensor, up_zero: Tensor | None, down_packed: Tensor,
+        down_scale: Tensor, down_zero: Tensor | None, gate_bias_EI: Tensor | None, up_bias_EI: Tensor | None,
+        down_bias_EH: Tensor | None, alpha: float, limit: float, up_offset: float, group_size: int,
+        input_scale: float, input_group_size: int,
+    ) -> Tensor:  # fmt: skip
+        need_routes(x_TH, shares_TK, ids_TK)
+        need(input_group_size >= 0, "a group cannot have less than no columns")
+        how, hidden_size = (group_size, packed_dtype), x_TH.shape[1]
+        num_experts, width = packed_rows(hidden_size, gate_packed, gate_scale, gate_zero, gate_bias_EI, *how)
+        up_rows = packed_rows(hidden_size, up_packed, up_scale, up_zero, up_bias_EI, *how)
+        down_rows = packed_rows(width, down_packed, down_scale, down_zero, down_bias_EH, *how)
+        need(up_rows == (num_experts, width), "up must be as large as gate")
+        need(down_rows == (num_experts, hidden_size), "down must lead back to x")
+        return x_TH.new_empty(x_TH.shape)
+
     def experts(
         x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, gate_packed: Tensor, gate_scale: Tensor,
         gate_zero: Tensor | None, up_packed: Tensor, up_scale: Tensor, up_zero: Tensor | None, down_packed: Tensor,
@@ -42,7 +63,7 @@ def _declare(kind: str) -> Op:
         f"experts_{kind}(Tensor x, Tensor shares, Tensor expert_ids, {parts}, {biases}, float alpha, float limit, "
         "float up_offset, int group_size, float input_scale, int input_group_size) -> Tensor"
     )
-    return op(schema, shapes=like_first, reads_values=True)(experts)
+    return op(schema, shapes=shapes, reads_values=True)(experts)
 
 
 def _parts(packed: Tensor, scale: Tensor, zero: Tensor | None) -> dict[str, Tensor]:

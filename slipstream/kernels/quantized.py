@@ -28,10 +28,10 @@ def _quantized(x_TN: Tensor, group_size: int, dtype: str) -> tuple[Tensor, Tenso
 
 
 def _norm_shapes(
-    x_TH: Tensor, _weight: Tensor, eps: float, weight_offset: float, input_scale: float, input_group_size: int,
+    x_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float, input_scale: float, input_group_size: int,
     dtype: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _quantized(x_TH, input_group_size, dtype)
+    return _quantized(norm.rms_norm_shapes(x_TH, weight_H), input_group_size, dtype)
 
 
 @op(
@@ -48,10 +48,11 @@ def rms_norm_quantize(
 
 
 def _add_norm_shapes(
-    x_TH: Tensor, _residual: Tensor, _weight: Tensor, eps: float, weight_offset: float, input_scale: float,
+    x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float, input_scale: float,
     input_group_size: int, dtype: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return *_quantized(x_TH, input_group_size, dtype), torch.empty_like(x_TH)
+    normed_TH, total_TH = norm.add_rms_norm_shapes(x_TH, residual_TH, weight_H)
+    return *_quantized(normed_TH, input_group_size, dtype), total_TH
 
 
 @op(
@@ -69,10 +70,10 @@ def add_rms_norm_quantize(
 
 
 def _layer_norm_shapes(
-    x_TH: Tensor, _weight: Tensor, _bias: Tensor | None, eps: float, input_scale: float, input_group_size: int,
+    x_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float, input_scale: float, input_group_size: int,
     dtype: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _quantized(x_TH, input_group_size, dtype)
+    return _quantized(norm.layer_norm_shapes(x_TH, weight_H, bias_H), input_group_size, dtype)
 
 
 @op(
@@ -89,10 +90,11 @@ def layer_norm_quantize(
 
 
 def _add_layer_norm_shapes(
-    x_TH: Tensor, _residual: Tensor, _weight: Tensor, _bias: Tensor | None, eps: float, input_scale: float,
+    x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float, input_scale: float,
     input_group_size: int, dtype: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return *_quantized(x_TH, input_group_size, dtype), torch.empty_like(x_TH)
+    normed_TH, total_TH = norm.add_layer_norm_shapes(x_TH, residual_TH, weight_H, bias_H)
+    return *_quantized(normed_TH, input_group_size, dtype), total_TH
 
 
 @op(
@@ -110,7 +112,7 @@ def add_layer_norm_quantize(
 
 
 def _gated_shapes(x_TI2: Tensor, input_scale: float, input_group_size: int, dtype: str) -> tuple[Tensor, Tensor]:
-    return _quantized(x_TI2[:, : x_TI2.shape[1] // 2], input_group_size, dtype)
+    return _quantized(activation.half_columns(x_TI2), input_group_size, dtype)
 
 
 @op(f"silu_and_mul_quantize(Tensor x, {_HOW}) -> (Tensor, Tensor)", shapes=_gated_shapes)

@@ -77,7 +77,8 @@ def op(
     """Declare an op by a torch schema; the decorated function is its reference.
 
     Tensor arguments come first, then attributes (numbers known at build time). `shapes` replaces the reference on
-    meta tensors where the reference reads values; reads_values: it does so on the host (a loop over sequences, say).
+    meta tensors where the reference reads values, or takes what kernels would not (fits.py); reads_values: it reads
+    them on the host (a loop over sequences, say).
     """
 
     def register(reference: Callable[..., Any]) -> Op:

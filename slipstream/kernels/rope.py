@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
-from slipstream.kernels.attention.paged import kv_write
+from slipstream.kernels.attention.paged import kv_write, need_cache
+from slipstream.kernels.fits import need, need_floats, need_heads, need_shape
 from slipstream.kernels.registry import kernel, on_gpu, op
 
 
 def _cos_sin_shapes(positions_T: Tensor, inv_freq_F: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    shape = (positions_T.shape[0], inv_freq_F.shape[0])
-    return inv_freq_F.new_empty(shape), inv_freq_F.new_empty(shape)
+    need(inv_freq_F.dtype == torch.float32, "inv_freq must be float32")
+    (num_tokens,), (num_frequencies,) = positions_T.shape, inv_freq_F.shape
+    return inv_freq_F.new_empty(num_tokens, num_frequencies), inv_freq_F.new_empty(num_tokens, num_frequencies)
 
 
 @op("rope_cos_sin(Tensor positions, Tensor inv_freq, float scale) -> (Tensor, Tensor)", shapes=_cos_sin_shapes)
@@ -26,11 +28,18 @@ def far_cos_sin(positions_T: Tensor, inv_freq_F: Tensor, scale: float) -> tuple[
     return (angles_TF.cos() * scale).float(), (angles_TF.sin() * scale).float()
 
 
-def _like_first(x: Tensor, *_: object, **__: object) -> Tensor:
-    return x.new_empty(x.shape)
+def _rope_shapes(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, head_dim: int) -> Tensor:
+    need_floats(x=x_TX, cos=cos_TF, sin=sin_TF)
+    num_tokens, num_columns = x_TX.shape
+    num_frequencies = cos_TF.shape[1]
+    for name, table in (("cos", cos_TF), ("sin", sin_TF)):
+        need_shape(name, table, num_tokens, num_frequencies)
+    need_heads("x", num_columns, head_dim)
+    need(2 * num_frequencies <= head_dim, f"a head of {head_dim} numbers has no {num_frequencies} pairs")
+    return x_TX.new_empty(x_TX.shape)
 
 
-@op("rope(Tensor x, Tensor cos, Tensor sin, int head_dim) -> Tensor", shapes=_like_first)
+@op("rope(Tensor x, Tensor cos, Tensor sin, int head_dim) -> Tensor", shapes=_rope_shapes)
 def rope(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, head_dim: int) -> Tensor:
     """Rotate the first 2F of each head's head_dim numbers, the first F paired with the next F; the rest stays."""
     num_frequencies = cos_TF.shape[1]
@@ -51,7 +60,11 @@ def rope_triton(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, head_dim: int) -> 
     return rotation.rope(x_TX, cos_TF, sin_TF, head_dim)
 
 
-@op("rope_pairs(Tensor x, Tensor cos, Tensor sin) -> Tensor", shapes=_like_first)
+def _pairs_shapes(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    return _rope_shapes(x_TX, cos_TF, sin_TF, 2 * cos_TF.shape[1])
+
+
+@op("rope_pairs(Tensor x, Tensor cos, Tensor sin) -> Tensor", shapes=_pairs_shapes)
 def rope_pairs(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     """Rotate all 2F numbers of each head, each paired with its neighbour (DeepSeek's order)."""
     first, second = x_TX.unflatten(1, (-1, cos_TF.shape[1], 2)).unbind(3)
@@ -59,9 +72,15 @@ def rope_pairs(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     return torch.stack([first * cos - second * sin, second * cos + first * sin], 3).flatten(1)
 
 
+def _rope_write_shapes(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
+    need_cache(kv)
+    kv_write.shapes(_rope_shapes(k, cos, sin, kv.shape[4]), v, kv, slots)
+    return _rope_shapes(q, cos, sin, kv.shape[4])
+
+
 @op(
     "rope_kv_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) kv, Tensor slots) -> Tensor",
-    shapes=_like_first,
+    shapes=_rope_write_shapes,
 )
 def rope_kv_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
     """Rotate q and k, write k and v into their KV slots, return the rotated q; heads are as wide as the cache's."""

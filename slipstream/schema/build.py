@@ -7,6 +7,7 @@ from slipstream.schema.kv import KVGroup
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_BATCH_SIZE = 1 << 16  # a slot of sampling state each
+MAX_TOKENS_PER_BLOCK = 1 << 16  # attention reads whole blocks
 
 # TensorRT-LLM's names for what may be left out of an engine: the ops that then run their plain reference (patterns).
 PLUGINS = {

@@ -17,7 +17,8 @@ from slipstream.build.tune import describe_device, tune
 from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.engine.choices import ROW_BUCKETS, Choices, bucket_of, load_choices
 from slipstream.engine.folder import CACHE_FILE, open_engine
-from slipstream.engine.graph import TensorType
+from slipstream.engine.graph import Node, TensorType
+from slipstream.engine.shapes import infer_types
 from slipstream.kernels import activation
 from slipstream.kernels.registry import Kernel, kernel, known_ops
 from slipstream.schema.build import PLUGINS, BuildConfig
@@ -70,13 +71,11 @@ def test_products_of_quantized_activations_are_measured_too(monkeypatch: pytest.
     twin = Kernel("twin", linear.reference, lambda device, dtype: True)
     monkeypatch.setitem(linear.kernels, "twin", twin)
 
-    def block(x, packed, scale):  # type: ignore[no-untyped-def]
-        quantized, x_scale = ops.quantize_w8a8(x, input_scale=0.0, input_group_size=0)
-        how = {"group_size": 0, "input_group_size": 0, "dtype": "float32"}
-        return ops.linear_w8a8(quantized, x_scale, packed, scale, None, **how)
-
-    graph = trace(block, {"x": ("T", 8)}, {"packed": (4, 8), "scale": (4, 1)})
-    graph.weights["packed"] = graph.types["packed"] = TensorType((4, 8), "int8")
+    graph = trace(lambda x: ops.quantize_w8a8(x, input_scale=0.0, input_group_size=0), {"x": ("T", 8)}, {})
+    graph.weights = {"packed": TensorType((4, 8), "int8"), "scale": TensorType((4, 1), "float32")}
+    how = {"group_size": 0, "input_group_size": 0, "dtype": "float32"}
+    graph.nodes.append(Node("linear_w8a8", (*graph.outputs, "packed", "scale", None), ("y",), how))
+    graph.types, graph.outputs = infer_types(graph), ("y",)
     (names,) = tune(graph, CPU, max_num_tokens=2, max_batch_size=2).kernels.values()
     assert set(names) <= {"reference", "twin"}
 

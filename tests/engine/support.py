@@ -1,16 +1,23 @@
-"""Engines with something changed, and everything else made to agree with it."""
+"""Engines with something changed, and everything else made to agree with it; what a compiled one may call."""
 
+import dis
 import hashlib
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
+
+import torch
 
 from slipstream.engine.graph import graph_from_json
 from slipstream.errors import SlipstreamError
+from slipstream.kernels.registry import known_ops
 
+CPU = torch.device("cpu")
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -58,3 +65,24 @@ def digest_of(text: str) -> str:
         return graph_from_json(text).digest()
     except SlipstreamError:
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def assert_calls_only_ops(step: Any) -> None:
+    """The generated function looks nothing up but its own constants, and calls nothing but kernels."""
+    assert isinstance(step, FunctionType)
+    scope = {name: value for name, value in step.__globals__.items() if name not in ("step", "__builtins__")}
+    assert all(re.fullmatch(r"[wka]\d+(_\d+)?", name) for name in scope)
+    assert set(step.__code__.co_names) <= set(scope)
+    opcodes = {instruction.opname for instruction in dis.get_instructions(step)}
+    assert not {name for name in opcodes if "IMPORT" in name or "ATTR" in name or "METHOD" in name or "CLOSURE" in name}
+    kernels = {each.function for op in known_ops().values() for each in op.candidates(CPU, torch.float32).values()}
+    called = [value for name, value in scope.items() if name.startswith("k")]
+    assert all(value in kernels or set(_choices(value)) <= kernels for value in called)
+    assert not any(callable(value) for name, value in scope.items() if not name.startswith("k"))
+
+
+def _choices(choose: Any) -> list[Any]:
+    """The kernels of an op, of which the number of rows picks one."""
+    assert isinstance(choose, FunctionType) and choose.__closure__ is not None
+    (functions,) = (cell.cell_contents for cell in choose.__closure__)
+    return functions

@@ -1,7 +1,10 @@
 """plan_memory against numbers counted by hand."""
 
+import torch
+
 from slipstream.build.capture import capture
 from slipstream.build.pipeline import run_pipeline
+from slipstream.engine.graph import DTYPES, Graph, TensorType
 from slipstream.engine.memory import plan_memory
 from slipstream.models import llama, read_config
 
@@ -20,6 +23,12 @@ def test_the_plan_of_the_tiny_llama_is_the_hand_count() -> None:
         "weights": 4 * weights,
         "activations": 4 * activations,
     }
+
+
+def test_weights_of_every_dtype_count() -> None:
+    weights = {dtype: TensorType((3, 2), dtype) for dtype in DTYPES}
+    plan = plan_memory(Graph({}, weights, [], ()), max_num_tokens=1, max_batch_size=1)
+    assert plan["weights"] == 6 * sum(getattr(torch, dtype).itemsize for dtype in DTYPES)
 
 
 def test_half_the_bytes_in_bfloat16() -> None:

@@ -839,6 +839,52 @@ def test_shapes_are_those_of_the_real_outputs(op: Op, num_tokens: int) -> None:
         assert all(each.is_meta for each in on_meta)
 
 
+AT_BUILD = {"concat", "normalize_rows"}
+INDICES = {"positions", "slots", "query_starts", "kv_lens", "block_tables", "rows", "token_ids"}  # the step's own
+# Of what indices count the rows or the blocks of, only the other axes: engine/check.py sees to those.
+SHORTENED = {("", "kv"): (0, 3, 4), ("embedding", "weight"): (1,), ("select_rows", "x"): (1,)}
+SIZES = (0, -1, 1, 2, 3, 5, 7, 1000, 2**40)
+
+
+def misfits(op: Op, arguments: list[Any]) -> Iterable[tuple[str, list[Any]]]:
+    """The arguments with one changed: shorter, longer, of another rank or dtype, absent, another number."""
+    for place, (argument, value) in enumerate(zip(op.arguments, arguments, strict=True)):
+        others: list[Any] = []
+        if isinstance(value, Tensor) and argument.name not in INDICES:
+            axes = SHORTENED.get((op.name, argument.name)) or SHORTENED.get(("", argument.name)) or range(value.dim())
+            others += [value.narrow(axis, 0, value.shape[axis] - 1).clone() for axis in axes]
+            others += [torch.cat([value, value.narrow(axis, 0, 1)], axis) for axis in range(value.dim())]
+            others += [value[None], value[..., None], value[0]]
+            others += [value.to(dtype) for dtype in (torch.float16, torch.float64, torch.int64, torch.uint8)]
+            others += [None] if argument.kind == "Tensor?" else []
+        elif argument.kind == "int":
+            others += [size for size in SIZES if size != value]
+        elif argument.kind == "int[]":
+            others += [value[1:], [*value, 1], [-1, *value[1:]]]
+        for other in others:
+            what = list(other.shape) if isinstance(other, Tensor) else other
+            yield f"{argument.name} {what}", [*arguments[:place], other, *arguments[place + 1 :]]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in AT_BUILD])
+def test_arguments_that_do_not_fit_are_refused_by_the_shapes(name: str) -> None:
+    """What shapes are told of can be computed and comes out like that: an engine's graph may come from anyone."""
+    op, num_refused = known_ops()[name], 0
+    arguments = [cast(value, torch.float32) for value in inputs_of(op, 7)]
+    for what, changed in misfits(op, arguments):
+        try:
+            told = as_list(op.shapes(*(value.to("meta") if isinstance(value, Tensor) else value for value in changed)))
+        except (ValueError, IndexError, RuntimeError, TypeError):
+            num_refused += 1
+            continue
+        try:
+            real = as_list(op.reference(*changed))
+        except Exception as error:
+            raise AssertionError(f"{name} was told shapes with {what}, but raises {error}") from error
+        assert [(each.shape, each.dtype) for each in told] == [(each.shape, each.dtype) for each in real], what
+    assert num_refused
+
+
 def test_every_case_belongs_to_an_op() -> None:
     ours = {name for name, op in known_ops().items() if op.reference.__module__.startswith("slipstream.")}
     assert set(CASES) == ours  # other tests, run before, may have declared ops of their own

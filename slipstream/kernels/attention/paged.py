@@ -11,14 +11,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.kernels.fits import need, need_floats, need_heads, need_same_dtype, need_shape
 from slipstream.kernels.registry import kernel, on_gpu, op
 
 
-def _nothing(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor) -> None:
-    return None
+def need_cache(kv_PNBKD: Tensor) -> None:
+    need(
+        kv_PNBKD.dim() == 5 and kv_PNBKD.shape[0] in (1, 2), "a cache must be [planes, blocks, tokens, heads, numbers]"
+    )
 
 
-@op("kv_write(Tensor k, Tensor? v, Tensor(a!) kv, Tensor slots) -> ()", shapes=_nothing)
+def _write_shapes(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor) -> None:
+    need_cache(kv_PNBKD)
+    need_floats(k=k_TY, v=v_TY)
+    (num_tokens,) = slots_T.shape
+    num_columns = kv_PNBKD.shape[3] * kv_PNBKD.shape[4]
+    need_shape("k", k_TY, num_tokens, num_columns)
+    need_shape("v", v_TY, num_tokens, num_columns)
+    need(v_TY is not None or kv_PNBKD.shape[0] == 1, "a cache of two planes takes keys and values")
+
+
+@op("kv_write(Tensor k, Tensor? v, Tensor(a!) kv, Tensor slots) -> ()", shapes=_write_shapes)
 def kv_write(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor) -> None:
     """Store each token's key, and its value where the cache has two planes, at its slot (block id * size + offset)."""
     num_planes, num_blocks, block_size, *heads = kv_PNBKD.shape
@@ -26,7 +39,7 @@ def kv_write(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tenso
         num_planes, num_blocks * block_size, *heads
     )  # a view or an error: a copy loses the write
     for page_SKD, x_TY in zip(pages_PSKD, (k_TY, v_TY), strict=False):
-        assert x_TY is not None, "a cache of two planes takes keys and values"
+        assert x_TY is not None
         page_SKD.index_copy_(0, slots_T, x_TY.unflatten(1, heads).to(kv_PNBKD.dtype))
 
 
@@ -41,7 +54,18 @@ def _attention_shapes(
     q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
     alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
 ) -> Tensor:  # fmt: skip
-    return q_TX.new_empty(q_TX.shape[0], q_TX.shape[1] // kv_PNBKD.shape[4] * value_dim)
+    need_cache(kv_PNBKD)
+    need_floats(q=q_TX, alibi_slopes=alibi_slopes_H, sinks=sinks_H)
+    need_same_dtype(q_TX, kv=kv_PNBKD)
+    num_tokens, num_columns = q_TX.shape
+    num_kv_heads, head_dim = kv_PNBKD.shape[3:]
+    need_heads("q", num_columns, num_kv_heads * head_dim)
+    num_heads = num_columns // head_dim
+    need_shape("alibi_slopes", alibi_slopes_H, num_heads)
+    need_shape("sinks", sinks_H, num_heads)
+    need(window >= 0, "window must not be negative")
+    need(1 <= value_dim <= head_dim, f"value_dim must be from 1 to {head_dim}")
+    return q_TX.new_empty(num_tokens, num_heads * value_dim)
 
 
 @op(

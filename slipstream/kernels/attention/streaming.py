@@ -13,19 +13,31 @@ can be in the millions then: rope.far_cos_sin.
 import torch
 from torch import Tensor
 
+from slipstream.kernels.attention.paged import attention
+from slipstream.kernels.fits import need, need_same_dtype, need_shape
 from slipstream.kernels.registry import op
 
 
-@op("place_in_window(Tensor positions, int window) -> Tensor")
+def _place_shapes(positions_T: Tensor, window: int) -> Tensor:
+    need(window > 0, "window must be of a token at least")
+    return positions_T.new_empty(positions_T.shape)
+
+
+@op("place_in_window(Tensor positions, int window) -> Tensor", shapes=_place_shapes)
 def place_in_window(positions_T: Tensor, window: int) -> Tensor:
     """Where a token at this position of the text stands in a cache of `window` tokens, when it is the newest."""
     return positions_T.clamp(max=window - 1)
 
 
-def _shapes(q_TX: Tensor, sink_q_TX: Tensor, kv_PNBKD: Tensor, *rest: object) -> Tensor:
-    value_dim = rest[-2]
-    assert isinstance(value_dim, int)
-    return q_TX.new_empty(q_TX.shape[0], q_TX.shape[1] // kv_PNBKD.shape[4] * value_dim)
+def _shapes(
+    q_TX: Tensor, sink_q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
+    scale: float, window: int, soft_cap: float, value_dim: int, sink_tokens: int,
+) -> Tensor:  # fmt: skip
+    need_same_dtype(q_TX, sink_q=sink_q_TX)
+    need_shape("sink_q", sink_q_TX, *q_TX.shape)
+    need(0 <= sink_tokens < window, f"sink_tokens must be from 0 to {window - 1}")
+    step = (query_starts, kv_lens, block_tables_SB)
+    return attention.shapes(q_TX, kv_PNBKD, *step, None, None, scale, window, soft_cap, value_dim)
 
 
 @op(

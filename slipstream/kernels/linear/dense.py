@@ -4,11 +4,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.kernels.fits import need_floats, need_same_dtype, need_shape
 from slipstream.kernels.registry import kernel, on_gpu, op
 
 
 def _linear_shapes(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    return x_MK.mm(weight_NK.t()) if bias_N is None else torch.addmm(bias_N, x_MK, weight_NK.t())
+    need_floats(x=x_MK)
+    need_same_dtype(x_MK, weight=weight_NK, bias=bias_N)
+    num_rows, num_in = x_MK.shape
+    num_out = weight_NK.shape[0]
+    need_shape("weight", weight_NK, num_out, num_in)
+    need_shape("bias", bias_N, num_out)
+    return x_MK.new_empty(num_rows, num_out)
 
 
 @op("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", shapes=_linear_shapes)

@@ -4,7 +4,7 @@ A weight has one scale for each row, or one for each 128 columns of a row (DeepS
 128 rows repeat it). The scale of a whole tensor is repeated for its rows: q, k and v are joined without requantizing.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from slipstream.kernels.linear.groups import (
     linear_shapes,
     per_column,
     product,
+    quantized_linear_shapes,
     quantized_shapes,
 )
 from slipstream.kernels.registry import kernel, on_gpu_with_fp8, op
@@ -37,17 +38,10 @@ def quantize_fp8(x_MK: Tensor, input_scale: float, input_group_size: int) -> tup
     return scaled_MK.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale_MG
 
 
-def _shapes(
-    x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
-    input_group_size: int, dtype: str,
-) -> Tensor:  # fmt: skip
-    return x_MK.new_empty(x_MK.shape[0], packed_NK.shape[0], dtype=getattr(torch, dtype))
-
-
 @op(
     "linear_fp8(Tensor x, Tensor x_scale, Tensor packed, Tensor scale, Tensor? bias, int group_size, "
     "int input_group_size, str dtype) -> Tensor",
-    shapes=_shapes,
+    shapes=partial(quantized_linear_shapes, packed_dtype=torch.float8_e4m3fn),
 )
 def linear_fp8(
     x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
@@ -98,9 +92,13 @@ def linear_fp8_triton(
     return skinny.product(x_MK, weight, bias_N, getattr(torch, dtype))
 
 
+def _a16_shapes(x_MK: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int) -> Tensor:
+    return linear_shapes(x_MK, packed_NK, scale_NG, None, None, bias_N, group_size, packed_dtype=torch.float8_e4m3fn)
+
+
 @op(
     "linear_fp8a16(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int group_size) -> Tensor",
-    shapes=linear_shapes,
+    shapes=_a16_shapes,
 )
 def linear_fp8a16(x_MK: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int) -> Tensor:
     """packed E4M3 [N, K], x as it is."""

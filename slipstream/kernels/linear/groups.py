@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.kernels.fits import need, need_floats, need_shape
+
 SMALLEST_AMAX = 1e-12  # of a row of zeros, which must not be divided by nothing
 
 
@@ -11,7 +13,7 @@ def per_column(values_NG: Tensor, num_columns: int, group_size: int) -> Tensor:
     """A group's number for each of its columns, [N, num_columns]; [N, 1] where a row is one group."""
     if not group_size:
         return values_NG
-    return values_NG.repeat_interleave(group_size, dim=1)[:, :num_columns]
+    return values_NG.repeat_interleave(min(group_size, num_columns), dim=1)[:, :num_columns]
 
 
 def dequantize(
@@ -28,9 +30,54 @@ def dequantize(
     return torch.empty_like(weight_NK).index_copy_(1, order_K.long(), weight_NK)
 
 
-def linear_shapes(x_MK: Tensor, packed: Tensor, *_: object, **__: object) -> Tensor:
+def num_groups(num_columns: int, group_size: int) -> int:
+    """Groups of a row; a size of 0 means one group of all."""
+    need(group_size >= 0, "a group cannot have less than no columns")
+    return -(-num_columns // group_size) if group_size else 1
+
+
+def packed_rows(
+    num_in: int, packed: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, bias_N: Tensor | None, group_size: int,
+    packed_dtype: torch.dtype,
+) -> tuple[int, ...]:  # fmt: skip
+    """Rows of a packed weight that takes num_in columns; (experts, rows) of a stack. Two 4-bit columns share a byte."""
+    need_floats(scale=scale_NG, bias=bias_N)
+    need(packed.dtype == packed_dtype, f"packed must be {packed_dtype}")
+    need(zero_NG is None or zero_NG.dtype == packed_dtype, f"zero must be {packed_dtype}")
+    rows, groups = packed.shape[:-1], num_groups(num_in, group_size)
+    need_shape("packed", packed, *rows, -(-num_in // 2) if packed_dtype == torch.uint8 else num_in)
+    need_shape("scale", scale_NG, *rows, groups)
+    need_shape("zero", zero_NG, *rows, groups)
+    need_shape("bias", bias_N, *rows)
+    return tuple(rows)
+
+
+def linear_shapes(
+    x_MK: Tensor, packed: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, order_K: Tensor | None,
+    bias_N: Tensor | None, group_size: int, *, packed_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """What a linear gives whose activations are as they are."""
-    return x_MK.new_empty(x_MK.shape[0], packed.shape[0])
+    need_floats(x=x_MK)
+    num_rows, num_in = x_MK.shape
+    (num_out,) = packed_rows(num_in, packed, scale_NG, zero_NG, bias_N, group_size, packed_dtype)
+    need(order_K is None or order_K.dtype == torch.int32, "order must be int32")
+    need_shape("order", order_K, num_in)
+    return x_MK.new_empty(num_rows, num_out)
+
+
+def quantized_linear_shapes(
+    x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
+    input_group_size: int, dtype: str, *, packed_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """What a linear gives whose activations are packed as its weights are."""
+    need(x_MK.dtype == packed_dtype, f"x must be {packed_dtype}")
+    need(x_scale_MG.dtype == torch.float32, "x_scale must be float32")
+    num_rows, num_in = x_MK.shape
+    need_shape("x_scale", x_scale_MG, num_rows, num_groups(num_in, input_group_size))
+    (num_out,) = packed_rows(num_in, packed_NK, scale_NG, None, bias_N, group_size, packed_dtype)
+    y_MN = x_MK.new_empty(num_rows, num_out, dtype=getattr(torch, dtype))
+    need_floats(y=y_MN)
+    return y_MN
 
 
 def product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -42,15 +89,17 @@ def product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, dtype: torch
 def activation_scale(x_MK: Tensor, input_scale: float, group_size: int, largest: float) -> Tensor:
     """float32 [M, G]: what maps the largest magnitude of each group of columns onto the largest number."""
     num_rows, num_columns = x_MK.shape
-    size = group_size or num_columns
-    num_groups = -(-num_columns // size)
+    size = min(group_size or num_columns, num_columns)
+    groups = -(-num_columns // size)
     if input_scale:
-        return torch.full((num_rows, num_groups), input_scale, device=x_MK.device)
-    padded = functional.pad(x_MK.float().abs(), (0, num_groups * size - num_columns))
-    return padded.unflatten(1, (num_groups, size)).amax(2).clamp_min_(SMALLEST_AMAX) / largest
+        return torch.full((num_rows, groups), input_scale, dtype=torch.float32, device=x_MK.device)
+    padded = functional.pad(x_MK.float().abs(), (0, groups * size - num_columns))
+    return padded.unflatten(1, (groups, size)).amax(2).clamp_min_(SMALLEST_AMAX) / largest
 
 
 def quantized_shapes(x_MK: Tensor, group_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What quantizing activations gives: the numbers, and float32 scales [M, G]."""
-    num_groups = -(-x_MK.shape[1] // group_size) if group_size else 1
-    return x_MK.new_empty(x_MK.shape, dtype=dtype), x_MK.new_empty(x_MK.shape[0], num_groups, dtype=torch.float32)
+    need_floats(x=x_MK)
+    num_rows, num_columns = x_MK.shape
+    scale_MG = x_MK.new_empty(num_rows, num_groups(num_columns, group_size), dtype=torch.float32)
+    return x_MK.new_empty(x_MK.shape, dtype=dtype), scale_MG

@@ -3,12 +3,25 @@
 import torch
 from torch import Tensor
 
+from slipstream.kernels.fits import need, need_floats, need_same_dtype, need_shape
 from slipstream.kernels.registry import op
 
 
 def _head_linear_shapes(x_TX: Tensor, weight_ND: Tensor, num_heads: int, is_transposed: bool) -> Tensor:
-    num_out = num_heads * weight_ND.shape[1] if is_transposed else weight_ND.shape[0]
-    return x_TX.new_empty(x_TX.shape[0], num_out)
+    need_floats(x=x_TX)
+    need_same_dtype(x_TX, weight=weight_ND)
+    num_tokens, _ = x_TX.shape
+    num_rows, num_columns = weight_ND.shape
+    _need_heads("weight", num_rows, num_heads)
+    if is_transposed:
+        need_shape("x", x_TX, num_tokens, num_rows)
+        return x_TX.new_empty(num_tokens, num_heads * num_columns)
+    need_shape("x", x_TX, num_tokens, num_heads * num_columns)
+    return x_TX.new_empty(num_tokens, num_rows)
+
+
+def _need_heads(name: str, size: int, num_heads: int) -> None:
+    need(num_heads > 0 and size % num_heads == 0, f"{name} must be of {num_heads} heads")
 
 
 @op("head_linear(Tensor x, Tensor weight, int num_heads, bool is_transposed) -> Tensor", shapes=_head_linear_shapes)
@@ -25,7 +38,13 @@ def head_linear(x_TX: Tensor, weight_ND: Tensor, num_heads: int, is_transposed: 
 
 
 def _join_heads_shapes(x_TX: Tensor, y_TY: Tensor, num_heads: int) -> Tensor:
-    return x_TX.new_empty(x_TX.shape[0], x_TX.shape[1] + y_TY.shape[1])
+    need_floats(x=x_TX)
+    need_same_dtype(x_TX, y=y_TY)
+    (num_tokens, num_x), num_y = x_TX.shape, y_TY.shape[1]
+    need_shape("y", y_TY, num_tokens, num_y)
+    _need_heads("x", num_x, num_heads)
+    _need_heads("y", num_y, num_heads)
+    return x_TX.new_empty(num_tokens, num_x + num_y)
 
 
 @op("join_heads(Tensor x, Tensor y, int num_heads) -> Tensor", shapes=_join_heads_shapes)

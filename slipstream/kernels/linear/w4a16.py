@@ -4,6 +4,8 @@ Two neighbouring columns share a byte, the earlier in its low half. Values are 0
 one). Weights of 2 and 3 bits are held in this format too.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def weight(
 @op(
     "linear_w4a16(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? order, Tensor? bias, int group_size)"
     " -> Tensor",
-    shapes=linear_shapes,
+    shapes=partial(linear_shapes, packed_dtype=torch.uint8),
 )
 def linear_w4a16(
     x_MK: Tensor, packed: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, order_K: Tensor | None,

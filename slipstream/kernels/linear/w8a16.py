@@ -1,5 +1,8 @@
 """y = x Wᵀ + b with weights of 8 bits, -128 to 127, in rows or groups that share a scale; activations as they are."""
 
+from functools import partial
+
+import torch
 from torch import Tensor
 
 from slipstream.kernels.linear.groups import dequantize, linear_shapes, product
@@ -9,7 +12,7 @@ from slipstream.kernels.registry import kernel, on_gpu, op
 @op(
     "linear_w8a16(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? order, Tensor? bias, int group_size)"
     " -> Tensor",
-    shapes=linear_shapes,
+    shapes=partial(linear_shapes, packed_dtype=torch.int8),
 )
 def linear_w8a16(
     x_MK: Tensor, packed_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, order_K: Tensor | None,

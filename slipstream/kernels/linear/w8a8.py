@@ -1,5 +1,7 @@
 """y = x Wᵀ + b with weights and activations of 8 bits (SmoothQuant, LLM.int8: arXiv:2211.10438, 2208.07339)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from slipstream.kernels.linear.groups import (
     dequantize,
     per_column,
     product,
+    quantized_linear_shapes,
     quantized_shapes,
 )
 from slipstream.kernels.registry import kernel, on_gpu, op
@@ -30,17 +33,10 @@ def quantize_w8a8(x_MK: Tensor, input_scale: float, input_group_size: int) -> tu
     return scaled_MK.round_().clamp_(-LARGEST - 1, LARGEST).to(torch.int8), scale_MG
 
 
-def _shapes(
-    x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
-    input_group_size: int, dtype: str,
-) -> Tensor:  # fmt: skip
-    return x_MK.new_empty(x_MK.shape[0], packed_NK.shape[0], dtype=getattr(torch, dtype))
-
-
 @op(
     "linear_w8a8(Tensor x, Tensor x_scale, Tensor packed, Tensor scale, Tensor? bias, int group_size, "
     "int input_group_size, str dtype) -> Tensor",
-    shapes=_shapes,
+    shapes=partial(quantized_linear_shapes, packed_dtype=torch.int8),
 )
 def linear_w8a8(
     x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
