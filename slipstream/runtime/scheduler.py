@@ -5,6 +5,9 @@
         result = worker.execute(plan)
         events = scheduler.commit(plan, result)   # or fail_step(plan, error)
 
+Where the worker runs by itself (a GPU), plan_ahead makes the next plan while this one is executed: what that one will
+sample is PENDING there. A sequence that ends with such a token has a row in the next step for nothing.
+
 There is one token counter and there are no phases: a sequence has tokens known and tokens computed, and a step closes
 part of the gap within a budget. Chunked prefill, prefix hits, decode and recomputation after preemption are all that
 one rule.
@@ -16,6 +19,7 @@ priorities.
 """
 
 from bisect import bisect_left, bisect_right, insort
+from collections import deque
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -25,7 +29,7 @@ from slipstream.runtime.queue import WaitingQueue
 from slipstream.runtime.sequence import Rank, Sequence
 from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
 from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent
-from slipstream.schema.step import BlockCopy, SequenceResult, SequenceStep, StepPlan, StepResult
+from slipstream.schema.step import PENDING, BlockCopy, SequenceResult, SequenceStep, StepPlan, StepResult
 
 
 @dataclass(slots=True)
@@ -38,25 +42,27 @@ class _Draft:
     copies: list[BlockCopy] = field(default_factory=list)
 
     def add(self, sequence: Sequence, end: int, *, is_new: bool = False) -> None:
-        """Compute the sequence's tokens from num_computed to `end`."""
+        """Compute the sequence's tokens from num_planned to `end`."""
         assert sequence.slot is not None
-        start = sequence.num_computed
+        start, known = sequence.num_planned, sequence.token_ids[sequence.num_planned : end]
+        sample = end == sequence.num_expected
         step = SequenceStep(
             slot=sequence.slot,
             start=start,
-            token_ids=tuple(sequence.token_ids[start:end]),
+            token_ids=(*known, *[PENDING] * (end - start - len(known))),
             block_tables=sequence.table.block_tables,
-            sample=end == sequence.num_known,
+            sample=sample,
             new=sequence.request if is_new else None,
             output_token_ids=tuple(sequence.token_ids[sequence.num_prompt :]) if is_new else (),
         )
         self.sequences.append(sequence)
         self.steps.append(step)
         self.budget -= end - start
+        sequence.num_planned, sequence.num_pending = end, sequence.num_pending + sample
 
 
 class Scheduler:
-    """Owner of all requests, slots and KV blocks. Every plan is executed and committed (or failed) before the next.
+    """Owner of all requests, slots and KV blocks. Plans are executed and committed (or failed) in their order.
 
     Requests may be added and aborted at any time, between plan and commit too.
     """
@@ -69,7 +75,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}  # all that have not ended, by request id
         self._waiting = WaitingQueue()  # those that may be admitted; followers wait outside, in their leader's list
         self._running: list[Sequence] = []  # by rank; each has a slot and blocks
-        self._in_flight: tuple[StepPlan, list[Sequence]] | None = None
+        self._in_flight: deque[tuple[StepPlan, list[Sequence]]] = deque()  # the oldest first, two at most
         self._free_slots = list(range(config.max_batch_size))  # a heap
         self._freed_slots: list[int] = []  # since the last plan
         self._num_arrivals = 0
@@ -108,7 +114,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences or self._running)
+        return bool(self._sequences or self._running or self._in_flight)
 
     def _next_rank(self, request: GenerateRequest) -> Rank:
         self._num_arrivals += 1
@@ -141,7 +147,7 @@ class Scheduler:
 
     def _check_capacity(self, num_prompt: int, max_tokens: int) -> None:
         def num_needed(num_tokens: int) -> int:
-            return self._kv.max_blocks(num_tokens, self._largest_chunk(min(num_prompt, num_tokens), num_tokens))
+            return self._kv.max_blocks(num_tokens, self._most_in_flight(min(num_prompt, num_tokens), num_tokens))
 
         if num_needed(num_prompt + max_tokens - 1) <= self._kv.num_total:
             return
@@ -156,44 +162,65 @@ class Scheduler:
             f"{self._kv.num_total}; {advice} or raise the KV cache (kv_cache_max_tokens)."
         )
 
-    def _largest_chunk(self, num_to_compute: int, max_computed: int) -> int:
-        """Most tokens a sequence may compute in one step from now on; what was preempted computes all of it again."""
+    def _most_in_flight(self, num_to_compute: int, max_computed: int) -> int:
+        """Most tokens of a sequence that steps in flight, two at most, compute from now on.
+
+        Windows move when a step is committed. What was preempted computes all of its tokens again.
+        """
         if self.config.capacity_policy is CapacityPolicy.MAX_UTILIZATION:
             num_to_compute = max_computed
-        return min(self.config.max_num_tokens, max(1, num_to_compute))
+        return min(2 * self.config.max_num_tokens, max(1, num_to_compute) + 1)
 
     # ------------------------------------------------------------------ plan
 
     def plan(self) -> StepPlan | None:
         """The next step; None exactly when nothing is left to do."""
-        assert self._in_flight is None, "the last plan was not committed"
+        assert not self._in_flight, "the last plan was not committed"
+        plan = self._next_plan()
+        assert plan is not None or not self._sequences, "requests wait and none can run"
+        return plan
+
+    def plan_ahead(self) -> StepPlan | None:
+        """The step after the one in flight, planned without knowing what that one samples.
+
+        None where nothing can be said yet, or only by preempting what is in flight.
+        """
+        assert len(self._in_flight) == 1, "there is not one step in flight"
+        return self._next_plan()
+
+    def _next_plan(self) -> StepPlan | None:
         draft = _Draft(self.config.max_num_tokens)
         is_closed = self.config.capacity_policy is CapacityPolicy.STATIC_BATCH and bool(self._running)
-        has_preempted = self._continue_running(draft)
+        has_room = self._continue_running(draft)
         # What was just preempted would otherwise come straight back, to be preempted again.
-        if not is_closed and not has_preempted:
+        if not is_closed and has_room:
             self._admit_waiting(draft)
         if not draft.steps:
-            assert not self._sequences, "requests wait and none can run"
             return None
         plan = StepPlan(self._num_steps, tuple(draft.steps), tuple(draft.copies), tuple(self._freed_slots))
-        self._in_flight = plan, draft.sequences
+        self._in_flight.append((plan, draft.sequences))
         self._freed_slots.clear()
         self._num_steps += 1
         return plan
 
     def _continue_running(self, draft: _Draft) -> bool:
-        """Give each running sequence its next chunk, best rank first. Returns whether any was preempted for that."""
+        """Give each running sequence its next chunk, best rank first. Returns whether there was room for all."""
         num_preemptions = self._num_preemptions
         index = 0
         while index < len(self._running) and draft.budget > 0:  # _running shrinks at its end while we go
             sequence = self._running[index]
-            end = self._chunk_end(sequence, sequence.num_computed, draft.budget)
+            index += 1
+            if sequence.will_end:
+                continue
+            end = self._chunk_end(sequence, sequence.num_planned, draft.budget)
+            if end == sequence.num_planned:
+                continue
+            if self._in_flight and not self._kv.can_extend(sequence.table, end):
+                return False
             if self._make_room(sequence, end):
                 self._kv.extend(sequence.table, end)
                 draft.add(sequence, end)
-            index += 1
-        return self._num_preemptions > num_preemptions
+        return self._num_preemptions == num_preemptions
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Preempt from the end until the sequence's table can be extended; False if that hit the sequence itself."""
@@ -207,7 +234,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         assert self.config.capacity_policy is CapacityPolicy.MAX_UTILIZATION, "a guaranteed block is missing"
         self._release(sequence)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_planned = 0
         sequence.prompt_logprobs.clear()
         self._waiting.push(sequence)
         self._num_preemptions += 1
@@ -226,7 +253,7 @@ class Scheduler:
 
     def _promised(self, sequence: Sequence) -> int:
         """Blocks that are a running sequence's, whatever it generates."""
-        chunk = self._largest_chunk(sequence.num_known - sequence.num_computed, sequence.max_computed)
+        chunk = self._most_in_flight(sequence.num_known - sequence.num_computed, sequence.max_computed)
         return self._kv.promised(sequence.table, sequence.max_computed, chunk)
 
     def _try_admit(self, sequence: Sequence, draft: _Draft, num_promised: int | None) -> bool:
@@ -241,7 +268,7 @@ class Scheduler:
     def _can_admit(self, sequence: Sequence, match: Match, end: int, num_promised: int | None) -> bool:
         if num_promised is None:
             return self._kv.can_admit(match, end)
-        chunk = self._largest_chunk(sequence.num_known - match.num_tokens, sequence.max_computed)
+        chunk = self._most_in_flight(sequence.num_known - match.num_tokens, sequence.max_computed)
         num_reserved = num_promised - self._kv.num_in_windows
         return self._kv.can_promise(match, sequence.max_computed, chunk, num_reserved)
 
@@ -257,7 +284,7 @@ class Scheduler:
         self._waiting.remove(sequence)
         draft.copies += self._kv.admit(sequence.table, match)
         self._kv.extend(sequence.table, end)
-        sequence.num_computed = match.num_tokens
+        sequence.num_computed = sequence.num_planned = match.num_tokens
         if sequence.num_cached is None:
             sequence.num_cached = match.num_tokens
             self._prompt_tokens_cached += match.num_tokens
@@ -268,11 +295,11 @@ class Scheduler:
     def _chunk_end(self, sequence: Sequence, start: int, budget: int) -> int:
         """Where a chunk from `start` ends, `start` itself if there can be none.
 
-        It reaches the last known token or a block border, unless the budget allows neither.
+        It reaches the last token or a block border, unless the budget allows neither.
         """
         end = start + budget
-        if end >= sequence.num_known:
-            return sequence.num_known
+        if end >= sequence.num_expected:
+            return sequence.num_expected
         # A preempted sequence may have outgrown the budget: it comes back in chunks in any case.
         if not self.config.enable_chunked_prefill and not sequence.is_prompt_computed:
             return start
@@ -297,19 +324,24 @@ class Scheduler:
         return [event for event in events if event is not None]
 
     def _take_in_flight(self, plan: StepPlan) -> list[Sequence]:
-        assert self._in_flight is not None and self._in_flight[0] is plan, f"step {plan.step} is not in flight"
-        sequences = self._in_flight[1]
-        self._in_flight = None
-        return sequences
+        assert self._in_flight and self._in_flight[0][0] is plan, (
+            f"step {plan.step} is not in flight, or not the oldest"
+        )
+        return self._in_flight.popleft()[1]
 
     def _commit_sequence(self, sequence: Sequence, step: SequenceStep, outcome: SequenceResult) -> TokenEvent | None:
+        if sequence.slot is None:  # it failed in the step before this one
+            return None
         if outcome.error is not None:
             return self._fail(sequence, outcome.error)
-        sequence.num_computed = step.start + len(step.token_ids)
+        sequence.num_pending -= step.sample
+        # Of one that was aborted before, the token that the step began with was never taken in.
+        sequence.num_computed = min(step.start + len(step.token_ids), sequence.num_known)
         self._prompt_tokens_computed += max(0, min(sequence.num_computed, sequence.num_prompt) - step.start)
         self._kv.commit(sequence.table, sequence.token_ids, sequence.num_computed)
-        if sequence.is_finished:  # aborted meanwhile
-            self._release(sequence)
+        if sequence.is_finished:  # aborted meanwhile, or at its end with what the step before sampled
+            if not self._is_in_flight(sequence):
+                self._release(sequence)
             return None
         if sequence.wants_prompt_logprobs:
             sequence.prompt_logprobs.extend(outcome.prompt_logprobs)
@@ -327,7 +359,8 @@ class Scheduler:
         reason = _finish_reason(sequence, token_id)
         if reason is not None:
             self._end(sequence, reason)
-            self._release(sequence)
+            if not self._is_in_flight(sequence):
+                self._release(sequence)
         return TokenEvent(
             request_id=sequence.request.request_id,
             token_ids=(token_id,),
@@ -339,6 +372,8 @@ class Scheduler:
         )
 
     def _fail(self, sequence: Sequence, error: str) -> TokenEvent | None:
+        if sequence.slot is None:
+            return None
         self._kv.discard(sequence.table)
         self._leave(sequence)
         if sequence.is_finished:  # aborted meanwhile: nobody listens
@@ -379,7 +414,7 @@ class Scheduler:
         del self._running[bisect_left(self._running, sequence.rank, key=_rank)]
 
     def _is_in_flight(self, sequence: Sequence) -> bool:
-        return self._in_flight is not None and sequence in self._in_flight[1]
+        return any(sequence in sequences for _, sequences in self._in_flight)
 
     # ------------------------------------------------------------------ looking in
 
@@ -410,7 +445,8 @@ class Scheduler:
         assert ranks == sorted(set(ranks)), f"the running sequences are out of order: {ranks}"
         for sequence in self._running:
             name = sequence.request.request_id
-            assert sequence.num_computed < sequence.num_known, f"{name!r} runs and has nothing to compute"
+            has_work = sequence.num_computed < sequence.num_known or sequence.is_finished
+            assert has_work, f"{name!r} runs and has nothing to compute"
             held = len(sequence.table) * self.config.tokens_per_block
             assert held >= sequence.num_computed, f"{name!r} computed {sequence.num_computed} tokens in {held} places"
             alive = self._sequences.get(name) is sequence

@@ -15,6 +15,8 @@ class Sequence:
                 0                num_prompt       num_known
     KV          |-- num_computed --|                       the rest is to be computed; the last token always is
                 |-num_cached-|                             found in the prefix tree at admission, not computed
+    in flight                      |-- num_planned         steps that run compute the tokens up to here
+                                                  |num_pending|  and sample these, 0 or 1
     """
 
     request: GenerateRequest
@@ -23,6 +25,8 @@ class Sequence:
     stop_ids: frozenset[int]
     table: BlockTable
     num_computed: int = 0
+    num_planned: int = 0
+    num_pending: int = 0
     num_cached: int | None = None  # set at the first admission
     slot: int | None = None  # set while running
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of prompt tokens 1 ..; until they are sent
@@ -41,6 +45,16 @@ class Sequence:
     @property
     def num_known(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_expected(self) -> int:
+        """Tokens known once the steps in flight have ended."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def will_end(self) -> bool:
+        """The steps in flight sample its last token, whatever they sample."""
+        return self.is_finished or self.num_output + self.num_pending >= self.request.max_tokens
 
     @property
     def num_output(self) -> int:

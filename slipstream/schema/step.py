@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from slipstream.schema.request import GenerateRequest, TokenLogprobs
 
+PENDING = -1
+
 
 @dataclass(frozen=True)
 class SequenceStep:
@@ -13,6 +15,8 @@ class SequenceStep:
     KV computed    |-----------|                       before the step
     this step                  |==========|            token_ids; their K and V are written, then attended to
     sample                                ^            only where the chunk reaches the last known token
+
+    Where the step before is still running, the last of token_ids may be PENDING: what it samples for this slot.
     """
 
     slot: int  # the worker's row for this sequence's sampling state

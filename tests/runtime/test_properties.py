@@ -9,6 +9,7 @@ After each move `Scheduler.check()` proves the bookkeeping. At the end every req
 
 import os
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +22,7 @@ from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
 from slipstream.schema.kv import KVGroup
 from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent
 from slipstream.schema.sampling import SamplingParams
-from slipstream.schema.step import StepPlan
+from slipstream.schema.step import StepPlan, StepResult
 
 from .fake_worker import FakeWorker, expected_output, make_request, prompt_logprob
 
@@ -112,6 +113,9 @@ class History:
         self.stories: dict[str, Story] = {}
         self.num_to_come = rng.randint(2, 12)
         self.is_rough = rng.random() < 0.5  # aborts and failures happen
+        self.how_often_ahead = rng.choice((0.0, 0.5, 1.0))  # steps are planned before the one before is committed
+        self.num_ahead = 0
+        self.flights: deque[tuple[StepPlan, StepResult | None]] = deque()  # run, and not committed
 
     def run(self) -> None:
         self.arrive()
@@ -171,28 +175,43 @@ class History:
         self.scheduler.check()
 
     def step(self) -> None:
-        plan = self.scheduler.plan()
-        self.scheduler.check()
-        assert (plan is not None) == self.scheduler.has_work
-        if plan is None:
-            return
-        for step in plan.sequences:
-            leader = self.stories[step.new.request_id].leader if step.new is not None else None
-            assert leader is None or leader.token_ids or leader.finish_reason is not None, "a follower overtook"
-        for event in self.execute(plan):
+        """As runtime/engine.py does it: the step after may be planned, and run, before this one is committed."""
+        if not self.flights:
+            plan = self.scheduler.plan()
+            self.scheduler.check()
+            assert (plan is not None) == self.scheduler.has_work
+            if plan is None:
+                return
+            self.launch(plan)
+        if self.rng.random() < self.how_often_ahead:
+            ahead = self.scheduler.plan_ahead()
+            self.scheduler.check()
+            if ahead is not None:
+                self.num_ahead += 1
+                self.launch(ahead)
+        plan, result = self.flights.popleft()
+        if result is None:
+            events = self.scheduler.fail_step(plan, "out of memory")
+        else:
+            events = self.scheduler.commit(plan, result)
+        for event in events:
             self.stories[event.request_id].take(event)
         self.scheduler.check()
 
-    def execute(self, plan: StepPlan) -> list[TokenEvent]:
+    def launch(self, plan: StepPlan) -> None:
+        """Run the step; what happens in the meantime happens before it is committed."""
+        for step in plan.sequences:
+            leader = self.stories[step.new.request_id].leader if step.new is not None else None
+            assert leader is None or leader.token_ids or leader.finish_reason is not None, "a follower overtook"
         assert all(max(map(max, step.block_tables)) < self.config.num_blocks for step in plan.sequences)
+        result: StepResult | None = None
         if self.is_rough and self.rng.random() < 0.03:
             self.worker.crash(plan)
-            self.meddle()
-            return self.scheduler.fail_step(plan, "out of memory")
-        failing = frozenset({0}) if self.is_rough and self.rng.random() < 0.03 else frozenset()
-        result = self.worker.execute(plan, failing)
+        else:
+            failing = frozenset({0}) if self.is_rough and self.rng.random() < 0.03 else frozenset()
+            result = self.worker.execute(plan, failing)
+        self.flights.append((plan, result))
         self.meddle()
-        return self.scheduler.commit(plan, result)
 
     def meddle(self) -> None:
         """Things that happen while the step is under way."""
