@@ -49,22 +49,22 @@ def swapped(rows: int, columns: int, splits: int = 1, warps: int = 4, stages: in
 
 TILES = {
     ("bf16", 1): (
-        row(8, 1024), row(4, 1024), row(8, 1024, early=True), row(4, 2048, warps=8), Tiles(16, 256, stages=5),
+        row(8, 1024), row(4, 1024), row(2, 1024), row(4, 1024, early=True), row(2, 2048, warps=8),
+        Tiles(16, 256, stages=5),
     ),
     ("bf16", 8): (
         Tiles(16, 256, stages=5), Tiles(32, 256, stages=4), swapped(64, 128), swapped(64, 128, splits=2),
-        Tiles(16, 256, stages=5, is_early=True),
+        swapped(64, 128)._replace(is_early=True),
     ),
     ("bf16", 64): (
-        Tiles(64, 128), Tiles(32, 128, stages=5), Tiles(64, 128, splits=2), Tiles(128, 64, splits=4),
-        swapped(128, 64, warps=8),
+        Tiles(64, 128), Tiles(32, 128, stages=5), Tiles(64, 128, stages=3), Tiles(64, 64, stages=6),
     ),
     ("fp8", 1): (
-        row(8, 2048), row(4, 2048), row(8, 2048, early=True), row(8, 1024, warps=2), Tiles(32, 256, stages=5),
+        row(4, 2048), row(2, 2048), row(4, 2048, early=True), row(2, 4096, warps=8), swapped(64, 256),
     ),
     ("fp8", 8): (
         Tiles(16, 512, stages=4), Tiles(32, 256, stages=5), swapped(64, 256), swapped(64, 256, splits=2),
-        Tiles(32, 256, stages=5, is_early=True),
+        swapped(64, 256)._replace(is_early=True),
     ),
     ("fp8", 64): (
         Tiles(64, 256), Tiles(32, 256, stages=4), swapped(64, 256), swapped(64, 256, splits=2),
@@ -72,6 +72,7 @@ TILES = {
     ),
     ("fp8x128", 1): (row(8, 2048), row(8, 1024, warps=2), swapped(64, 128)),
     ("fp8x128", 8): (Tiles(32, 128, stages=6), Tiles(32, 128, 2, stages=6), swapped(64, 128, 2, stages=6)),
+    ("w8a16", 8): (Tiles(32, 256, stages=4), Tiles(32, 128, stages=6), swapped(64, 128, stages=5)),
     ("w8a16", 1): (row(8, 2048), row(4, 2048), row(8, 1024, warps=2), Tiles(32, 256, stages=5)),
     ("w4a16", 1): (
         row(8, 512), row(8, 256, warps=2), row(4, 512), row(16, 256, warps=2), row(8, 512, early=True),
@@ -92,7 +93,7 @@ def cases(parts: list[str]) -> Iterator[Case]:
                 shapes = LLAMA_8B | LM_HEAD if kind == "bf16" else LLAMA_8B
                 yield from (Case(kind, name, rows, *shape, TILES[kind, rows]) for name, shape in shapes.items())
     if "a16" in parts:
-        for kind, rows in (("w8a16", 1), ("w4a16", 1), ("w4a16", 8), ("fp8x128", 1), ("fp8x128", 8)):
+        for kind, rows in (("w8a16", 1), ("w8a16", 8), ("w4a16", 1), ("w4a16", 8), ("fp8x128", 1), ("fp8x128", 8)):
             yield from (Case(kind, name, rows, *shape, TILES[kind, rows]) for name, shape in LLAMA_8B.items())
     if "70b" in parts:
         yield from (Case("fp8", name, 1, *shape, TILES["fp8", 1][:3]) for name, shape in LLAMA_70B.items())

@@ -38,7 +38,7 @@ WAYS = {
     "row": Tiles(8, 256, splits=0, warps=2),
     "row of one step": Tiles(4, 2048, splits=0),
     "dot": Tiles(32, 128),
-    "split": Tiles(16, 128, splits=3),
+    "split": Tiles(16, 128, splits=3),  # of 11 groups of 32 columns: the last part ends after them
     "swapped": Tiles(64, 64, is_swapped=True),
     "swapped split": Tiles(64, 128, splits=2, is_swapped=True),
 }

@@ -203,7 +203,8 @@ def _rows(
         x_mask = (m < M)[:, None] if IS_EVEN else (m < M)[:, None] & (columns < K)[None, :]
         x = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0)
         w = _load(w_rows + packed[None, :], (packed < K // PER_WORD)[None, :], IS_EVEN)
-        group = step * BLOCK_K // GROUP if GROUP else 0
+        first = tl.minimum(step * BLOCK_K, K - 1)  # the last part may end after K: it multiplies zeros, by any scale
+        group = first // GROUP if GROUP else 0
         sums = tl.zeros((shape_m, shape_n), sum_type) if is_grouped else total
         if PER_WORD > 1:
             zero = tl.full((BLOCK_N,), 8, tl.float32)
@@ -229,7 +230,7 @@ def _rows(
             scale = tl.load(scale_NG + inside_n * num_groups + group).to(tl.float32)
             sums = sums.to(tl.float32) * (scale[:, None] if IS_SWAPPED else scale[None, :])
         if X_GROUP:
-            x_group = step * BLOCK_K // X_GROUP
+            x_group = first // X_GROUP
             x_scale = tl.load(x_scale_MG + m * x_groups + x_group, mask=m < M, other=0.0)
             sums = sums.to(tl.float32) * (x_scale[None, :] if IS_SWAPPED else x_scale[:, None])
         total = total + sums if is_grouped else sums
@@ -331,14 +332,18 @@ def _whole(group_size: int, num_columns: int) -> int:
 
 
 def choose_tiles(num_rows: int, num_out: int, group: int, x_type: torch.dtype, packed_type: torch.dtype) -> Tiles:
-    """Tiles by shape alone, for some 32 KiB of W on their way to each processor (benchmarks/gpu_linear.py)."""
-    width = x_type.itemsize
+    """Tiles by shape alone, those that were fastest on an H100 (benchmarks/gpu_linear.py)."""
+    columns, is_narrow = 256 // x_type.itemsize, num_out < 6144
+    if num_rows == 1 and packed_type == torch.uint8:
+        return Tiles(8, 512, splits=0)
     if num_rows == 1:
-        return Tiles(8, 2048 // (4 if packed_type == torch.uint8 else packed_type.itemsize), splits=0)
+        return Tiles(4, 2048 // packed_type.itemsize, splits=0)
     if num_rows <= 16 and group:
-        return Tiles(32, group, splits=2, stages=6)
+        return Tiles(32, group, splits=2 if is_narrow else 1, stages=6)
+    if num_rows <= 16 and packed_type != x_type:
+        return Tiles(32, 256)
     if num_rows <= 16:
-        return Tiles(16 if num_out < 16384 else 32, 512 // width)
+        return Tiles(64, columns, splits=2 if is_narrow else 1, is_swapped=True)
     if num_rows <= 64:
-        return Tiles(64, 256 // width, splits=2 if num_out < 16384 else 1)
-    return Tiles(128, 128 // width, warps=8, stages=3)
+        return Tiles(32 if is_narrow else 64, columns)
+    return Tiles(128, columns // 2, warps=8, stages=3)
