@@ -158,9 +158,6 @@ def libraries(case: Case) -> dict[str, Call]:
         scales = weight.x_scale_MG.view(-1)[0], weight.scale_NG.view(-1)[0]
         return torch._scaled_mm(x, weight.packed.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    def through_dense(x: Tensor, weight: Weight) -> Tensor:
-        return functional.linear(x, dense(weight, x.shape[1]).to(x.dtype))
-
     if case.kind == "bf16":
         return {"cublas": lambda x, weight: functional.linear(x, weight.packed)}
     if case.kind == "fp8":
@@ -168,7 +165,7 @@ def libraries(case: Case) -> dict[str, Call]:
         return {"scaled_mm row": scaled, "scaled_mm tensor": tensorwise} | exact
     if case.kind == "fp8x128":
         return {"scaled_mm 128": lambda x, weight: scaled(x, weight, False)}
-    return {"dequantize+cublas": through_dense} if case.rows > 64 else {}
+    return {"dense+cublas": lambda x, weight: product(x, weight, None, x.dtype)} if case.rows > 64 else {}
 
 
 def describe(tiles: Tiles) -> str:

@@ -95,7 +95,7 @@ def multiply(has_fp8: bool) -> None:
     for packed, x, group in [*kinds, (e4m3, e4m3, 128)] if has_fp8 else kinds:
         weight_NK = torch.empty(6144, 2048 if packed == torch.uint8 else 4096, dtype=packed)
         scale_NG = None if packed == wide else torch.empty(6144, 32 if group else 1)
-        for num_rows in (1, 8, 64):
+        for num_rows in (1, 8, 64, 300):
             x_scale_MG = torch.empty(num_rows, 32 if group else 1) if x != wide else None
             weight = linear.Weight(weight_NK, scale_NG, None, group, x_scale_MG, group if x != wide else 0)
             linear.product(torch.empty(num_rows, 4096, dtype=x), weight, None, wide)

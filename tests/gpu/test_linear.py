@@ -129,6 +129,15 @@ def test_rows_that_are_padding_disturb_no_other(num_rows: int, device: torch.dev
     assert with_nan_MN[-1].isnan().all()
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if "a16" in name])
+def test_many_rows_go_through_a_dense_weight(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is made in parts, the last of them shorter."""
+    monkeypatch.setattr(linear, "_WIDE_BYTES", 0)
+    problem = Problem(name, 257, 150, 160, device)
+    y_MN = linear.product(problem.x_MK, problem.weight, problem.bias_N.to(WIDE), WIDE)
+    assert problem.error(y_MN) < 1e-2, f"seed {SEED}"
+
+
 @pytest.mark.parametrize("num_rows", [0, 1, 5])
 @pytest.mark.parametrize(
     "name", ["linear", "linear_fp8", "linear_fp8a16", "linear_w8a16", "linear_w4a16", "linear_w8a8"]

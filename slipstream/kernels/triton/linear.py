@@ -263,7 +263,57 @@ def _rows(
         tl.store(y_MN + places, y.to(y_MN.dtype.element_ty), mask=is_inside)
 
 
+@triton.jit
+def _widen(
+    w_NK, scale_NG, zero_NG, out_NK, num_groups, K: tl.constexpr, GROUP: tl.constexpr, IS_PAIRS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A row's next COLUMNS columns of W as numbers of x's dtype."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < K
+    if IS_PAIRS:
+        halves = tl.program_id(1) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+        pairs = tl.load(w_NK + row * (K // 2) + halves, mask=halves < K // 2, other=0)
+        w = tl.interleave(pairs & 15, pairs >> 4).to(tl.float32)
+        zero = 8.0
+    else:
+        w = tl.load(w_NK + row * K + columns, mask=inside, other=0.0).to(tl.float32)
+        zero = 0.0
+    group = row * num_groups + (columns // GROUP if GROUP else columns * 0)
+    if zero_NG is not None:
+        w -= tl.load(zero_NG + group, mask=inside, other=0).to(tl.float32)
+    else:
+        w -= zero
+    w *= tl.load(scale_NG + group, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_NK + row * K + columns, w.to(out_NK.dtype.element_ty), mask=inside)
+
+
+def _through_dense(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
+    """For many rows: W as numbers of x's dtype, a part after the other, and the library's product."""
+    assert weight.scale_NG is not None
+    (num_rows, num_columns), num_out = x_MK.shape, weight.packed.shape[0]
+    group, is_pairs = _whole(weight.group_size, num_columns), weight.packed.dtype == torch.uint8
+    at_once = min(num_out, max(128, _WIDE_BYTES // (num_columns * x_MK.itemsize) // 128 * 128))
+    wide_NK = x_MK.new_empty(at_once, num_columns)
+    y_MN = x_MK.new_empty(num_rows, num_out)
+    for first in range(0, num_out, at_once):
+        part = slice(first, min(first + at_once, num_out))
+        packed, scale_NG, zero_NG = (None if each is None else each[part] for each in weight[:3])
+        grid = part.stop - first, triton.cdiv(num_columns, 2048)
+        _widen[grid](
+            packed, scale_NG, zero_NG, wide_NK, weight.scale_NG.shape[1], num_columns, group, is_pairs, 2048
+        )  # fmt: skip
+        w_KN, out_MN = wide_NK[: part.stop - first].t(), y_MN[:, part]
+        if bias_N is None:
+            torch.mm(x_MK, w_KN, out=out_MN)
+        else:
+            torch.addmm(bias_N[part], x_MK, w_KN, out=out_MN)
+    return y_MN
+
+
 _MOST_SPLIT_TILES = 1 << 16
+_WIDE_BYTES = 128 << 20  # of a packed weight that are dense at a time
 
 
 @cache
@@ -291,6 +341,8 @@ def product(
     """x Wᵀ + b in dtype, for what `supports` allows."""
     num_rows, num_columns = x_MK.shape
     num_out = weight.packed.shape[0]
+    if tiles is None and num_rows > 256 and weight.x_scale_MG is None and weight.scale_NG is not None:
+        return _through_dense(x_MK, weight, bias_N)
     group = _whole(weight.group_size, num_columns)
     x_group = _whole(weight.x_group_size, num_columns)
     tiles = tiles or choose_tiles(num_rows, num_out, group, x_MK.dtype, weight.packed.dtype)
