@@ -249,7 +249,7 @@ def test_random_histories():
 def test_crowded_windows_with_sinks_are_preempted_and_reuse_prefixes():
     num_seeds = NUM_HISTORIES // 10
     stats = [run_history(seed, crowded_config) for seed in range(num_seeds)]
-    assert sum(each.num_preemptions > 0 and each.prompt_tokens_cached > 0 for each in stats) > num_seeds // 5
+    assert sum(each.num_preemptions > 0 and each.prompt_tokens_cached > 0 for each in stats) > num_seeds // 10
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
