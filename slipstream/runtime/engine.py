@@ -1,5 +1,6 @@
-"""Engine: add requests, step, get events. One step is three calls: plan, execute, commit."""
+"""Engine: add requests, step, get events. One step is four calls: plan, launch, collect, commit."""
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -10,10 +11,11 @@ from slipstream.engine.manifest import Manifest
 from slipstream.errors import CapacityError
 from slipstream.runtime.scheduler import Scheduler
 from slipstream.runtime.worker.memory import count_blocks
-from slipstream.runtime.worker.worker import Worker
+from slipstream.runtime.worker.worker import Flight, Worker
 from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
 from slipstream.schema.kv import KVGroup, group_layers, narrow
 from slipstream.schema.request import EngineStats, GenerateRequest, TokenEvent
+from slipstream.schema.step import StepPlan
 
 MAX_SEQ_LEN = 2**31 - 1
 
@@ -24,6 +26,7 @@ class Engine:
     def __init__(self, config: RuntimeConfig, worker: Worker) -> None:
         self.config = config
         self._scheduler, self._worker = Scheduler(config), worker
+        self._launched: deque[tuple[StepPlan, Flight | Exception]] = deque()  # steps not yet committed, two at most
 
     @property
     def has_work(self) -> bool:
@@ -42,15 +45,34 @@ class Engine:
         return self._scheduler.abort(request_id)
 
     def step(self) -> list[TokenEvent]:
-        """One iteration over all running sequences: each event is what it did for one request."""
-        plan = self._scheduler.plan()
-        if plan is None:
-            return []
+        """One iteration over all running sequences: each event is what it did for one request.
+
+        On a GPU the next step is launched first, where it can be planned, so that the host's work costs no time.
+        """
+        if not self._launched:
+            plan = self._scheduler.plan()
+            if plan is None:
+                return []
+            self._launch(plan)
+        _, flight = self._launched[0]
+        if len(self._launched) == 1 and isinstance(flight, Flight) and self._worker.can_run_ahead(flight):
+            ahead = self._scheduler.plan_ahead()
+            if ahead is not None:
+                self._launch(ahead)
+        plan, flight = self._launched.popleft()
         try:
-            result = self._worker.execute(plan)
+            if isinstance(flight, Exception):
+                raise flight
+            result = self._worker.collect(flight)
         except Exception as error:  # whatever a kernel raises ends this step's requests, and no others
             return self._scheduler.fail_step(plan, f"the step failed: {type(error).__name__}: {error}")
         return self._scheduler.commit(plan, result)
+
+    def _launch(self, plan: StepPlan) -> None:
+        try:
+            self._launched.append((plan, self._worker.launch(plan)))
+        except Exception as error:
+            self._launched.append((plan, error))
 
 
 def start_engine(

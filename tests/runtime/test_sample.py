@@ -21,6 +21,7 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
+from slipstream.kernels.sampling import greedy
 from slipstream.runtime import logits as logits_module
 from slipstream.runtime.logits import PenaltyTable, SequenceState, edit_logits
 from slipstream.runtime.worker import sample as sample_module
@@ -31,6 +32,12 @@ from slipstream.schema.step import SequenceResult
 
 VOCAB = 24
 P_VALUE = 1e-6
+
+
+def sample(sampler: Sampler, slots: list[int], logits_RV: Tensor) -> list[SequenceResult]:
+    """As the worker does it, where each slot is at the end of its known text."""
+    positions = [len(sampler._states[slot].token_ids) for slot in slots]
+    return sampler.finish(sampler.draw(slots, positions, logits_RV, greedy(logits_RV)))
 
 
 def request_of(prompt: tuple[int, ...] = (1, 2, 3), *, seed: int = 0, **fields: Any) -> GenerateRequest:
@@ -45,7 +52,7 @@ def random_logits(rows: int, vocab: int = VOCAB, seed: int = 0) -> Tensor:
 def sample_one(request: GenerateRequest, logits_V: Tensor, outputs: tuple[int, ...] = ()) -> SequenceResult:
     sampler = Sampler(len(logits_V), "cpu")
     sampler.add(0, request, outputs)
-    return sampler.sample([0], logits_V[None])[0]
+    return sample(sampler, [0], logits_V[None])[0]
 
 
 def edited(request: GenerateRequest, outputs: tuple[int, ...], logits_V: Tensor) -> Tensor:
@@ -155,10 +162,10 @@ def test_penalties_follow_the_tokens_as_they_are_sampled_and_a_slot_can_be_used_
     logits_1V[0, :3] = torch.tensor([3.0, 2.9, 2.8])
     for _ in range(2):
         sampler.add(7, request_of((20,), temperature=0, presence_penalty=1.0), ())
-        assert [sampler.sample([7], logits_1V)[0].token_id for _ in range(4)] == [0, 1, 2, 0]
+        assert [sample(sampler, [7], logits_1V)[0].token_id for _ in range(4)] == [0, 1, 2, 0]
         sampler.remove(7)
     sampler.add(7, request_of((20,), temperature=0, presence_penalty=1.0), (0, 1))  # resumed after a preemption
-    assert sampler.sample([7], logits_1V)[0].token_id == 2
+    assert sample(sampler, [7], logits_1V)[0].token_id == 2
 
 
 # ---- draws ----------------------------------------------------------------------------------------------------------
@@ -201,7 +208,7 @@ def test_draws_follow_the_distribution(name: str) -> None:
     sampler = Sampler(VOCAB, "cpu")
     for slot in range(num_draws):
         sampler.add(slot, request_of(prompt, seed=slot, **fields), outputs)
-    results = sampler.sample(range(num_draws), logits_V.expand(num_draws, -1))
+    results = sample(sampler, range(num_draws), logits_V.expand(num_draws, -1))
 
     scores_1V = logits_V[None]
     for processor in processors:
@@ -216,7 +223,7 @@ def test_draws_with_presence_frequency_and_bias_follow_the_distribution() -> Non
     sampler = Sampler(VOCAB, "cpu")
     for slot in range(num_draws):
         sampler.add(slot, request_of((1, 2), seed=slot, **fields), (5, 5, 9))
-    results = sampler.sample(range(num_draws), logits_V.expand(num_draws, -1))
+    results = sample(sampler, range(num_draws), logits_V.expand(num_draws, -1))
     expected_V = logits_V.double()
     expected_V[5] -= 0.7 + 2 * 0.3
     expected_V[9] -= 0.7 + 0.3
@@ -232,7 +239,7 @@ def test_successive_tokens_of_one_seed_are_independent() -> None:
     for slot in range(num_draws):
         sampler.add(slot, request_of((1, 2), seed=slot))
     first, second = (
-        [result.token_id for result in sampler.sample(range(num_draws), logits_V.expand(num_draws, -1))]
+        [result.token_id for result in sample(sampler, range(num_draws), logits_V.expand(num_draws, -1))]
         for _ in range(2)
     )
     probs = logits_V.double().softmax(dim=0).numpy()
@@ -248,7 +255,7 @@ def test_a_seed_gives_its_tokens_alone_and_in_any_batch_and_across_a_preemption(
 
     alone = Sampler(vocab, "cpu")
     alone.add(0, mine)
-    expected = [alone.sample([0], logits_TV[[step]])[0] for step in range(steps)]
+    expected = [sample(alone, [0], logits_TV[[step]])[0] for step in range(steps)]
 
     crowd = Sampler(vocab, "cpu")
     choices: list[dict[str, Any]] = [
@@ -271,7 +278,7 @@ def test_a_seed_gives_its_tokens_alone_and_in_any_batch_and_across_a_preemption(
         generator.shuffle(slots)
         logits_RV = random_logits(len(slots), vocab, seed=step + 100)
         logits_RV[slots.index(slot)] = logits_TV[step]
-        result = crowd.sample(slots, logits_RV)[slots.index(slot)]
+        result = sample(crowd, slots, logits_RV)[slots.index(slot)]
         assert result.token_id == expected[step].token_id
         assert result.logprobs is not None and expected[step].logprobs is not None
         assert result.logprobs.logprob == pytest.approx(expected[step].logprobs.logprob, abs=1e-6)
@@ -286,7 +293,7 @@ def test_greedy_rows_take_the_lowest_id_of_a_tie_beside_random_rows() -> None:
         sampler.add(slot, request_of(**fields))
     logits_RV = torch.zeros(4, VOCAB)
     logits_RV[:3, [4, 9, 20]] = 1
-    assert [result.token_id for result in sampler.sample([0, 1, 2, 3], logits_RV)][:3] == [4, 4, 4]
+    assert [result.token_id for result in sample(sampler, [0, 1, 2, 3], logits_RV)][:3] == [4, 4, 4]
 
 
 def test_plain_greedy_rows_do_nothing_but_an_argmax(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,12 +311,12 @@ def test_plain_greedy_rows_do_nothing_but_an_argmax(monkeypatch: pytest.MonkeyPa
     ]:
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"called {name}"))
     logits_RV = torch.eye(3, VOCAB)
-    assert [result.token_id for result in sampler.sample([2, 0, 1], logits_RV)] == [0, 1, 2]
+    assert [result.token_id for result in sample(sampler, [2, 0, 1], logits_RV)] == [0, 1, 2]
 
 
 def test_bfloat16_logits_and_an_empty_batch() -> None:
     sampler = Sampler(VOCAB, "cpu")
-    assert sampler.sample([], torch.zeros(0, VOCAB)) == []
+    assert sample(sampler, [], torch.zeros(0, VOCAB)) == []
     assert sample_one(request_of(logprobs=1), random_logits(1)[0].bfloat16()).error is None
 
 
@@ -336,7 +343,7 @@ def test_each_row_gets_as_many_alternatives_as_it_asked_for() -> None:
     asked = [None, 0, 5, 100]
     for slot, num_top in enumerate(asked):
         sampler.add(slot, request_of(logprobs=num_top, seed=slot))
-    results = sampler.sample([3, 2, 1, 0], random_logits(4))
+    results = sample(sampler, [3, 2, 1, 0], random_logits(4))
     lengths = [None if result.logprobs is None else len(result.logprobs.top) for result in results]
     assert lengths == [VOCAB, 5, 0, None]
 
@@ -390,7 +397,7 @@ def test_a_processor_that_fails_fails_its_row_alone(temperature: float, processo
         fields = {"logits_processors": [processor]} if slot == 1 else {}
         sampler.add(slot, request_of(temperature=temperature, seed=slot, presence_penalty=0.1, logprobs=1, **fields))
     logits_RV = random_logits(3)
-    results = sampler.sample([0, 1, 2], logits_RV)
+    results = sample(sampler, [0, 1, 2], logits_RV)
     assert results[1].token_id is None and results[1].logprobs is None
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(results[1].error)
@@ -410,7 +417,7 @@ def test_everything_banned_and_nan_fail_their_rows_alone() -> None:
     logits_RV = random_logits(5)
     logits_RV[2, 5] = torch.nan
     logits_RV[3] = -torch.inf
-    results = sampler.sample(range(5), logits_RV)
+    results = sample(sampler, range(5), logits_RV)
     assert [result.token_id is None for result in results] == [True, True, True, True, False]
     assert all("left none" in str(result.error) for result in results[:2])
     assert all("the model's logits" in str(result.error) for result in results[2:4])

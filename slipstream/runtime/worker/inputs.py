@@ -12,6 +12,8 @@ from torch import Tensor
 from slipstream.runtime.worker.groups import group_input
 from slipstream.schema.step import StepPlan
 
+NO_SLOT = -1  # as an index: one beyond all slots
+
 
 @dataclass(frozen=True)
 class StepSizes:
@@ -24,13 +26,18 @@ class StepSizes:
     num_groups: int  # of KV layers
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """By the graph's names: the fields of StepTensors, slots and block_tables once a group."""
+        """By the graph's names: the fields of StepTensors, slots and block_tables once a group.
+
+        And of each token and row of logits the sequence's slot in the worker; NO_SLOT where nothing is sampled.
+        """
         shapes: dict[str, tuple[int, ...]] = {
             "step.token_ids": (self.num_tokens,),
             "step.positions": (self.num_tokens,),
             "step.query_starts": (self.num_sequences + 1,),
             "step.kv_lens": (self.num_sequences,),
             "step.logit_rows": (self.num_rows,),
+            "token_slots": (self.num_tokens,),
+            "row_slots": (self.num_rows,),
         }
         for group in range(self.num_groups):
             shapes[group_input("step.slots", group)] = (self.num_tokens,)
@@ -87,6 +94,11 @@ def fill_inputs(plan: StepPlan, logit_counts: Sequence[int], block_size: int, si
     counts = np.array(logit_counts)
     rows = np.arange(counts.sum()) + (ends - counts.cumsum()).repeat(counts)
     columns["step.logit_rows"][: len(rows)] = rows
+    worker_slots = np.array([sequence.slot for sequence in plan.sequences])
+    columns["token_slots"][:num_tokens] = worker_slots.repeat(lengths)
+    columns["row_slots"][:] = NO_SLOT
+    samples = np.array([sequence.sample for sequence in plan.sequences])
+    columns["row_slots"][counts.cumsum()[samples] - 1] = worker_slots[samples]
     sequence_of_token = np.arange(num_sequences).repeat(lengths)
     for group in range(sizes.num_groups):
         table = columns[group_input("step.block_tables", group)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slipstream.runtime.worker.inputs import StepSizes, fill_inputs, sizes_of
+from slipstream.runtime.worker.inputs import NO_SLOT, StepSizes, fill_inputs, sizes_of
 from slipstream.schema.step import StepPlan
 
 NUM_TOKENS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -22,34 +22,39 @@ class Recording:
     graph: torch.cuda.CUDAGraph
     host: Tensor  # pinned; fill_inputs writes here
     device: Tensor  # what the graph reads
-    logits: Tensor  # [R, vocab_size], where it leaves its result
+    logits: Tensor  # [R, vocab_size], where it leaves its results
+    token_ids: Tensor  # [R]
+    is_copied: torch.cuda.Event  # host to device, the last time
 
 
 class RecordedSteps:
-    """logits_of: the step's graph, from its inputs by name to logits [R, vocab_size]."""
+    """run: a step, from its inputs by name to logits [R, vocab_size] and the most likely token of each row."""
 
     def __init__(
         self,
-        logits_of: Callable[[dict[str, Tensor]], Tensor],
+        run: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]],
         block_size: int,
         max_batch_size: int,
         device: torch.device,
     ) -> None:
-        self._logits_of, self._block_size, self._device = logits_of, block_size, device
+        self._run, self._block_size, self._device = run, block_size, device
         self._max_batch_size = max_batch_size
         self._recordings: dict[StepSizes, Recording] = {}
         self._memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
 
-    def run(self, plan: StepPlan, logit_counts: Sequence[int]) -> Tensor | None:
-        """Logits of the wanted rows, valid until the next step; None where no recording is of this size."""
+    def run(self, plan: StepPlan, logit_counts: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """What `run` gives, valid until the next step; None where no recording is of this size. Waits for nothing."""
         sizes = self._sizes_for(sizes_of(plan, logit_counts))
         if sizes is None:
             return None
         recording = self._recordings.get(sizes) or self._record(sizes)
+        recording.is_copied.synchronize()
         fill_inputs(plan, logit_counts, self._block_size, sizes, recording.host)
         recording.device.copy_(recording.host, non_blocking=True)
+        recording.is_copied.record()
         recording.graph.replay()
-        return recording.logits[: sum(logit_counts)]
+        num_rows = sum(logit_counts)
+        return recording.logits[:num_rows], recording.token_ids[:num_rows]
 
     def _sizes_for(self, exact: StepSizes) -> StepSizes | None:
         if exact.num_tokens > NUM_TOKENS[-1]:
@@ -66,10 +71,12 @@ class RecordedSteps:
         host = torch.zeros(sizes.num_numbers, dtype=torch.int64, pin_memory=True)
         numbers = host.to(self._device)
         inputs = sizes.views(numbers)
-        self._logits_of(inputs)
+        inputs["row_slots"].fill_(NO_SLOT)
+        self._run(inputs)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
-            logits_RV = self._logits_of(inputs)
-        recording = self._recordings[sizes] = Recording(graph, host, numbers, logits_RV)
+            logits_RV, token_ids_R = self._run(inputs)
+        recording = Recording(graph, host, numbers, logits_RV, token_ids_R, torch.cuda.Event())
+        self._recordings[sizes] = recording
         return recording

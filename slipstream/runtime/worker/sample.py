@@ -9,7 +9,7 @@ A batch of greedy rows without edits or logprobs is one argmax.
 Shape suffixes: R rows (one sequence each), V vocabulary, N a subset of the rows, T tokens of a prompt, K alternatives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,28 +52,38 @@ class Sampler:
         state = self._states[slot]
         return state.sampling.prompt_logprobs is not None and not state.has_output
 
-    def sample(self, slots: Sequence[int], logits_RV: Tensor) -> list[SequenceResult]:
-        """The next token of each slot, recorded as known. Row i of logits_RV belongs to slots[i]; no slot comes twice.
+    def draw(self, slots: Sequence[int], positions: Sequence[int], logits_RV: Tensor, most_likely_R: Tensor) -> "Draw":
+        """Choose the next token of each slot, at these places of their texts; no slot comes twice.
+
+        Row i of logits_RV, and its most likely token, belong to slots[i].
+        """
+        states = [self._states[slot] for slot in slots]
+        is_plain = not any(state.is_edited or state.sampling.logprobs is not None for state in states)
+        if is_plain and all(state.sampling.is_greedy for state in states):
+            return Draw(slots, states, is_plain, most_likely_R, None, {})
+        model_logits_RV = logits_RV.float()
+        edited_RV, errors = edit_logits(model_logits_RV, slots, states, self._penalties)
+        token_ids_R = _choose(edited_RV, states, positions)
+        return Draw(slots, states, is_plain, token_ids_R, None if is_plain else model_logits_RV, errors)
+
+    def finish(self, draw: "Draw") -> list[SequenceResult]:
+        """The tokens drawn, recorded as known.
 
         A row that cannot be sampled (NaN, everything banned, a user's processor failed) reports an error and records
         nothing; the other rows are not affected.
         """
-        states = [self._states[slot] for slot in slots]
-        model_logits_RV = logits_RV.float()
-        edited_RV, errors = edit_logits(model_logits_RV, slots, states, self._penalties)
-        token_ids_R = _choose(edited_RV, states)
-        token_ids = token_ids_R.tolist()
+        token_ids = draw.on_host()
         failures = {
-            row: _why_nothing(model_logits_RV[row]) for row, id in enumerate(token_ids) if id == NOTHING_TO_SAMPLE
+            row: _why_nothing(draw.model_logits, row) for row, id in enumerate(token_ids) if id == NOTHING_TO_SAMPLE
         }
-        failures.update(errors)
-        logprobs = _logprobs(model_logits_RV, token_ids_R, states)
-        self._record(slots, token_ids, failures)
+        failures.update(draw.errors)
+        logprobs = {} if draw.model_logits is None else _logprobs(draw.model_logits, draw.token_ids, draw.states)
+        self._record(draw, token_ids, failures)
         return [
             SequenceResult(error=failures[row])
             if row in failures
             else SequenceResult(token_id=token_ids[row], logprobs=logprobs.get(row))
-            for row in range(len(slots))
+            for row in range(len(draw.slots))
         ]
 
     def prompt_logprobs(self, slot: int, first_position: int, logits_TV: Tensor) -> tuple[TokenLogprobs, ...]:
@@ -89,12 +99,11 @@ class Sampler:
             result += _describe(logits_TV[start : start + len(part)].float(), part, num_top)
         return tuple(result)
 
-    def _record(self, slots: Sequence[int], token_ids: Sequence[int], failures: dict[int, str]) -> None:
+    def _record(self, draw: "Draw", token_ids: Sequence[int], failures: Mapping[int, str]) -> None:
         counted_slots, counted_ids = [], []
-        for row, (slot, token_id) in enumerate(zip(slots, token_ids, strict=True)):
+        for row, (slot, state, token_id) in enumerate(zip(draw.slots, draw.states, token_ids, strict=True)):
             if row in failures:
                 continue
-            state = self._states[slot]
             state.append(token_id)
             if state.has_penalty:
                 counted_slots.append(slot)
@@ -103,19 +112,50 @@ class Sampler:
             self._penalties.count(counted_slots, counted_ids)
 
 
-def _choose(logits_RV: Tensor, states: Sequence[SequenceState]) -> Tensor:
+class Draw:
+    """Tokens that were chosen, on their way from the device; the copy to the host starts here."""
+
+    def __init__(
+        self,
+        slots: Sequence[int],
+        states: Sequence[SequenceState],
+        is_plain: bool,
+        token_ids_R: Tensor,
+        model_logits_RV: Tensor | None,
+        errors: Mapping[int, str],
+    ) -> None:
+        """is_plain: no row was edited or asked for logprobs, so what follows does not depend on the host.
+
+        model_logits_RV: in float32, where rows are not plain. errors: by row, what a user's processor did wrong.
+        """
+        self.slots, self.states, self.is_plain, self.errors = slots, states, is_plain, errors
+        self.token_ids, self.model_logits = token_ids_R, model_logits_RV
+        self._host, self._is_there = token_ids_R, None
+        if token_ids_R.is_cuda:
+            self._host = torch.empty(token_ids_R.shape, dtype=token_ids_R.dtype, pin_memory=True)
+            self._host.copy_(token_ids_R, non_blocking=True)
+            self._is_there = torch.cuda.Event()
+            self._is_there.record()
+
+    def on_host(self) -> list[int]:
+        if self._is_there is not None:
+            self._is_there.synchronize()
+        return self._host.tolist()
+
+
+def _choose(logits_RV: Tensor, states: Sequence[SequenceState], positions: Sequence[int]) -> Tensor:
     """-> token_ids_R."""
     random = [row for row, state in enumerate(states) if not state.sampling.is_greedy]
     if not random:
         return greedy(logits_RV)
     if len(random) == len(states):
-        return _draw(logits_RV, states)
+        return _draw(logits_RV, states, positions)
     rows_N = torch.tensor(random, device=logits_RV.device)
-    drawn_N = _draw(logits_RV[rows_N], [states[row] for row in random])
+    drawn_N = _draw(logits_RV[rows_N], [states[row] for row in random], [positions[row] for row in random])
     return greedy(logits_RV).index_copy(0, rows_N, drawn_N)
 
 
-def _draw(logits_RV: Tensor, states: Sequence[SequenceState]) -> Tensor:
+def _draw(logits_RV: Tensor, states: Sequence[SequenceState], positions: Sequence[int]) -> Tensor:
     samplings = [state.sampling for state in states]
     vocab_size = logits_RV.shape[1]
     filters = Filters(
@@ -126,12 +166,13 @@ def _draw(logits_RV: Tensor, states: Sequence[SequenceState]) -> Tensor:
         min_p=torch.tensor([sampling.min_p for sampling in samplings], dtype=torch.float64),
     )
     seeds_R = torch.tensor([state.request.seed for state in states])
-    positions_R = torch.tensor([len(state.token_ids) for state in states])
+    positions_R = torch.tensor(positions)
     return sample(apply_filters(logits_RV, filters), seeds_R, positions_R)
 
 
-def _why_nothing(model_logits_V: Tensor) -> str:
-    if bool(model_logits_V.max().isfinite()):
+def _why_nothing(model_logits_RV: Tensor | None, row: int) -> str:
+    """Of a plain row, which nothing was banned from, the model's logits are to blame."""
+    if model_logits_RV is not None and bool(model_logits_RV[row].max().isfinite()):
         return "no token can be sampled: bad words, bans or a logits processor left none with a finite logit"
     return "the model's logits hold NaN or infinity, or are all -infinity"
 

@@ -1,21 +1,34 @@
-"""Worker: executes StepPlans on one device. Owns the weights, the KV tensors and the sampling slots."""
+"""Worker: runs StepPlans on one device. Owns the weights, the KV tensors and the sampling slots."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from slipstream.engine.choices import Choices
 from slipstream.engine.folder import Engine
+from slipstream.kernels.sampling import greedy
 from slipstream.runtime.worker.graphs import compile_graph
 from slipstream.runtime.worker.groups import with_groups
 from slipstream.runtime.worker.inputs import make_inputs, rows_wanted
 from slipstream.runtime.worker.memory import allocate_kv, keep_freed_memory
 from slipstream.runtime.worker.recorded import RecordedSteps
-from slipstream.runtime.worker.sample import Sampler
+from slipstream.runtime.worker.sample import Draw, Sampler
 from slipstream.schema.kv import KVGroup
-from slipstream.schema.step import BlockCopy, SequenceResult, StepPlan, StepResult
+from slipstream.schema.step import PENDING, BlockCopy, SequenceResult, StepPlan, StepResult
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step that was launched. Its logits are overwritten by the next one."""
+
+    plan: StepPlan
+    logit_counts: list[int]
+    wants_all_rows: list[bool]
+    logits_RV: Tensor  # noqa: N815 - a tensor's name carries its shape
+    draw: Draw
 
 
 class Worker:
@@ -41,15 +54,19 @@ class Worker:
         }
         compiled = compile_graph(graph, weights, choices, device)
         self._graph = compiled.run
+        # What each slot sampled last: the next step may be planned before that is known. The last one is NO_SLOT's.
+        self._last_token: Tensor | None = None
+        if device.type == "cuda":
+            self._last_token = torch.zeros(max_batch_size + 1, dtype=torch.int64, device=device)
         self._recorded: RecordedSteps | None = None
         if device.type == "cuda" and compiled.can_be_recorded:
             block_size = manifest.tokens_per_block
-            self._recorded = RecordedSteps(self._logits_of, block_size, max_batch_size, device)
+            self._recorded = RecordedSteps(self._run, block_size, max_batch_size, device)
         self._sampler = Sampler(manifest.vocab_size, device)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step: slots and copies first, then the graph, then sampling."""
+    def launch(self, plan: StepPlan) -> Flight:
+        """Start a step: slots and copies first, then the graph, then sampling. A GPU is not waited for."""
         for slot in plan.freed_slots:
             self._sampler.remove(slot)
         for sequence in plan.sequences:
@@ -59,40 +76,61 @@ class Worker:
             self._copy(copy)
         # A prompt whose logprobs were asked for needs the logits of every token; the others only of their last.
         wants_all_rows = [self._sampler.asks_prompt_logprobs(sequence.slot) for sequence in plan.sequences]
-        logit_counts = rows_wanted(plan, wants_all_rows)
-        return self._finish(plan, logit_counts, wants_all_rows, self._run(plan, logit_counts))
+        counts = rows_wanted(plan, wants_all_rows)
+        logits_RV, token_ids_R = self._run_sized(plan, counts)
+        last_rows = [end - 1 for end, each in zip(accumulate(counts), plan.sequences, strict=True) if each.sample]
+        if len(last_rows) != len(logits_RV):
+            rows_S = torch.tensor(last_rows, dtype=torch.int64, device=self._device)
+            sampled_SV, token_ids_S = logits_RV[rows_S], token_ids_R[rows_S]
+        else:
+            sampled_SV, token_ids_S = logits_RV, token_ids_R
+        sampling = [each for each in plan.sequences if each.sample]
+        positions = [each.start + len(each.token_ids) for each in sampling]
+        draw = self._sampler.draw([each.slot for each in sampling], positions, sampled_SV, token_ids_S)
+        if self._last_token is not None and draw.token_ids is not token_ids_S:
+            slots_S = torch.tensor([each.slot for each in sampling], device=self._device)
+            self._last_token.index_copy_(0, slots_S, draw.token_ids)
+        return Flight(plan, counts, wants_all_rows, logits_RV, draw)
 
-    def _run(self, plan: StepPlan, logit_counts: list[int]) -> Tensor:
-        """Logits of the wanted rows, [R, vocab_size]."""
-        if self._recorded is not None:
-            logits_RV = self._recorded.run(plan, logit_counts)
-            if logits_RV is not None:
-                return logits_RV
-        return self._logits_of(make_inputs(plan, logit_counts, self._manifest.tokens_per_block, self._device))
-
-    def _logits_of(self, inputs: dict[str, Tensor]) -> Tensor:
-        (logits_RV,) = self._graph(inputs | self._kv_inputs)
-        return logits_RV if self._manifest.logits == "selected" else logits_RV[inputs["step.logit_rows"]]
-
-    def _finish(
-        self, plan: StepPlan, logit_counts: list[int], wants_all_rows: list[bool], logits_RV: Tensor
-    ) -> StepResult:
-        """Sample the last row of each sequence that is at its last known token; add the prompt logprobs asked for."""
-        chunks = logits_RV.split(logit_counts)
-        sampled = [index for index, sequence in enumerate(plan.sequences) if sequence.sample]
-        rows_RV = logits_RV
-        if len(sampled) != len(logits_RV):
-            rows_RV = torch.stack([chunks[index][-1] for index in sampled]) if sampled else logits_RV[:0]
-        slots = [plan.sequences[index].slot for index in sampled]
-        drawn = iter(self._sampler.sample(slots, rows_RV) if sampled else ())
+    @torch.inference_mode()
+    def collect(self, flight: Flight) -> StepResult:
+        """What a step has sampled, and the prompt logprobs asked for. Steps are collected in their order."""
+        drawn = iter(self._sampler.finish(flight.draw))
+        chunks = flight.logits_RV.split(flight.logit_counts)
         results = []
-        for sequence, chunk, is_asked in zip(plan.sequences, chunks, wants_all_rows, strict=True):
+        for sequence, chunk, is_asked in zip(flight.plan.sequences, chunks, flight.wants_all_rows, strict=True):
             result = next(drawn) if sequence.sample else SequenceResult()
             if is_asked:
                 prompt_logprobs = self._sampler.prompt_logprobs(sequence.slot, sequence.start, chunk)
                 result = replace(result, prompt_logprobs=prompt_logprobs)
             results.append(result)
         return StepResult(tuple(results))
+
+    def can_run_ahead(self, flight: Flight) -> bool:
+        """Whether the step after this one may be launched before it is collected."""
+        return self._device.type == "cuda" and not any(flight.wants_all_rows) and flight.draw.is_plain
+
+    def _run_sized(self, plan: StepPlan, logit_counts: list[int]) -> tuple[Tensor, Tensor]:
+        if self._recorded is not None:
+            found = self._recorded.run(plan, logit_counts)
+            if found is not None:
+                return found
+        return self._run(make_inputs(plan, logit_counts, self._manifest.tokens_per_block, self._device))
+
+    def _run(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits of the wanted rows, [R, vocab_size], and the most likely token of each."""
+        if self._last_token is not None:
+            token_ids_T = inputs["step.token_ids"]
+            # A sequence whose last step failed has no token; what it computes is thrown away.
+            sampled_T = self._last_token[inputs["token_slots"]].clamp(min=0)
+            inputs = inputs | {"step.token_ids": torch.where(token_ids_T == PENDING, sampled_T, token_ids_T)}
+        (logits_RV,) = self._graph(inputs | self._kv_inputs)
+        if self._manifest.logits != "selected":
+            logits_RV = logits_RV[inputs["step.logit_rows"]]
+        token_ids_R = greedy(logits_RV)
+        if self._last_token is not None:
+            self._last_token[inputs["row_slots"]] = token_ids_R
+        return logits_RV, token_ids_R
 
     def _copy(self, copy: BlockCopy) -> None:
         for kv_2NBKD in self._kv:
