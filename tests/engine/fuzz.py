@@ -85,7 +85,7 @@ class Report:
         lines += [f"| what was changed | mutants | {' | '.join(ends)} |", f"| --- |{' ---: |' * (len(ends) + 1)}"]
         for kind, counts in [*sorted(self.counts.items()), ("all", total)]:
             lines.append(f"| {kind} | {counts.total()} | {' | '.join(str(counts[end]) for end in ends)} |")
-        for end in ends[:2]:
+        for end in (each for each in ends[:2] if self.reasons[each]):
             lines += ["", f"| {end}, because | mutants |", "| --- | ---: |"]
             lines += [f"| {reason} | {count} |" for reason, count in self.reasons[end].most_common(40)]
         return "\n".join(lines)
