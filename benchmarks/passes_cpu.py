@@ -55,7 +55,10 @@ def main() -> None:
             run(engines, prompts, times)
         report(times, rounds)
         inspected = subprocess.run(
-            ["slipstream", "inspect", str(Path(folder) / "0")], capture_output=True, text=True, check=True
+            [sys.executable, "-c", "from slipstream.cli import main; main()", "inspect", str(Path(folder) / "0")],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         print(inspected.stdout.partition("Passes")[2].partition("Kernels")[0].strip())
 
