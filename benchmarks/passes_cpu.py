@@ -12,6 +12,7 @@ import datetime
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
