@@ -1,0 +1,68 @@
+"""An engine on the GPU says what it says on the CPU: recorded steps, steps launched ahead, prompts in chunks.
+
+In float32, where the two differ by rounding alone. Only on a GPU.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slipstream import LLM, SamplingParams
+from slipstream.checkpoint.random import write_random_model
+from slipstream.models import known_models, model_file
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+LIMITS: dict[str, Any] = {"dtype": "float32", "max_batch_size": 8, "max_num_tokens": 48, "max_seq_len": 128}
+
+
+def prompts(count: int, seed: int) -> list[list[int]]:
+    """Of mixed lengths, longer than a step too; half of them begin alike."""
+    chooser = random.Random(seed)
+    shared = [chooser.randrange(128) for _ in range(40)]
+    own = [[chooser.randrange(128) for _ in range(chooser.randint(1, 60))] for _ in range(count)]
+    return [shared[: len(each)] + each[:3] if index % 2 else each for index, each in enumerate(own)]
+
+
+def tokens(llm: LLM, asked: list[list[int]], sampling: Any) -> list[list[int]]:
+    outputs = llm.generate(asked, sampling)
+    assert not any(output.error for output in outputs)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("model_type", known_models())
+def test_greedy_tokens_are_those_of_the_cpu(model_type: str, tmp_path: Path) -> None:
+    model = write_random_model(tmp_path / "model", model_file(model_type).TINY, seed=2)
+    asked = prompts(12, seed=3)
+    sampling = [SamplingParams(temperature=0, max_tokens=5 + 4 * index, ignore_eos=True) for index in range(len(asked))]
+    found = {}
+    for device in ("cpu", "cuda"):
+        with LLM(model, device=device, **LIMITS) as llm:
+            found[device] = tokens(llm, asked, sampling)
+    assert found["cuda"] == found["cpu"]
+
+
+def test_stops_aborts_and_sampling_in_one_batch(tmp_path: Path) -> None:
+    """What ends early, what is drawn by a seed, and what needs the host between steps, beside each other and alone."""
+    model = write_random_model(tmp_path / "model", model_file("llama").TINY, seed=4)
+    asked = prompts(9, seed=5)
+    sampling = [
+        SamplingParams(
+            max_tokens=30,
+            temperature=0.8 if index % 3 == 1 else 0.0,
+            seed=index,
+            stop_token_ids=(7, 11, 19, 23, 42) if index % 2 else (),
+            repetition_penalty=1.3 if index % 4 == 3 else 1.0,
+            logprobs=1 if index == 4 else None,
+        )
+        for index in range(len(asked))
+    ]
+    with LLM(model, device="cuda", **LIMITS) as llm:
+        together = tokens(llm, asked, sampling)
+        alone = [tokens(llm, [prompt], [each])[0] for prompt, each in zip(asked, sampling, strict=True)]
+    with LLM(model, device="cpu", **LIMITS) as llm:
+        on_cpu = tokens(llm, asked, sampling)
+    assert together == alone == on_cpu
