@@ -1,13 +1,9 @@
 """The kernels of a GPU: on one where there is one, else in Triton's interpreter, at small shapes."""
 
-import os
 from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 
 @pytest.fixture(scope="session")
