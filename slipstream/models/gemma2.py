@@ -5,18 +5,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from slipstream.layers import (
-    ACTIVATIONS,
-    Attention,
-    Embedding,
-    GatedMLP,
-    Linear,
-    RMSNorm,
-    RotaryTable,
-    StepTensors,
-    scale,
-    soft_cap,
-)
+from slipstream.layers import ACTIVATIONS, Attention, Decoder, GatedMLP, RMSNorm, StepTensors, scale, soft_cap
 from slipstream.schema.model import (
     MAX_HEAD_DIM,
     MAX_LAYERS,
@@ -88,26 +77,15 @@ class Layer(nn.Module):
         return x_TH + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x_TH)))
 
 
-class Model(nn.Module):
+class Model(Decoder):
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.embed = Embedding(config.vocab_size, config.hidden_size)
-        self.embed_scale = config.hidden_size**0.5
-        self.rotary = RotaryTable(config.rope, config.max_seq_len)
-        self.layers = nn.ModuleList(Layer(config, window) for window in config.windows)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, weight_offset=1.0)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed.weight
-        self.final_soft_cap = config.final_soft_cap
+        layers = [Layer(config, window) for window in config.windows]
+        super().__init__(config, layers, RMSNorm(config.hidden_size, config.rms_norm_eps, weight_offset=1.0))
+        self.embed_scale, self.final_soft_cap = config.hidden_size**0.5, config.final_soft_cap
 
     def forward(self, step: StepTensors, kv: list[Tensor]) -> Tensor:
-        """Logits [T, vocab_size] of every token in the step."""
         x_TH = scale(self.embed(step.token_ids), self.embed_scale)
-        cos, sin = self.rotary(step.positions)
-        for layer, layer_kv in zip(self.layers, kv, strict=True):
-            x_TH = layer(x_TH, cos, sin, layer_kv, step)
-        logits_TV = self.lm_head(self.norm(x_TH))
+        logits_TV = self.lm_head(self.run_layers(x_TH, step, kv))
         return soft_cap(logits_TV, self.final_soft_cap) if self.final_soft_cap else logits_TV
 
 

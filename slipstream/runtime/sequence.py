@@ -16,7 +16,7 @@ class Sequence:
     KV          |-- num_computed --|                       the rest is to be computed; the last token always is
                 |-num_cached-|                             found in the prefix tree at admission, not computed
     in flight                      |-- num_planned         steps that run compute the tokens up to here
-                                                  |num_pending|  and sample these, 0 or 1
+                                                  |num_pending|  and sample these, one a step
     """
 
     request: GenerateRequest
