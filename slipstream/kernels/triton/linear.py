@@ -165,51 +165,42 @@ def _four_bits(words, shift: tl.constexpr, zero_N, dtype: tl.constexpr):
 
 
 @triton.jit
-def _rows(
-    x_MK, x_scale_MG, w_NK, scale_NG, zero_NG, bias_N, y_MN, parts_SMN, arrived, M, N, num_groups, x_groups,
-    K: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, PER_WORD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    IS_EVEN: tl.constexpr, IS_SWAPPED: tl.constexpr, IS_EARLY: tl.constexpr,
+def products(
+    x_rows, is_row, x_scale_rows, w_rows, scale_rows, zero_rows, first_step, num_steps,
+    K: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, PER_WORD: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, IS_EVEN: tl.constexpr, IS_SWAPPED: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of x by BLOCK_N rows of W on tensor cores, BLOCK_K columns at a time, a group at most.
+    """x wᵀ in float32 over num_steps steps of BLOCK_K columns; rows are given by where each, and its scales, begin.
 
     A word is a column of W, or PER_WORD = 2 or 4 columns of 4 bits, multiplied by every second or fourth of x.
+    Where is_row is false, x is zeros and not read.
     """
+    BLOCK_M: tl.constexpr = x_rows.shape[0]
+    BLOCK_N: tl.constexpr = w_rows.shape[0]
     words: tl.constexpr = BLOCK_K // PER_WORD
-    integers: tl.constexpr = x_MK.dtype.element_ty == tl.int8
+    x_type: tl.constexpr = x_rows.dtype.element_ty
+    integers: tl.constexpr = x_type == tl.int8
     sum_type: tl.constexpr = tl.int32 if integers else tl.float32
-    is_e4m3: tl.constexpr = x_MK.dtype.element_ty.primitive_bitwidth == 8 and not integers
+    is_e4m3: tl.constexpr = x_type.primitive_bitwidth == 8 and not integers
     # Groups are scaled one by one; and Hopper's sums of E4M3 products have few bits, so that they are kept short.
     is_grouped: tl.constexpr = (GROUP > 0) or (X_GROUP > 0) or is_e4m3
-
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(2)
-    inside_n = tl.minimum(n, N - 1)
-    x_rows = x_MK + m.to(tl.int64)[:, None] * K
-    w_rows = w_NK + inside_n.to(tl.int64)[:, None] * (K // PER_WORD)
     shape_m: tl.constexpr = BLOCK_N if IS_SWAPPED else BLOCK_M
     shape_n: tl.constexpr = BLOCK_M if IS_SWAPPED else BLOCK_N
     total = tl.zeros((shape_m, shape_n), tl.float32 if is_grouped else sum_type)
-    if IS_EARLY:
-        tl_cuda.gdc_launch_dependents()
-        tl_cuda.gdc_wait()
-
-    steps: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
-    for index in tl.range(0, steps, num_stages=STAGES):
-        step = split * steps + index
+    for index in tl.range(0, num_steps, num_stages=STAGES):
+        step = first_step + index
         columns = step * BLOCK_K + tl.arange(0, BLOCK_K)
         packed = step * words + tl.arange(0, words)
-        x_mask = (m < M)[:, None] if IS_EVEN else (m < M)[:, None] & (columns < K)[None, :]
-        x = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0)
-        w = _load(w_rows + packed[None, :], (packed < K // PER_WORD)[None, :], IS_EVEN)
+        x_mask = is_row[:, None] if IS_EVEN else is_row[:, None] & (columns < K)[None, :]
+        x = tl.load(x_rows[:, None] + columns[None, :], mask=x_mask, other=0.0)
+        w = _load(w_rows[:, None] + packed[None, :], (packed < K // PER_WORD)[None, :], IS_EVEN)
         first = tl.minimum(step * BLOCK_K, K - 1)  # the last part may end after K: it multiplies zeros, by any scale
         group = first // GROUP if GROUP else 0
         sums = tl.zeros((shape_m, shape_n), sum_type) if is_grouped else total
         if PER_WORD > 1:
             zero = tl.full((BLOCK_N,), 8, tl.float32)
-            if zero_NG is not None:
-                zero = tl.load(zero_NG + inside_n * num_groups + group).to(tl.float32)
+            if zero_rows is not None:
+                zero = tl.load(zero_rows + group).to(tl.float32)
             w = w.to(tl.int16)
             if PER_WORD == 2:
                 x_0, x_1 = tl.split(tl.reshape(x, (BLOCK_M, words, 2)))
@@ -222,22 +213,54 @@ def _rows(
             sums = _product(x_0, _four_bits(w, 0, zero, x.dtype), sums, IS_SWAPPED)
             sums = _product(x_1, _four_bits(w, 4, zero, x.dtype), sums, IS_SWAPPED)
         else:
-            if zero_NG is not None:
-                zero = tl.load(zero_NG + inside_n * num_groups + group).to(tl.int16)
+            if zero_rows is not None:
+                zero = tl.load(zero_rows + group).to(tl.int16)
                 w = (w.to(tl.int16) - zero[:, None]).to(x.dtype)
             sums = _product(x, w.to(x.dtype), sums, IS_SWAPPED)
         if GROUP:
-            scale = tl.load(scale_NG + inside_n * num_groups + group).to(tl.float32)
+            scale = tl.load(scale_rows + group).to(tl.float32)
             sums = sums.to(tl.float32) * (scale[:, None] if IS_SWAPPED else scale[None, :])
         if X_GROUP:
-            x_group = first // X_GROUP
-            x_scale = tl.load(x_scale_MG + m * x_groups + x_group, mask=m < M, other=0.0)
+            x_scale = tl.load(x_scale_rows + first // X_GROUP, mask=is_row, other=0.0)
             sums = sums.to(tl.float32) * (x_scale[None, :] if IS_SWAPPED else x_scale[:, None])
         total = total + sums if is_grouped else sums
 
     y = total.to(tl.float32)
     if IS_SWAPPED:
         y = tl.trans(y)
+    if x_scale_rows is not None and X_GROUP == 0:
+        y *= tl.load(x_scale_rows, mask=is_row, other=0.0)[:, None]
+    if scale_rows is not None and GROUP == 0:
+        y *= tl.load(scale_rows).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def _rows(
+    x_MK, x_scale_MG, w_NK, scale_NG, zero_NG, bias_N, y_MN, parts_SMN, arrived, M, N, num_groups, x_groups,
+    K: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, PER_WORD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    IS_EVEN: tl.constexpr, IS_SWAPPED: tl.constexpr, IS_EARLY: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of x by BLOCK_N rows of W on tensor cores, BLOCK_K columns at a time, a group at most."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
+    inside_n = tl.minimum(n, N - 1)
+    x_rows = x_MK + m.to(tl.int64) * K
+    w_rows = w_NK + inside_n.to(tl.int64) * (K // PER_WORD)
+    x_scale_rows = None if x_scale_MG is None else x_scale_MG + m * x_groups
+    scale_rows = None if scale_NG is None else scale_NG + inside_n * num_groups
+    zero_rows = None if zero_NG is None else zero_NG + inside_n * num_groups
+    if IS_EARLY:
+        tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
+
+    steps: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
+    y = products(
+        x_rows, m < M, x_scale_rows, w_rows, scale_rows, zero_rows, split * steps, steps,
+        K, GROUP, X_GROUP, PER_WORD, BLOCK_K, STAGES, IS_EVEN, IS_SWAPPED,
+    )  # fmt: skip
     places = m.to(tl.int64)[:, None] * N + n[None, :]
     is_inside = (m < M)[:, None] & (n < N)[None, :]
     is_last = True
@@ -254,10 +277,6 @@ def _rows(
                 y += tl.load(part, mask=is_inside, other=0.0, cache_modifier=".cg")
             tl.store(counter, 0)
     if is_last:
-        if x_scale_MG is not None and X_GROUP == 0:
-            y *= tl.load(x_scale_MG + m, mask=m < M, other=0.0)[:, None]
-        if scale_NG is not None and GROUP == 0:
-            y *= tl.load(scale_NG + inside_n).to(tl.float32)[None, :]
         if bias_N is not None:
             y += tl.load(bias_N + inside_n).to(tl.float32)[None, :]
         tl.store(y_MN + places, y.to(y_MN.dtype.element_ty), mask=is_inside)
