@@ -44,21 +44,20 @@ class _Draft:
     def add(self, sequence: Sequence, end: int, *, is_new: bool = False) -> None:
         """Compute the sequence's tokens from num_planned to `end`."""
         assert sequence.slot is not None
-        start, known = sequence.num_planned, sequence.token_ids[sequence.num_planned : end]
-        sample = end == sequence.num_expected
-        step = SequenceStep(
-            slot=sequence.slot,
-            start=start,
-            token_ids=(*known, *[PENDING] * (end - start - len(known))),
-            block_tables=sequence.table.block_tables,
-            sample=sample,
-            new=sequence.request if is_new else None,
-            output_token_ids=tuple(sequence.token_ids[sequence.num_prompt :]) if is_new else (),
-        )
+        start, sample = sequence.num_planned, end == sequence.num_expected
+        token_ids = tuple(sequence.token_ids[start:end])
+        if len(token_ids) < end - start:
+            token_ids += (PENDING,)
+        step = SequenceStep(sequence.slot, start, token_ids, sample, sequence.table.take_changes())
+        if is_new:
+            generated = tuple(sequence.token_ids[sequence.num_prompt :])
+            step = step._replace(new=sequence.request, output_token_ids=generated)
         self.sequences.append(sequence)
         self.steps.append(step)
         self.budget -= end - start
-        sequence.num_planned, sequence.num_pending = end, sequence.num_pending + sample
+        sequence.num_planned = end
+        sequence.num_pending += sample
+        sequence.num_in_flight += 1
 
 
 class Scheduler:
@@ -108,7 +107,7 @@ class Scheduler:
         if sequence is None:
             return False
         self._end(sequence, FinishReason.ABORT)
-        if sequence.slot is not None and not self._is_in_flight(sequence):
+        if sequence.slot is not None and not sequence.num_in_flight:
             self._release(sequence)
         return True
 
@@ -215,11 +214,13 @@ class Scheduler:
             end = self._chunk_end(sequence, sequence.num_planned, draft.budget)
             if end == sequence.num_planned:
                 continue
-            if self._in_flight and not self._kv.can_extend(sequence.table, end):
-                return False
-            if self._make_room(sequence, end):
+            if end > len(sequence.table.rows) * self.config.tokens_per_block:
+                if self._in_flight and not self._kv.can_extend(sequence.table, end):
+                    return False
+                if not self._make_room(sequence, end):
+                    continue
                 self._kv.extend(sequence.table, end)
-                draft.add(sequence, end)
+            draft.add(sequence, end)
         return self._num_preemptions == num_preemptions
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -241,7 +242,7 @@ class Scheduler:
 
     def _admit_waiting(self, draft: _Draft) -> None:
         """Start waiting sequences while they fit. Nobody overtakes one that does not, so that it starts some day."""
-        if not self._waiting:
+        if not (self._waiting and self._free_slots and draft.budget):
             return
         is_optimistic = self.config.capacity_policy is CapacityPolicy.MAX_UTILIZATION
         num_promised = 0 if is_optimistic else sum(map(self._promised, self._running))
@@ -253,7 +254,9 @@ class Scheduler:
 
     def _promised(self, sequence: Sequence) -> int:
         """Blocks that are a running sequence's, whatever it generates."""
-        chunk = self._most_in_flight(sequence.num_known - sequence.num_computed, sequence.max_computed)
+        chunk = 1  # where there is a window, how far it may be behind
+        if self._kv.has_windows:
+            chunk = self._most_in_flight(sequence.num_known - sequence.num_computed, sequence.max_computed)
         return self._kv.promised(sequence.table, sequence.max_computed, chunk)
 
     def _try_admit(self, sequence: Sequence, draft: _Draft, num_promised: int | None) -> bool:
@@ -297,9 +300,9 @@ class Scheduler:
 
         It reaches the last token or a block border, unless the budget allows neither.
         """
-        end = start + budget
-        if end >= sequence.num_expected:
-            return sequence.num_expected
+        end, most = start + budget, sequence.num_expected
+        if end >= most:
+            return most
         # A preempted sequence may have outgrown the budget: it comes back in chunks in any case.
         if not self.config.enable_chunked_prefill and not sequence.is_prompt_computed:
             return start
@@ -327,7 +330,10 @@ class Scheduler:
         assert self._in_flight and self._in_flight[0][0] is plan, (
             f"step {plan.step} is not in flight, or not the oldest"
         )
-        return self._in_flight.popleft()[1]
+        sequences = self._in_flight.popleft()[1]
+        for sequence in sequences:
+            sequence.num_in_flight -= 1
+        return sequences
 
     def _commit_sequence(self, sequence: Sequence, step: SequenceStep, outcome: SequenceResult) -> TokenEvent | None:
         if sequence.slot is None:  # it failed in the step before this one
@@ -336,30 +342,34 @@ class Scheduler:
             return self._fail(sequence, outcome.error)
         sequence.num_pending -= step.sample
         # Of one that was aborted before, the token that the step began with was never taken in.
-        sequence.num_computed = min(step.start + len(step.token_ids), sequence.num_known)
-        self._prompt_tokens_computed += max(0, min(sequence.num_computed, sequence.num_prompt) - step.start)
+        sequence.num_computed = min(step.start + len(step.token_ids), len(sequence.token_ids))
+        if step.start < sequence.num_prompt:
+            self._prompt_tokens_computed += min(sequence.num_computed, sequence.num_prompt) - step.start
         self._kv.commit(sequence.table, sequence.token_ids, sequence.num_computed)
-        if sequence.is_finished:  # aborted meanwhile, or at its end with what the step before sampled
-            if not self._is_in_flight(sequence):
+        if sequence.finish_reason is not None:  # aborted meanwhile, or at its end with what the step before sampled
+            if not sequence.num_in_flight:
                 self._release(sequence)
             return None
-        if sequence.wants_prompt_logprobs:
+        if outcome.prompt_logprobs and sequence.wants_prompt_logprobs:
             sequence.prompt_logprobs.extend(outcome.prompt_logprobs)
         return self._append_token(sequence, outcome) if step.sample else None
 
     def _append_token(self, sequence: Sequence, outcome: SequenceResult) -> TokenEvent:
         token_id = outcome.token_id
         assert token_id is not None, f"the worker sampled no token for {sequence.request.request_id!r}"
-        is_first = not sequence.is_prompt_computed
-        prompt_logprobs = (None, *sequence.prompt_logprobs) if sequence.wants_prompt_logprobs else None
-        sequence.prompt_logprobs.clear()
+        prompt_logprobs, num_cached = None, 0
+        if not sequence.is_prompt_computed:
+            num_cached = sequence.num_cached or 0
+            if sequence.wants_prompt_logprobs:
+                prompt_logprobs = (None, *sequence.prompt_logprobs)
+                sequence.prompt_logprobs.clear()
+            self._free_followers(sequence)
         sequence.token_ids.append(token_id)
         self._generated_tokens += 1
-        self._free_followers(sequence)
         reason = _finish_reason(sequence, token_id)
         if reason is not None:
             self._end(sequence, reason)
-            if not self._is_in_flight(sequence):
+            if not sequence.num_in_flight:
                 self._release(sequence)
         return TokenEvent(
             request_id=sequence.request.request_id,
@@ -368,7 +378,7 @@ class Scheduler:
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_token_id=token_id if reason is FinishReason.STOP else None,
-            num_cached_tokens=(sequence.num_cached or 0) if is_first else 0,
+            num_cached_tokens=num_cached,
         )
 
     def _fail(self, sequence: Sequence, error: str) -> TokenEvent | None:
@@ -413,9 +423,6 @@ class Scheduler:
         sequence.slot = None
         del self._running[bisect_left(self._running, sequence.rank, key=_rank)]
 
-    def _is_in_flight(self, sequence: Sequence) -> bool:
-        return any(sequence in sequences for _, sequences in self._in_flight)
-
     # ------------------------------------------------------------------ looking in
 
     def stats(self) -> EngineStats:
@@ -444,13 +451,15 @@ class Scheduler:
         ranks = [sequence.rank for sequence in self._running]
         assert ranks == sorted(set(ranks)), f"the running sequences are out of order: {ranks}"
         for sequence in self._running:
+            steps = sum(sequence in sequences for _, sequences in self._in_flight)
+            assert sequence.num_in_flight == steps, f"{sequence.num_in_flight} steps in flight are counted, not {steps}"
             name = sequence.request.request_id
             has_work = sequence.num_computed < sequence.num_known or sequence.is_finished
             assert has_work, f"{name!r} runs and has nothing to compute"
             held = len(sequence.table) * self.config.tokens_per_block
             assert held >= sequence.num_computed, f"{name!r} computed {sequence.num_computed} tokens in {held} places"
             alive = self._sequences.get(name) is sequence
-            assert alive or (sequence.is_finished and self._is_in_flight(sequence)), f"{name!r} ended and still runs"
+            assert alive or (sequence.is_finished and sequence.num_in_flight), f"{name!r} ended and still runs"
         if self.config.capacity_policy is not CapacityPolicy.MAX_UTILIZATION:
             num_reserved = sum(map(self._promised, self._running)) - self._kv.num_in_windows
             assert 0 <= num_reserved <= self._kv.num_available, f"{num_reserved} blocks are promised, too many"
@@ -479,4 +488,4 @@ def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:
     if token_id in sequence.stop_ids:
         return FinishReason.STOP
     # The sequence limit needs no look: `add` held prompt and max_tokens together to max_seq_len.
-    return FinishReason.LENGTH if sequence.num_output >= sequence.request.max_tokens else None
+    return FinishReason.LENGTH if len(sequence.token_ids) >= sequence.max_known else None

@@ -24,9 +24,12 @@ class Sequence:
     token_ids: list[int]
     stop_ids: frozenset[int]
     table: BlockTable
+    num_prompt: int
+    max_known: int  # prompt and output, where nothing ends it before
     num_computed: int = 0
     num_planned: int = 0
     num_pending: int = 0
+    num_in_flight: int = 0  # steps that have it and are not committed
     num_cached: int | None = None  # set at the first admission
     slot: int | None = None  # set while running
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of prompt tokens 1 ..; until they are sent
@@ -36,11 +39,10 @@ class Sequence:
     @classmethod
     def from_request(cls, request: GenerateRequest, rank: Rank) -> "Sequence":
         stop_ids = request.eos_token_ids.union(request.sampling.stop_token_ids)
-        return cls(request, rank, list(request.prompt_token_ids), stop_ids, BlockTable(request.cache_salt))
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
+        token_ids = list(request.prompt_token_ids)
+        num_prompt = len(token_ids)
+        table = BlockTable(request.cache_salt)
+        return cls(request, rank, token_ids, stop_ids, table, num_prompt, num_prompt + request.max_tokens)
 
     @property
     def num_known(self) -> int:
@@ -54,21 +56,21 @@ class Sequence:
     @property
     def will_end(self) -> bool:
         """The steps in flight sample its last token, whatever they sample."""
-        return self.is_finished or self.num_output + self.num_pending >= self.request.max_tokens
+        return self.finish_reason is not None or len(self.token_ids) + self.num_pending >= self.max_known
 
     @property
     def num_output(self) -> int:
-        return len(self.token_ids) - len(self.request.prompt_token_ids)
+        return len(self.token_ids) - self.num_prompt
 
     @property
     def max_computed(self) -> int:
         """Tokens whose KV will ever be written: the last one sampled never is."""
-        return self.num_prompt + self.request.max_tokens - 1
+        return self.max_known - 1
 
     @property
     def is_prompt_computed(self) -> bool:
         """Once true, true for good, preempted or not: the step that ends the prompt samples the first token."""
-        return self.num_output > 0
+        return len(self.token_ids) > self.num_prompt
 
     @property
     def is_finished(self) -> bool:

@@ -1,14 +1,17 @@
-"""One iteration, from the scheduler to the workers and back."""
+"""One iteration, from the scheduler to the workers and back.
+
+What is made for each sequence of a step is a NamedTuple: a frozen dataclass takes several times as long to make.
+"""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from slipstream.schema.request import GenerateRequest, TokenLogprobs
 
 PENDING = -1
 
 
-@dataclass(frozen=True)
-class SequenceStep:
+class SequenceStep(NamedTuple):
     """What one sequence does in a step: compute the tokens at positions [start, start + len(token_ids)).
 
     tokens known   |----------------------------|
@@ -22,9 +25,10 @@ class SequenceStep:
     slot: int  # the worker's row for this sequence's sampling state
     start: int
     token_ids: tuple[int, ...]
-    # The whole block table of each KV group, covering start + len(token_ids) tokens; 0 for a block that no row sees.
-    block_tables: tuple[tuple[int, ...], ...]
     sample: bool
+    # Where the block table is not as in this slot's step before: (place, block id in each KV group), 0 for a block that
+    # no row sees. All of it with `new`, nothing in most steps. The table covers start + len(token_ids) tokens.
+    table_changes: tuple[tuple[int, tuple[int, ...]], ...] = ()
     new: GenerateRequest | None = None  # set in the first step after admission (again after preemption)
     output_token_ids: tuple[int, ...] = ()  # with `new`: tokens generated before a preemption
 
@@ -50,8 +54,7 @@ class StepPlan:
         return sum(len(sequence.token_ids) for sequence in self.sequences)
 
 
-@dataclass(frozen=True)
-class SequenceResult:
+class SequenceResult(NamedTuple):
     """The outcome for one SequenceStep, in the same order."""
 
     token_id: int | None = None  # None where nothing was sampled

@@ -74,6 +74,7 @@ class Row:
     request: GenerateRequest
     token_ids: list[int]
     hashes: list[int]
+    tables: list[list[int]]  # the block table of each KV group
     last_start: int = -1  # of its step before
     has_failed: bool = False  # what it goes on to compute, until that is known, is rubbish
 
@@ -123,8 +124,18 @@ class FakeWorker:
             if step.new is not None:
                 assert step.slot not in self.rows, f"slot {step.slot} was not freed"
                 token_ids = [*step.new.prompt_token_ids, *step.output_token_ids]
-                self.rows[step.slot] = Row(step.new, token_ids, fold_all(step.new, token_ids))
+                tables: list[list[int]] = [[] for _ in self.config.kv_groups]
+                self.rows[step.slot] = Row(step.new, token_ids, fold_all(step.new, token_ids), tables)
+            self._change_tables(step, self.rows[step.slot].tables)
             self._check_step(step, self.rows[step.slot])
+
+    def _change_tables(self, step: SequenceStep, tables: list[list[int]]) -> None:
+        assert len({place for place, _ in step.table_changes}) == len(step.table_changes)
+        for place, block_ids in step.table_changes:
+            assert max(block_ids) < self.config.num_blocks
+            for table, block_id in zip(tables, block_ids, strict=True):
+                assert place <= len(table)
+                table[place : place + 1] = [block_id]
 
     def _check_step(self, step: SequenceStep, row: Row) -> None:
         end, size = step.start + len(step.token_ids), self.config.tokens_per_block
@@ -133,19 +144,18 @@ class FakeWorker:
             assert len(own) == len(step.token_ids) > 0
             assert step.token_ids in (own, (*own[:-1], PENDING))
             assert step.sample == (end == len(row.token_ids))
-        assert len(step.block_tables) == len(self.config.kv_groups)
-        for group, block_ids in zip(self.config.kv_groups, step.block_tables, strict=True):
+        for group, block_ids in zip(self.config.kv_groups, row.tables, strict=True):
             assert len(block_ids) == -(-end // size)
             given_up = {place for place, block_id in enumerate(block_ids) if block_id == NULL_BLOCK}
             # A step that was planned ahead may still hold what the one before it was the last to see.
             before = row.last_start if row.last_start >= 0 else step.start
             assert set(group.hidden(before, size)) <= given_up <= set(group.hidden(step.start, size))
         row.last_start = step.start
-        held = [block_id for block_ids in step.block_tables for block_id in block_ids if block_id != NULL_BLOCK]
+        held = [block_id for block_ids in row.tables for block_id in block_ids if block_id != NULL_BLOCK]
         assert len(set(held)) == len(held)
 
     def _write(self, step: SequenceStep, hashes: list[int] | None) -> None:
-        for block_ids in step.block_tables:
+        for block_ids in self.rows[step.slot].tables:
             for position in range(step.start, step.start + len(step.token_ids)):
                 is_known = hashes is not None and position < len(hashes)
                 self.cells[self._cell(block_ids, position)] = hashes[position] if is_known else None
@@ -154,13 +164,13 @@ class FakeWorker:
         row, end = self.rows[step.slot], step.start + len(step.token_ids)
         if row.has_failed:
             return
-        for group, block_ids in zip(self.config.kv_groups, step.block_tables, strict=True):
+        for group, block_ids in zip(self.config.kv_groups, row.tables, strict=True):
             for query in range(step.start, end):
                 for position in in_sight(group, query):
                     cell = self.cells.get(self._cell(block_ids, position))
                     assert cell == row.hashes[position], f"{row.request} reads rubbish at {position}: {step}"
 
-    def _cell(self, block_ids: tuple[int, ...], position: int) -> tuple[int, int]:
+    def _cell(self, block_ids: list[int], position: int) -> tuple[int, int]:
         size = self.config.tokens_per_block
         assert block_ids[position // size] != NULL_BLOCK
         return block_ids[position // size], position % size

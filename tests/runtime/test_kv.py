@@ -22,11 +22,16 @@ def admit(kv: KVCacheManager, text: str) -> tuple[BlockTable, int, BlockCopy | N
     return table, match.num_tokens, copies[0] if copies else None
 
 
+def block_tables(table: BlockTable) -> tuple[tuple[int, ...], ...]:
+    """One a KV group."""
+    return tuple(zip(*table.rows, strict=True))
+
+
 def run_alone(kv: KVCacheManager, text: str) -> tuple[int, ...]:
     """Compute `text` in one step and leave. Returns the blocks it was in."""
     table, _, _ = admit(kv, text)
     kv.commit(table, tokens(text), len(text))
-    block_ids = table.block_tables[0]
+    block_ids = block_tables(table)[0]
     kv.release(table, tokens(text), len(text))
     kv.check([])
     return block_ids
@@ -47,20 +52,37 @@ def test_a_table_grows_by_the_block():
     kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
     table = BlockTable()
     kv.extend(table, 4)
-    assert table.block_tables[0] == (1,)
+    assert block_tables(table)[0] == (1,)
     kv.extend(table, 5)
-    assert table.block_tables[0] == (1, 2)
+    assert block_tables(table)[0] == (1, 2)
     assert (kv.num_total, kv.num_available) == (7, 5)
     assert kv.can_extend(table, 28) and not kv.can_extend(table, 29)
 
 
-def test_the_tuple_of_block_ids_is_made_once():
-    kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
+def test_a_table_says_what_has_changed_since_it_was_asked():
+    kv = KVCacheManager(num_blocks=8, tokens_per_block=4, groups=[ALL, LAST_FOUR])
     table = BlockTable()
     kv.extend(table, 5)
-    before = table.block_tables
+    assert table.take_changes() == ((0, (1, 2)), (1, (3, 4)))
     kv.extend(table, 8)
-    assert table.block_tables is before
+    assert table.take_changes() == ()
+    kv.commit(table, tokens("12345678"), 8)
+    assert table.take_changes() == ((0, (1, NULL_BLOCK)),)
+    kv.discard(table)
+    kv.extend(table, 1)
+    assert [place for place, _ in table.take_changes()] == [0]
+
+
+def test_a_table_takes_the_blocks_of_an_equal_prefix_and_says_so():
+    kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
+    first, second = BlockTable(), BlockTable()
+    for table in (first, second):
+        kv.extend(table, 4)
+        table.take_changes()
+    for table in (first, second):
+        kv.commit(table, tokens("1234"), 4)
+    assert first.take_changes() == () and second.take_changes() == ((0, (1,)),)
+    kv.check([first, second])
 
 
 def test_full_blocks_are_shared_while_their_owner_runs():
@@ -71,8 +93,8 @@ def test_full_blocks_are_shared_while_their_owner_runs():
     second, num_cached, copy = admit(kv, "123456789")
     assert (num_cached, copy) == (8, None)
     assert (
-        second.block_tables[0][:2] == first.block_tables[0][:2]
-        and second.block_tables[0][2] != first.block_tables[0][2]
+        block_tables(second)[0][:2] == block_tables(first)[0][:2]
+        and block_tables(second)[0][2] != block_tables(first)[0][2]
     )
     kv.check([first, second])
 
@@ -83,7 +105,7 @@ def test_the_next_turn_of_a_chat_recomputes_nothing_known():
     table, num_cached, copy = admit(kv, "123456999")
     assert num_cached == 6
     # The half-filled block is copied, not taken: two conversations may go on from it.
-    assert copy == BlockCopy(source=block_ids[1], target=table.block_tables[0][1], num_tokens=2)
+    assert copy == BlockCopy(source=block_ids[1], target=block_tables(table)[0][1], num_tokens=2)
 
 
 def test_the_last_token_is_always_recomputed_for_its_logits():
@@ -110,7 +132,7 @@ def test_the_source_of_a_copy_outlives_the_step():
     kv.commit(table, tokens("12999999"), 8)
     assert kv.can_extend(table, 9)
     kv.extend(table, 9)
-    assert source in table.block_tables[0]
+    assert source in block_tables(table)[0]
     kv.check([table])
 
 
@@ -127,10 +149,10 @@ def test_equal_blocks_computed_side_by_side_become_one():
     kv = KVCacheManager(num_blocks=8, tokens_per_block=4)
     first, _, _ = admit(kv, "12345")
     second, _, _ = admit(kv, "12346")
-    assert set(first.block_tables[0]).isdisjoint(second.block_tables[0])
+    assert set(block_tables(first)[0]).isdisjoint(block_tables(second)[0])
     kv.commit(first, tokens("12345"), 5)
     kv.commit(second, tokens("12346"), 5)
-    assert first.block_tables[0][0] == second.block_tables[0][0]
+    assert block_tables(first)[0][0] == block_tables(second)[0][0]
     assert kv.num_available == 4  # three are in use
     kv.check([first, second])
 
@@ -194,7 +216,7 @@ def test_a_window_gives_up_what_no_token_sees_any_more():
     for end in range(1, 41):  # ten blocks of tokens through a pool of three
         step(kv, table, text, end)
         assert kv.num_total - kv.num_available <= 2
-    assert table.block_tables[0][:9] == (NULL_BLOCK,) * 9
+    assert block_tables(table)[0][:9] == (NULL_BLOCK,) * 9
 
 
 def test_a_group_without_a_window_keeps_all_and_its_neighbour_does_not():
@@ -202,7 +224,7 @@ def test_a_group_without_a_window_keeps_all_and_its_neighbour_does_not():
     table = BlockTable()
     for end in (4, 8, 12):
         step(kv, table, "123456781234", end)
-    full, windowed = table.block_tables
+    full, windowed = block_tables(table)
     assert NULL_BLOCK not in full and windowed[:2] == (NULL_BLOCK, NULL_BLOCK)
     assert set(full).isdisjoint(windowed[2:])
 
@@ -212,7 +234,7 @@ def test_sinks_stay():
     table = BlockTable()
     for end in range(1, 41):
         step(kv, table, "1234567890" * 4, end)
-    held = [place for place, block_id in enumerate(table.block_tables[0]) if block_id != NULL_BLOCK]
+    held = [place for place, block_id in enumerate(block_tables(table)[0]) if block_id != NULL_BLOCK]
     assert held == [0, 8, 9]
 
 
@@ -226,7 +248,7 @@ def test_a_prefix_is_known_by_what_its_next_token_sees():
     assert kv.match("", tokens("1234")).num_tokens == 0
     assert kv.match("", tokens("12345678999")).num_tokens == 8
     table, num_cached, _ = admit(kv, "12345678123999")
-    assert num_cached == 11 and table.block_tables[0][0] == NULL_BLOCK
+    assert num_cached == 11 and block_tables(table)[0][0] == NULL_BLOCK
     kv.check([table])
 
 
@@ -249,11 +271,11 @@ def test_what_one_sequence_gave_up_another_may_still_share():
     first, second = BlockTable(), BlockTable()
     step(kv, first, "1234567890", 8)
     kv.admit(second, kv.match("", tokens("1234567899")))
-    shared = first.block_tables[0][1]
-    assert second.block_tables[0] == (NULL_BLOCK, shared)
+    shared = block_tables(first)[0][1]
+    assert block_tables(second)[0] == (NULL_BLOCK, shared)
     kv.extend(first, 12)
     kv.commit(first, tokens("123456789012"), 12)
-    assert first.block_tables[0][1] == NULL_BLOCK and second.block_tables[0][1] == shared
+    assert block_tables(first)[0][1] == NULL_BLOCK and block_tables(second)[0][1] == shared
     kv.check([first, second])
 
 

@@ -203,7 +203,6 @@ class History:
         for step in plan.sequences:
             leader = self.stories[step.new.request_id].leader if step.new is not None else None
             assert leader is None or leader.token_ids or leader.finish_reason is not None, "a follower overtook"
-        assert all(max(map(max, step.block_tables)) < self.config.num_blocks for step in plan.sequences)
         result: StepResult | None = None
         if self.is_rough and self.rng.random() < 0.03:
             self.worker.crash(plan)

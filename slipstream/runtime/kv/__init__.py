@@ -33,33 +33,35 @@ class BlockTable:
     path: list[Node] = field(default_factory=list)
     copy_source: Node | None = None  # held until the step that copies from it has run
     position: int = 0  # of the next token to compute: what it and all after it do not see has been given up
-    _rows: list[list[int]] = field(default_factory=list)
-    _as_tuples: tuple[tuple[int, ...], ...] | None = ()  # None once out of date: most steps change no table
+    rows: list[list[int]] = field(default_factory=list)
+    _changed: set[int] = field(default_factory=set)  # places of rows, since the last take_changes
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
-    @property
-    def block_tables(self) -> tuple[tuple[int, ...], ...]:
-        """One a group; empty while there are no blocks."""
-        if self._as_tuples is None:
-            self._as_tuples = tuple(zip(*self._rows, strict=True))
-        return self._as_tuples
+    def take_changes(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """The rows that were added or replaced since the last call, with their places: none in most steps."""
+        if not self._changed:
+            return ()
+        changes = tuple((place, tuple(self.rows[place])) for place in sorted(self._changed))
+        self._changed.clear()
+        return changes
 
     def _append(self, row: list[int]) -> None:
-        self._rows.append(row)
-        self._as_tuples = None
+        self._changed.add(len(self.rows))
+        self.rows.append(row)
 
     def _enter(self, node: Node) -> None:
         """The next row is in the tree now, perhaps as other blocks of equal contents."""
         index = len(self.path)
         self.path.append(node)
-        if self._rows[index] != node.block_ids:
-            self._rows[index] = list(node.block_ids)
-            self._as_tuples = None
+        if self.rows[index] != node.block_ids:
+            self.rows[index] = list(node.block_ids)
+            self._changed.add(index)
 
     def _clear(self) -> None:
-        self.path, self.copy_source, self.position, self._rows, self._as_tuples = [], None, 0, [], ()
+        self.path, self.copy_source, self.position, self.rows = [], None, 0, []
+        self._changed.clear()
 
 
 class KVCacheManager:
@@ -86,6 +88,10 @@ class KVCacheManager:
     def num_available(self) -> int:
         """Blocks that can be had now: free ones, and idle ones of the prefix tree."""
         return self._pool.num_free + self._tree.num_idle
+
+    @property
+    def has_windows(self) -> bool:
+        return bool(self._windowed)
 
     @property
     def num_in_windows(self) -> int:
@@ -120,7 +126,9 @@ class KVCacheManager:
 
     def promised(self, table: BlockTable, num_tokens: int, chunk: int) -> int:
         """Blocks that a table admitted by can_promise may still take, and those it holds in groups with a window."""
-        num_new = (self._num_rows(num_tokens) - len(table)) * (len(self._groups) - len(self._windowed))
+        num_new = (self._num_rows(num_tokens) - len(table.rows)) * (len(self._groups) - len(self._windowed))
+        if not self._windowed:
+            return num_new
         return num_new + self._max_in_windows(num_tokens, chunk, has_source=table.copy_source is not None)
 
     def _max_in_windows(self, num_tokens: int, chunk: int, *, has_source: bool) -> int:
@@ -163,11 +171,11 @@ class KVCacheManager:
         return tuple(BlockCopy(source, target, match.num_copied) for source, target in pairs)
 
     def can_extend(self, table: BlockTable, num_tokens: int) -> bool:
-        return (self._num_rows(num_tokens) - len(table)) * len(self._groups) <= self.num_available
+        return (self._num_rows(num_tokens) - len(table.rows)) * len(self._groups) <= self.num_available
 
     def extend(self, table: BlockTable, num_tokens: int) -> None:
         """Give the table the blocks it lacks to hold num_tokens."""
-        while len(table) < self._num_rows(num_tokens):
+        for _ in range(len(table.rows), self._num_rows(num_tokens)):
             table._append(self._allocate())
 
     def commit(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
@@ -176,14 +184,17 @@ class KVCacheManager:
         Where another sequence has computed the same block meanwhile, the table takes that one: block ids of tokens
         computed long ago may change here.
         """
-        self._release_copy_source(table)
-        if self._enable_block_reuse:
-            size = self.tokens_per_block
+        if table.copy_source is not None:
+            self._release_copy_source(table)
+        size = self.tokens_per_block
+        if self._enable_block_reuse and num_computed >= (len(table.path) + 1) * size:
             for index in range(len(table.path), num_computed // size):
                 tokens = tuple(token_ids[index * size : (index + 1) * size])
                 parent = table.path[-1] if table.path else None
-                table._enter(self._tree.insert(table.salt, parent, tokens, table._rows[index]))
-        self._give_up_hidden(table, num_computed)
+                table._enter(self._tree.insert(table.salt, parent, tokens, table.rows[index]))
+        if self._windowed:
+            self._give_up_hidden(table, num_computed)
+        table.position = num_computed
 
     def _give_up_hidden(self, table: BlockTable, position: int) -> None:
         """Let go of the blocks that the token at `position` and those after it do not see."""
@@ -191,30 +202,29 @@ class KVCacheManager:
             group = self._groups[index]
             before = group.hidden(table.position, self.tokens_per_block)
             for place in range(before.stop, group.hidden(position, self.tokens_per_block).stop):
-                block_id, table._rows[place][index] = table._rows[place][index], NULL_BLOCK
-                table._as_tuples = None
+                block_id, table.rows[place][index] = table.rows[place][index], NULL_BLOCK
+                table._changed.add(place)
                 if place < len(table.path):
                     self._tree.release_block(table.path[place], block_id)
                 else:
                     self._forget(block_id)
-        table.position = position
 
     def release(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
         """Empty the table after its last commit; what was computed stays findable, down to the last, partial block."""
         tokens = tuple(token_ids[len(table.path) * self.tokens_per_block : num_computed])
         if tokens and self._enable_block_reuse:
             parent = table.path[-1] if table.path else None
-            self._tree.insert_leaf(table.salt, parent, tokens, table._rows.pop(len(table.path)))
+            self._tree.insert_leaf(table.salt, parent, tokens, table.rows.pop(len(table.path)))
         self.discard(table)
 
     def discard(self, table: BlockTable) -> None:
         """Empty the table; blocks that are not in the tree are forgotten (a failed step may have half written them)."""
         self._release_copy_source(table)
-        for row in table._rows[len(table.path) :]:
+        for row in table.rows[len(table.path) :]:
             for block_id in row:
                 if block_id != NULL_BLOCK:
                     self._forget(block_id)
-        rows = table._rows[: len(table.path)]
+        rows = table.rows[: len(table.path)]
         for node, row in zip(reversed(table.path), reversed(rows), strict=True):  # deepest first: eviction relies on it
             self._tree.release(node, row)
         table._clear()
@@ -250,7 +260,7 @@ class KVCacheManager:
             sources = [] if table.copy_source is None else [table.copy_source]
             for node in [*table.path, *sources]:
                 num_holders[node] += 1
-            for row in [*table._rows, *(source.block_ids for source in sources)]:
+            for row in [*table.rows, *(source.block_ids for source in sources)]:
                 for block_id in row:
                     expected[block_id] += block_id != NULL_BLOCK
         actual = [self._pool.references(block_id) for block_id in range(self._pool.num_blocks)]
@@ -260,9 +270,8 @@ class KVCacheManager:
         assert num_held + self.num_available == self.num_total, "a block is neither free, held nor idle"
 
     def _check_table(self, table: BlockTable, in_tree: set[int]) -> None:
-        assert table.block_tables == tuple(zip(*table._rows, strict=True)), "a table's tuples are out of date"
         hidden = [group.hidden(table.position, self.tokens_per_block) for group in self._groups]
-        for index, row in enumerate(table._rows):
+        for index, row in enumerate(table.rows):
             for block_id, out in zip(row, hidden, strict=True):
                 assert (block_id == NULL_BLOCK) == (index in out), f"row {index} is {row}, but {hidden} are hidden"
             if index < len(table.path):

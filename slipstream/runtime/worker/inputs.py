@@ -4,13 +4,17 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slipstream.runtime.worker.groups import group_input
+from slipstream.runtime.worker.tables import BlockTables, Numbers
 from slipstream.schema.step import StepPlan
+
+AnyArray = TypeVar("AnyArray", Tensor, Numbers)
 
 NO_SLOT = -1  # as an index: one beyond all slots
 
@@ -48,12 +52,12 @@ class StepSizes:
     def num_numbers(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes().values())
 
-    def views(self, numbers: Tensor) -> dict[str, Tensor]:
+    def views(self, numbers: AnyArray) -> dict[str, AnyArray]:
         """The step's tensors, one after the other in `numbers`."""
         found, start = {}, 0
         for name, shape in self.shapes().items():
             end = start + math.prod(shape)
-            found[name] = numbers[start:end].view(shape)
+            found[name] = numbers[start:end].reshape(shape)
             start = end
         return found
 
@@ -66,55 +70,61 @@ def rows_wanted(plan: StepPlan, wants_all_rows: Sequence[bool]) -> list[int]:
     ]
 
 
-def sizes_of(plan: StepPlan, logit_counts: Iterable[int]) -> StepSizes:
+def sizes_of(plan: StepPlan, logit_counts: Iterable[int], tables: BlockTables) -> StepSizes:
     """Exactly what the plan needs."""
-    tables = plan.sequences[0].block_tables
-    width = max(len(block_ids) for sequence in plan.sequences for block_ids in sequence.block_tables)
-    return StepSizes(plan.num_tokens, len(plan.sequences), sum(logit_counts), width, len(tables))
+    longest = max(sequence.start + len(sequence.token_ids) for sequence in plan.sequences)
+    width = -(-longest // tables.tokens_per_block)
+    return StepSizes(plan.num_tokens, len(plan.sequences), sum(logit_counts), width, tables.num_groups)
 
 
-def fill_inputs(plan: StepPlan, logit_counts: Sequence[int], block_size: int, sizes: StepSizes, out: Tensor) -> None:
-    """Write the plan into `out`, int64 [sizes.num_numbers] on the host.
+def fill_inputs(
+    plan: StepPlan, logit_counts: Sequence[int], tables: BlockTables, sizes: StepSizes, out: Tensor
+) -> None:
+    """Write the plan, which `tables` have taken in, into `out`, int64 [sizes.num_numbers] on the host.
 
     Where sizes are larger than the plan: tokens beyond its own belong to no sequence and are written to the null
     block, sequences beyond its own have no tokens, rows of logits beyond its own are of token 0.
     """
-    out.zero_()
-    columns = {name: view.numpy() for name, view in sizes.views(out).items()}
-    num_tokens, num_sequences = plan.num_tokens, len(plan.sequences)
-    lengths = np.array([len(sequence.token_ids) for sequence in plan.sequences])
-    starts = np.array([sequence.start for sequence in plan.sequences])
-    ends = lengths.cumsum()  # in the step
-    columns["step.token_ids"][:num_tokens] = list(chain.from_iterable(each.token_ids for each in plan.sequences))
+    numbers = out.numpy()
+    numbers.fill(0)
+    columns = sizes.views(numbers)
+    sequences, num_sequences, size = plan.sequences, len(plan.sequences), tables.tokens_per_block
+    slots = _column((each.slot for each in sequences), num_sequences)
+    starts = _column((each.start for each in sequences), num_sequences)
+    lengths = _column((len(each.token_ids) for each in sequences), num_sequences)
+    samples = _column((each.sample for each in sequences), num_sequences).astype(bool)
+    counts = np.array(logit_counts)
+    ends, kv_lens = lengths.cumsum(), starts + lengths
+    num_tokens = ends[-1]
+    token_ids = chain.from_iterable(each.token_ids for each in sequences)
+    columns["step.token_ids"][:num_tokens] = _column(token_ids, num_tokens)
     positions = columns["step.positions"][:num_tokens]
-    positions[:] = np.arange(num_tokens) + (starts + lengths - ends).repeat(lengths)
+    positions[:] = np.arange(num_tokens) + (kv_lens - ends).repeat(lengths)
     columns["step.query_starts"][1 : num_sequences + 1] = ends
     columns["step.query_starts"][num_sequences + 1 :] = num_tokens
-    columns["step.kv_lens"][:num_sequences] = starts + lengths
-    counts = np.array(logit_counts)
-    rows = np.arange(counts.sum()) + (ends - counts.cumsum()).repeat(counts)
-    columns["step.logit_rows"][: len(rows)] = rows
-    worker_slots = np.array([sequence.slot for sequence in plan.sequences])
-    columns["token_slots"][:num_tokens] = worker_slots.repeat(lengths)
+    columns["step.kv_lens"][:num_sequences] = kv_lens
+    row_ends = counts.cumsum()
+    columns["step.logit_rows"][: row_ends[-1]] = np.arange(row_ends[-1]) + (ends - row_ends).repeat(counts)
+    slot_of_token = columns["token_slots"][:num_tokens]
+    slot_of_token[:] = slots.repeat(lengths)
     columns["row_slots"][:] = NO_SLOT
-    samples = np.array([sequence.sample for sequence in plan.sequences])
-    columns["row_slots"][counts.cumsum()[samples] - 1] = worker_slots[samples]
-    sequence_of_token = np.arange(num_sequences).repeat(lengths)
+    columns["row_slots"][row_ends[samples] - 1] = slots[samples]
+    places, offsets = np.divmod(positions, size)
     for group in range(sizes.num_groups):
-        table = columns[group_input("step.block_tables", group)]
-        for index, sequence in enumerate(plan.sequences):
-            block_ids = sequence.block_tables[group]
-            table[index, : len(block_ids)] = block_ids
-        block_of_token = table[sequence_of_token, positions // block_size]
-        slots = columns[group_input("step.slots", group)]
-        slots[:num_tokens] = block_of_token * block_size + positions % block_size
+        columns[group_input("step.block_tables", group)][:num_sequences] = tables.of(group, slots, sizes.table_width)
+        block_of_token = tables.block_of(group, slot_of_token, places)
+        columns[group_input("step.slots", group)][:num_tokens] = block_of_token * size + offsets
+
+
+def _column(values: Iterable[int], count: int) -> Numbers:
+    return np.fromiter(values, np.int64, count)
 
 
 def make_inputs(
-    plan: StepPlan, logit_counts: Sequence[int], block_size: int, device: torch.device
+    plan: StepPlan, logit_counts: Sequence[int], tables: BlockTables, device: torch.device
 ) -> dict[str, Tensor]:
     """The step's tensors on the device, exactly as large as the plan."""
-    sizes = sizes_of(plan, logit_counts)
+    sizes = sizes_of(plan, logit_counts, tables)
     numbers = torch.empty(sizes.num_numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    fill_inputs(plan, logit_counts, block_size, sizes, numbers)
+    fill_inputs(plan, logit_counts, tables, sizes, numbers)
     return sizes.views(numbers.to(device, non_blocking=True))

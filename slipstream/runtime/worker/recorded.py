@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slipstream.runtime.worker.inputs import NO_SLOT, StepSizes, fill_inputs, sizes_of
+from slipstream.runtime.worker.tables import BlockTables
 from slipstream.schema.step import StepPlan
 
 NUM_TOKENS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -33,23 +34,23 @@ class RecordedSteps:
     def __init__(
         self,
         run: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]],
-        block_size: int,
+        tables: BlockTables,
         max_batch_size: int,
         device: torch.device,
     ) -> None:
-        self._run, self._block_size, self._device = run, block_size, device
+        self._run, self._tables, self._device = run, tables, device
         self._max_batch_size = max_batch_size
         self._recordings: dict[StepSizes, Recording] = {}
         self._memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
 
     def run(self, plan: StepPlan, logit_counts: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """What `run` gives, valid until the next step; None where no recording is of this size. Waits for nothing."""
-        sizes = self._sizes_for(sizes_of(plan, logit_counts))
+        sizes = self._sizes_for(sizes_of(plan, logit_counts, self._tables))
         if sizes is None:
             return None
         recording = self._recordings.get(sizes) or self._record(sizes)
         recording.is_copied.synchronize()
-        fill_inputs(plan, logit_counts, self._block_size, sizes, recording.host)
+        fill_inputs(plan, logit_counts, self._tables, sizes, recording.host)
         recording.device.copy_(recording.host, non_blocking=True)
         recording.is_copied.record()
         recording.graph.replay()

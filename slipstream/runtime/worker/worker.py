@@ -1,7 +1,7 @@
 """Worker: runs StepPlans on one device. Owns the weights, the KV tensors and the sampling slots."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -16,6 +16,7 @@ from slipstream.runtime.worker.inputs import make_inputs, rows_wanted
 from slipstream.runtime.worker.memory import allocate_kv, keep_freed_memory
 from slipstream.runtime.worker.recorded import RecordedSteps
 from slipstream.runtime.worker.sample import Draw, Sampler
+from slipstream.runtime.worker.tables import BlockTables
 from slipstream.schema.kv import KVGroup
 from slipstream.schema.step import PENDING, BlockCopy, SequenceResult, StepPlan, StepResult
 
@@ -58,15 +59,16 @@ class Worker:
         self._last_token: Tensor | None = None
         if device.type == "cuda":
             self._last_token = torch.zeros(max_batch_size + 1, dtype=torch.int64, device=device)
+        self._tables = BlockTables(len(groups), max_batch_size, manifest.tokens_per_block)
         self._recorded: RecordedSteps | None = None
         if device.type == "cuda" and compiled.can_be_recorded:
-            block_size = manifest.tokens_per_block
-            self._recorded = RecordedSteps(self._run, block_size, max_batch_size, device)
+            self._recorded = RecordedSteps(self._run, self._tables, max_batch_size, device)
         self._sampler = Sampler(manifest.vocab_size, device)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Flight:
         """Start a step: slots and copies first, then the graph, then sampling. A GPU is not waited for."""
+        self._tables.update(plan)
         for slot in plan.freed_slots:
             self._sampler.remove(slot)
         for sequence in plan.sequences:
@@ -102,7 +104,7 @@ class Worker:
             result = next(drawn) if sequence.sample else SequenceResult()
             if is_asked:
                 prompt_logprobs = self._sampler.prompt_logprobs(sequence.slot, sequence.start, chunk)
-                result = replace(result, prompt_logprobs=prompt_logprobs)
+                result = result._replace(prompt_logprobs=prompt_logprobs)
             results.append(result)
         return StepResult(tuple(results))
 
@@ -115,7 +117,7 @@ class Worker:
             found = self._recorded.run(plan, logit_counts)
             if found is not None:
                 return found
-        return self._run(make_inputs(plan, logit_counts, self._manifest.tokens_per_block, self._device))
+        return self._run(make_inputs(plan, logit_counts, self._tables, self._device))
 
     def _run(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits of the wanted rows, [R, vocab_size], and the most likely token of each."""
