@@ -82,7 +82,8 @@ class Host:
         sizes = sizes_of(plan, counts, self._tables)
         if len(self._numbers) < sizes.num_numbers:
             self._numbers = torch.empty(sizes.num_numbers, dtype=torch.int64)
-        fill_inputs(plan, counts, self._tables, sizes, self._numbers[: sizes.num_numbers])
+        is_chosen = [sequence.sample for sequence in plan.sequences]
+        fill_inputs(plan, counts, is_chosen, self._tables, sizes, self._numbers[: sizes.num_numbers])
 
     def _commit(self, plan: StepPlan) -> None:
         result = StepResult(tuple(SequenceResult(token_id=7) for _ in plan.sequences))

@@ -3,13 +3,15 @@
     logits_RV  apply_temperature → filter_top_k → filter_typical_p → filter_top_p → filter_min_p → sample → token_ids_R
     seeds_R, positions_R, token ids → uniform ──────────────────────────────────────────────────────↗
 
-Shape suffixes: R rows (one sequence each), V vocabulary, K alternatives (reported, or left by the filters), N a subset
-of the rows.
+`choose` is all of it, by what a SlotTable holds of each row's slot; on a GPU it is two kernels
+(kernels/triton/sampling.py), which are recorded with the step.
 
-Logits are float32 on any device. The parameters (temperature_R, top_k_R, ...) stay on the host, where the requests are:
-so whether any row needs a filter is known without waiting for the device, and a filter no row needs costs nothing. A
-filter sets what it removes to -inf, and agrees with the logits warper of transformers (generation/logits_process.py),
-the rule of at least one token included.
+Shape suffixes: R rows (one sequence each), V vocabulary, K alternatives (reported, or left by the filters), N a subset
+of the rows, S slots, T tokens of a step.
+
+The filters take float32, and their parameters (temperature_R, top_k_R, ...) on the host: a filter no row needs costs
+nothing. A filter sets what it removes to -inf, and agrees with the logits warper of transformers
+(generation/logits_process.py), the rule of at least one token included.
 """
 
 from collections.abc import Callable
@@ -17,6 +19,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from slipstream.schema.sampling import SamplingParams
+from slipstream.schema.step import PENDING
 
 NOTHING_TO_SAMPLE = -1  # the token id of a row that is no distribution: NaN, +inf, or every token banned
 
@@ -30,6 +35,61 @@ class Filters:
     typical_p: Tensor  # float64; 1 keeps all
     top_p: Tensor  # float64; 1 keeps all
     min_p: Tensor  # float64; 0 keeps all
+
+
+class SlotTable:
+    """How each slot samples, and what it sampled last, where the logits are. Rows of slot -1 are greedy.
+
+    A plan may name a token before it is known (PENDING): fill_pending reads it here. A slot's row is written once, when
+    its sequence starts, so a step's choices cost no copy.
+    """
+
+    def __init__(self, num_slots: int, device: torch.device) -> None:
+        # [S + 1, 8] in int64, floats by their bits: temperature, typical_p, top_p, min_p, top_k, seed, is_greedy, -.
+        # The last row is of slot -1.
+        self.numbers = torch.zeros((num_slots + 1, 8), dtype=torch.int64, device=device)
+        self.numbers[:, 6] = 1
+        self.last_token = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+
+    def write(self, slot: int, sampling: SamplingParams, seed: int) -> None:
+        """Steps that were launched before see what was there before."""
+        row = torch.empty(8, dtype=torch.int64, pin_memory=self.numbers.is_cuda)
+        row.view(torch.float64)[:4] = torch.tensor(
+            (sampling.temperature, sampling.typical_p, sampling.top_p, sampling.min_p), dtype=torch.float64
+        )
+        row[4:] = torch.tensor((min(sampling.top_k, 2**62), seed, int(sampling.is_greedy), 0))
+        self.numbers[slot].copy_(row, non_blocking=True)
+
+    def fill_pending(self, token_ids_T: Tensor, slots_T: Tensor) -> None:
+        """In place: where a token is PENDING, what its slot sampled last, or any token where that failed."""
+        if token_ids_T.is_cuda:
+            from slipstream.kernels.triton import sampling
+
+            sampling.fill_pending(token_ids_T, slots_T, self.last_token)
+        else:
+            last_T = self.last_token[slots_T].clamp(min=0)
+            token_ids_T.copy_(torch.where(token_ids_T == PENDING, last_T, token_ids_T))
+
+    def choose(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor) -> Tensor:
+        """The next token of each row, kept as its slot's last: drawn at that position, or the most likely one.
+
+        -> token_ids_R, NOTHING_TO_SAMPLE for a row that is no distribution. On a GPU nothing waits for it.
+        """
+        if logits_RV.is_cuda:
+            from slipstream.kernels.triton import sampling
+
+            return sampling.choose(logits_RV, slots_R, positions_R, self.numbers, self.last_token)
+        numbers_RX = self.numbers[slots_R]
+        token_ids_R = greedy(logits_RV)
+        random_N = (numbers_RX[:, 6] == 0).nonzero()[:, 0]
+        if len(random_N):
+            numbers_NX = numbers_RX[random_N]
+            temperature, typical_p, top_p, min_p = numbers_NX.view(torch.float64)[:, :4].unbind(1)
+            filters = Filters(temperature, numbers_NX[:, 4], typical_p, top_p, min_p)
+            filtered_NV = apply_filters(logits_RV[random_N].float(), filters)
+            token_ids_R[random_N] = sample(filtered_NV, numbers_NX[:, 5], positions_R[random_N])
+        self.last_token[slots_R] = token_ids_R
+        return token_ids_R
 
 
 def apply_filters(logits_RV: Tensor, filters: Filters) -> Tensor:

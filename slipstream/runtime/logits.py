@@ -4,7 +4,7 @@
 
 Bans are -inf, which no penalty changes, so their place among the penalties does not matter. A SequenceState holds what
 one sequence's edits need on the host; a PenaltyTable holds token counts, a row of the vocabulary each, on the device.
-Everything but the processors is one indexed write over all rows together.
+Everything but the processors is one indexed write over all rows together, and waits for no device.
 
 Shape suffixes: R rows (one sequence each), V vocabulary, S slots, P rows with a penalty, E edited places.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from slipstream.runtime.transfer import on_device
 from slipstream.schema.request import GenerateRequest
 from slipstream.schema.sampling import LogitsProcessor
 
@@ -116,7 +117,7 @@ class PenaltyTable:
         """
 
         def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=logits_RV.device)[:, None]
+            return on_device(values, torch.float32, logits_RV.device)[:, None]
 
         repetition_P1 = column([state.sampling.repetition_penalty for state in states])
         presence_P1 = column([state.sampling.presence_penalty for state in states])
@@ -132,47 +133,48 @@ class PenaltyTable:
         logits_RV[rows_P] = logits_PV
 
     def _indices(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._in_prompt_SV.device)
+        return on_device(values, torch.int64, self._in_prompt_SV.device)
 
 
 def edit_logits(
     logits_RV: Tensor, slots: Sequence[int], states: Sequence[SequenceState], penalties: PenaltyTable
-) -> tuple[Tensor, Mapping[int, str]]:
-    """-> (the edited logits, by row what a user's processor did wrong). The input is not changed."""
-    edited = [row for row, state in enumerate(states) if state.is_edited]
-    if not edited:
-        return logits_RV, {}
-    logits_RV = logits_RV.clone()
-    _add_biases(logits_RV, edited, states)
-    _ban(logits_RV, edited, states)
-    penalised = [row for row in edited if states[row].has_penalty]
+) -> Mapping[int, str]:
+    """Edit float32 logits in place. -> by row, what a user's processor did wrong."""
+    _add_biases(logits_RV, states)
+    _ban(logits_RV, states)
+    penalised = [row for row, state in enumerate(states) if state.has_penalty]
     if penalised:
         penalties.apply(logits_RV, penalised, [slots[row] for row in penalised], [states[row] for row in penalised])
-    return logits_RV, _run_processors(logits_RV, edited, states)
+    return _run_processors(logits_RV, states)
 
 
-def _add_biases(logits_RV: Tensor, rows: Sequence[int], states: Sequence[SequenceState]) -> None:
+def _add_biases(logits_RV: Tensor, states: Sequence[SequenceState]) -> None:
     edits = [
-        (row, token_id, bias) for row in rows for token_id, bias in (states[row].sampling.logit_bias or {}).items()
+        (row, token_id, bias)
+        for row, state in enumerate(states)
+        for token_id, bias in (state.sampling.logit_bias or {}).items()
     ]
     if edits:
-        rows_E, token_ids_E, biases_E = (
-            torch.tensor(column, device=logits_RV.device) for column in zip(*edits, strict=True)
-        )
-        logits_RV[rows_E, token_ids_E] += biases_E  # a row names a token once: no accumulation needed
+        rows, token_ids, biases = zip(*edits, strict=True)
+        places_E = _places(rows, token_ids, logits_RV)
+        logits_RV[places_E] += on_device(biases, torch.float32, logits_RV.device)  # a row names a token once
 
 
-def _ban(logits_RV: Tensor, rows: Sequence[int], states: Sequence[SequenceState]) -> None:
-    edits = [(row, token_id) for row in rows for token_id in states[row].banned()]
+def _ban(logits_RV: Tensor, states: Sequence[SequenceState]) -> None:
+    edits = [(row, token_id) for row, state in enumerate(states) for token_id in state.banned()]
     if edits:
-        rows_E, token_ids_E = torch.tensor(edits, device=logits_RV.device).T
-        logits_RV[rows_E, token_ids_E] = -torch.inf
+        rows, token_ids = zip(*edits, strict=True)
+        logits_RV[_places(rows, token_ids, logits_RV)] = -torch.inf
 
 
-def _run_processors(logits_RV: Tensor, rows: Sequence[int], states: Sequence[SequenceState]) -> dict[int, str]:
+def _places(rows: Sequence[int], token_ids: Sequence[int], logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    rows_E, token_ids_E = (on_device(each, torch.int64, logits_RV.device) for each in (rows, token_ids))
+    return rows_E, token_ids_E
+
+
+def _run_processors(logits_RV: Tensor, states: Sequence[SequenceState]) -> dict[int, str]:
     errors = {}
-    for row in rows:
-        state = states[row]
+    for row, state in enumerate(states):
         for processor in state.sampling.logits_processors:
             try:
                 logits_RV[row] = _run_processor(processor, list(state.token_ids), logits_RV[row].clone())

@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from slipstream.kernels.triton import attention, linear, rope
+from slipstream.kernels.sampling import SlotTable
+from slipstream.kernels.triton import attention, linear, rope, sampling
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
@@ -45,7 +46,7 @@ def main(capability: int) -> None:
 
     JITFunction.run = compile_only
     attention.num_processors = lambda device: 132
-    for call in (attend, attend_with_everything, attend_latent, place):
+    for call in (attend, attend_with_everything, attend_latent, place, sample):
         call()
     multiply(has_fp8=capability >= 89)
 
@@ -86,6 +87,16 @@ def place() -> None:
     rope.rope_kv_write(q, k, v, angles, angles, kv, slots)
     rope.kv_write(k, v, kv, slots)
     rope.rope(q, angles, angles, 128)
+
+
+def sample() -> None:
+    """One row of the step's logits; many rows of edited ones."""
+    table = SlotTable(4, torch.device("cpu"))
+    for num_rows, dtype in ((1, torch.bfloat16), (64, torch.float32)):
+        slots = positions = torch.zeros(num_rows, dtype=torch.int64)
+        logits = torch.empty(num_rows, 128256, dtype=dtype)
+        sampling.choose(logits, slots, positions, table.numbers, table.last_token)
+    sampling.fill_pending(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), table.last_token)
 
 
 def multiply(has_fp8: bool) -> None:

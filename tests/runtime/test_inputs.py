@@ -49,10 +49,12 @@ class Slots:
         )  # fmt: skip
 
 
-def expected(plan: StepPlan, counts: list[int], slots: Slots, sizes: StepSizes) -> dict[str, list]:
+def expected(
+    plan: StepPlan, counts: list[int], is_chosen: list[bool], slots: Slots, sizes: StepSizes
+) -> dict[str, list]:
     found: dict[str, list] = {name: [] for name in sizes.shapes()}
     found["step.query_starts"] = [0]
-    for step, count in zip(plan.sequences, counts, strict=True):
+    for step, count, is_mine in zip(plan.sequences, counts, is_chosen, strict=True):
         first, end = len(found["step.token_ids"]), step.start + len(step.token_ids)
         found["step.token_ids"] += step.token_ids
         found["step.positions"] += range(step.start, end)
@@ -60,7 +62,8 @@ def expected(plan: StepPlan, counts: list[int], slots: Slots, sizes: StepSizes) 
         found["step.query_starts"].append(first + len(step.token_ids))
         found["step.kv_lens"].append(end)
         found["step.logit_rows"] += range(first + len(step.token_ids) - count, first + len(step.token_ids))
-        found["row_slots"] += [NO_SLOT] * (count - 1) + [step.slot if step.sample else NO_SLOT] if count else []
+        found["row_slots"] += [NO_SLOT] * (count - 1) + [step.slot if is_mine else NO_SLOT] if count else []
+        found["row_positions"] += [0] * (count - 1) + [end if is_mine else 0] if count else []
         for group in range(slots.num_groups):
             table = [row[group] for row in slots.rows[step.slot]]
             found[group_input("step.block_tables", group)].append(table + [0] * (sizes.table_width - len(table)))
@@ -87,16 +90,17 @@ def test_inputs_are_what_the_plans_say(num_groups: int) -> None:
         plan = slots.next_plan()
         tables.update(plan)
         counts = [rng.choice((int(step.sample), len(step.token_ids))) for step in plan.sequences]
+        is_chosen = [step.sample and rng.random() < 0.8 for step in plan.sequences]
         exact = sizes_of(plan, counts, tables)
         larger = StepSizes(*(each + rng.randint(0, 9) for each in list(vars(exact).values())[:-1]), num_groups)
         for sizes in (exact, larger):
             numbers = torch.full((sizes.num_numbers,), -77)
-            fill_inputs(plan, counts, tables, sizes, numbers)
-            wanted = expected(plan, counts, slots, sizes)
+            fill_inputs(plan, counts, is_chosen, tables, sizes, numbers)
+            wanted = expected(plan, counts, is_chosen, slots, sizes)
             for name, view in sizes.views(numbers).items():
                 right = padded(name, wanted[name], sizes.shapes()[name], plan.num_tokens)
                 assert np.array_equal(view.numpy(), right), name
-        made = make_inputs(plan, counts, tables, torch.device("cpu"))
+        made = make_inputs(plan, counts, is_chosen, tables, torch.device("cpu"))
         assert {f"step.{name}" for name in STEP_SHAPES} <= set(made)
 
 

@@ -21,10 +21,11 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from slipstream.kernels.sampling import greedy
+from slipstream.kernels import sampling as kernels
 from slipstream.runtime import logits as logits_module
 from slipstream.runtime.logits import PenaltyTable, SequenceState, edit_logits
 from slipstream.runtime.worker import sample as sample_module
+from slipstream.runtime.worker.inputs import NO_SLOT
 from slipstream.runtime.worker.sample import Sampler
 from slipstream.schema.request import GenerateRequest
 from slipstream.schema.sampling import SamplingParams
@@ -37,7 +38,12 @@ P_VALUE = 1e-6
 def sample(sampler: Sampler, slots: list[int], logits_RV: Tensor) -> list[SequenceResult]:
     """As the worker does it, where each slot is at the end of its known text."""
     positions = [len(sampler._states[slot].token_ids) for slot in slots]
-    return sampler.finish(sampler.draw(slots, positions, logits_RV, greedy(logits_RV)))
+    row_slots = [NO_SLOT if sampler.is_edited(slot) else slot for slot in slots]
+    chosen_R = sampler.slots.choose(logits_RV, *(torch.tensor(each).long() for each in (row_slots, positions)))
+    results = sampler.finish(sampler.draw(slots, positions, logits_RV, chosen_R))
+    for slot, result in zip(slots, results, strict=True):
+        assert result.token_id is None or sampler.slots.last_token[slot] == result.token_id
+    return results
 
 
 def request_of(prompt: tuple[int, ...] = (1, 2, 3), *, seed: int = 0, **fields: Any) -> GenerateRequest:
@@ -50,7 +56,7 @@ def random_logits(rows: int, vocab: int = VOCAB, seed: int = 0) -> Tensor:
 
 
 def sample_one(request: GenerateRequest, logits_V: Tensor, outputs: tuple[int, ...] = ()) -> SequenceResult:
-    sampler = Sampler(len(logits_V), "cpu")
+    sampler = Sampler(len(logits_V), 1, "cpu")
     sampler.add(0, request, outputs)
     return sample(sampler, [0], logits_V[None])[0]
 
@@ -64,9 +70,9 @@ def edited(request: GenerateRequest, outputs: tuple[int, ...], logits_V: Tensor)
     for slot, state in zip(slots, states, strict=True):
         if state.has_penalty:
             table.add(slot, state)
-    result_RV, errors = edit_logits(logits_V.expand(3, -1), slots, states, table)
-    assert not errors
-    return result_RV[1]
+    logits_RV = logits_V.repeat(3, 1)
+    assert not edit_logits(logits_RV, slots, states, table)
+    return logits_RV[1]
 
 
 # ---- edits ----------------------------------------------------------------------------------------------------------
@@ -157,7 +163,7 @@ def test_all_edits_together_run_in_the_promised_order() -> None:
 
 
 def test_penalties_follow_the_tokens_as_they_are_sampled_and_a_slot_can_be_used_again() -> None:
-    sampler = Sampler(VOCAB, "cpu")
+    sampler = Sampler(VOCAB, 8, "cpu")
     logits_1V = torch.zeros(1, VOCAB)
     logits_1V[0, :3] = torch.tensor([3.0, 2.9, 2.8])
     for _ in range(2):
@@ -205,7 +211,7 @@ def test_draws_follow_the_distribution(name: str) -> None:
     fields, processors = DISTRIBUTIONS[name]
     num_draws, prompt, outputs = 20_000, (1, 2, 3), (5, 5, 9)
     logits_V = random_logits(1, seed=3)[0]
-    sampler = Sampler(VOCAB, "cpu")
+    sampler = Sampler(VOCAB, num_draws, "cpu")
     for slot in range(num_draws):
         sampler.add(slot, request_of(prompt, seed=slot, **fields), outputs)
     results = sample(sampler, range(num_draws), logits_V.expand(num_draws, -1))
@@ -220,7 +226,7 @@ def test_draws_with_presence_frequency_and_bias_follow_the_distribution() -> Non
     num_draws = 20_000
     logits_V = random_logits(1, seed=4)[0]
     fields = {"presence_penalty": 0.7, "frequency_penalty": 0.3, "logit_bias": {0: 2.0, 4: -100.0}}
-    sampler = Sampler(VOCAB, "cpu")
+    sampler = Sampler(VOCAB, num_draws, "cpu")
     for slot in range(num_draws):
         sampler.add(slot, request_of((1, 2), seed=slot, **fields), (5, 5, 9))
     results = sample(sampler, range(num_draws), logits_V.expand(num_draws, -1))
@@ -235,7 +241,7 @@ def test_draws_with_presence_frequency_and_bias_follow_the_distribution() -> Non
 def test_successive_tokens_of_one_seed_are_independent() -> None:
     num_draws, vocab = 30_000, 6
     logits_V = random_logits(1, vocab)[0]
-    sampler = Sampler(vocab, "cpu")
+    sampler = Sampler(vocab, num_draws, "cpu")
     for slot in range(num_draws):
         sampler.add(slot, request_of((1, 2), seed=slot))
     first, second = (
@@ -253,11 +259,11 @@ def test_a_seed_gives_its_tokens_alone_and_in_any_batch_and_across_a_preemption(
     logits_TV = random_logits(steps, vocab)
     mine = request_of((1, 2, 3), seed=42, temperature=0.9, top_p=0.95, repetition_penalty=1.1, logprobs=2)
 
-    alone = Sampler(vocab, "cpu")
+    alone = Sampler(vocab, 1, "cpu")
     alone.add(0, mine)
     expected = [sample(alone, [0], logits_TV[[step]])[0] for step in range(steps)]
 
-    crowd = Sampler(vocab, "cpu")
+    crowd = Sampler(vocab, 31, "cpu")
     choices: list[dict[str, Any]] = [
         {"temperature": 0},
         {"top_k": 3},
@@ -288,7 +294,7 @@ def test_a_seed_gives_its_tokens_alone_and_in_any_batch_and_across_a_preemption(
 
 
 def test_greedy_rows_take_the_lowest_id_of_a_tie_beside_random_rows() -> None:
-    sampler = Sampler(VOCAB, "cpu")
+    sampler = Sampler(VOCAB, 8, "cpu")
     for slot, fields in enumerate([{"temperature": 0}, {"temperature": 1e-9}, {"top_k": 1}, {"seed": 5}]):
         sampler.add(slot, request_of(**fields))
     logits_RV = torch.zeros(4, VOCAB)
@@ -297,13 +303,13 @@ def test_greedy_rows_take_the_lowest_id_of_a_tie_beside_random_rows() -> None:
 
 
 def test_plain_greedy_rows_do_nothing_but_an_argmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler = Sampler(VOCAB, "cpu")
+    sampler = Sampler(VOCAB, 8, "cpu")
     for slot in range(3):
         sampler.add(slot, request_of(temperature=0, eos_token_ids=frozenset({1})))
     for module, name in [
         (sample_module, "gather_logprobs"),
-        (sample_module, "sample"),
-        (sample_module, "apply_filters"),
+        (kernels, "sample"),
+        (kernels, "apply_filters"),
         (logits_module, "_ban"),
         (Tensor, "clone"),
         (Tensor, "softmax"),
@@ -315,7 +321,7 @@ def test_plain_greedy_rows_do_nothing_but_an_argmax(monkeypatch: pytest.MonkeyPa
 
 
 def test_bfloat16_logits_and_an_empty_batch() -> None:
-    sampler = Sampler(VOCAB, "cpu")
+    sampler = Sampler(VOCAB, 8, "cpu")
     assert sample(sampler, [], torch.zeros(0, VOCAB)) == []
     assert sample_one(request_of(logprobs=1), random_logits(1)[0].bfloat16()).error is None
 
@@ -339,7 +345,7 @@ def test_logprobs_are_the_models_own() -> None:
 
 
 def test_each_row_gets_as_many_alternatives_as_it_asked_for() -> None:
-    sampler = Sampler(VOCAB, "cpu")
+    sampler = Sampler(VOCAB, 8, "cpu")
     asked = [None, 0, 5, 100]
     for slot, num_top in enumerate(asked):
         sampler.add(slot, request_of(logprobs=num_top, seed=slot))
@@ -352,7 +358,7 @@ def test_prompt_logprobs_describe_the_token_after_each_row(monkeypatch: pytest.M
     monkeypatch.setattr(sample_module, "_PROMPT_ROWS_AT_ONCE", 3)
     prompt = (4, 8, 15, 16, 23, 2, 7, 1)
     logits_TV = random_logits(len(prompt))
-    sampler = Sampler(VOCAB, "cpu")
+    sampler = Sampler(VOCAB, 8, "cpu")
     sampler.add(0, request_of(prompt, prompt_logprobs=2))
     sampler.add(1, request_of(prompt))
     assert sampler.asks_prompt_logprobs(0) and not sampler.asks_prompt_logprobs(1)
@@ -392,7 +398,7 @@ def ban_all(token_ids: list[int], logits_V: Tensor) -> Tensor:
     ],
 )
 def test_a_processor_that_fails_fails_its_row_alone(temperature: float, processor: Any, message: str) -> None:
-    sampler = Sampler(VOCAB, "cpu")
+    sampler = Sampler(VOCAB, 8, "cpu")
     for slot in range(3):
         fields = {"logits_processors": [processor]} if slot == 1 else {}
         sampler.add(slot, request_of(temperature=temperature, seed=slot, presence_penalty=0.1, logprobs=1, **fields))
@@ -408,7 +414,7 @@ def test_a_processor_that_fails_fails_its_row_alone(temperature: float, processo
 
 
 def test_everything_banned_and_nan_fail_their_rows_alone() -> None:
-    sampler = Sampler(VOCAB, "cpu")
+    sampler = Sampler(VOCAB, 8, "cpu")
     sampler.add(0, request_of(bad_words_ids=tuple((token_id,) for token_id in range(VOCAB)), logprobs=1))
     sampler.add(1, request_of(temperature=0, no_repeat_ngram_size=1), tuple(range(VOCAB)))
     sampler.add(2, request_of(top_p=0.5, top_k=3, typical_p=0.4, min_p=0.1, logprobs=1))

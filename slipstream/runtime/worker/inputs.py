@@ -32,7 +32,8 @@ class StepSizes:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """By the graph's names: the fields of StepTensors, slots and block_tables once a group.
 
-        And of each token and row of logits the sequence's slot in the worker; NO_SLOT where nothing is sampled.
+        And of each token its sequence's slot in the worker; of each row of logits the slot that the step chooses a
+        token for, or NO_SLOT, and where in its text that token will be.
         """
         shapes: dict[str, tuple[int, ...]] = {
             "step.token_ids": (self.num_tokens,),
@@ -42,6 +43,7 @@ class StepSizes:
             "step.logit_rows": (self.num_rows,),
             "token_slots": (self.num_tokens,),
             "row_slots": (self.num_rows,),
+            "row_positions": (self.num_rows,),
         }
         for group in range(self.num_groups):
             shapes[group_input("step.slots", group)] = (self.num_tokens,)
@@ -78,9 +80,12 @@ def sizes_of(plan: StepPlan, logit_counts: Iterable[int], tables: BlockTables) -
 
 
 def fill_inputs(
-    plan: StepPlan, logit_counts: Sequence[int], tables: BlockTables, sizes: StepSizes, out: Tensor
-) -> None:
+    plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool], tables: BlockTables, sizes: StepSizes,
+    out: Tensor,
+) -> None:  # fmt: skip
     """Write the plan, which `tables` have taken in, into `out`, int64 [sizes.num_numbers] on the host.
+
+    is_chosen: of each sequence, whether the step chooses the token that follows.
 
     Where sizes are larger than the plan: tokens beyond its own belong to no sequence and are written to the null
     block, sequences beyond its own have no tokens, rows of logits beyond its own are of token 0.
@@ -92,7 +97,6 @@ def fill_inputs(
     slots = _column((each.slot for each in sequences), num_sequences)
     starts = _column((each.start for each in sequences), num_sequences)
     lengths = _column((len(each.token_ids) for each in sequences), num_sequences)
-    samples = _column((each.sample for each in sequences), num_sequences).astype(bool)
     counts = np.array(logit_counts)
     ends, kv_lens = lengths.cumsum(), starts + lengths
     num_tokens = ends[-1]
@@ -108,7 +112,10 @@ def fill_inputs(
     slot_of_token = columns["token_slots"][:num_tokens]
     slot_of_token[:] = slots.repeat(lengths)
     columns["row_slots"][:] = NO_SLOT
-    columns["row_slots"][row_ends[samples] - 1] = slots[samples]
+    chosen = np.array(is_chosen)
+    last_rows = row_ends[chosen] - 1
+    columns["row_slots"][last_rows] = slots[chosen]
+    columns["row_positions"][last_rows] = kv_lens[chosen]
     places, offsets = np.divmod(positions, size)
     for group in range(sizes.num_groups):
         columns[group_input("step.block_tables", group)][:num_sequences] = tables.of(group, slots, sizes.table_width)
@@ -121,10 +128,10 @@ def _column(values: Iterable[int], count: int) -> Numbers:
 
 
 def make_inputs(
-    plan: StepPlan, logit_counts: Sequence[int], tables: BlockTables, device: torch.device
+    plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool], tables: BlockTables, device: torch.device
 ) -> dict[str, Tensor]:
     """The step's tensors on the device, exactly as large as the plan."""
     sizes = sizes_of(plan, logit_counts, tables)
     numbers = torch.empty(sizes.num_numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    fill_inputs(plan, logit_counts, tables, sizes, numbers)
+    fill_inputs(plan, logit_counts, is_chosen, tables, sizes, numbers)
     return sizes.views(numbers.to(device, non_blocking=True))

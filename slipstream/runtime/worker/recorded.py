@@ -29,7 +29,7 @@ class Recording:
 
 
 class RecordedSteps:
-    """run: a step, from its inputs by name to logits [R, vocab_size] and the most likely token of each row."""
+    """run: a step, from its inputs by name to logits [R, vocab_size] and the token chosen for each row."""
 
     def __init__(
         self,
@@ -43,14 +43,16 @@ class RecordedSteps:
         self._recordings: dict[StepSizes, Recording] = {}
         self._memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
 
-    def run(self, plan: StepPlan, logit_counts: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    def run(
+        self, plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool]
+    ) -> tuple[Tensor, Tensor] | None:
         """What `run` gives, valid until the next step; None where no recording is of this size. Waits for nothing."""
         sizes = self._sizes_for(sizes_of(plan, logit_counts, self._tables))
         if sizes is None:
             return None
         recording = self._recordings.get(sizes) or self._record(sizes)
         recording.is_copied.synchronize()
-        fill_inputs(plan, logit_counts, self._tables, sizes, recording.host)
+        fill_inputs(plan, logit_counts, is_chosen, self._tables, sizes, recording.host)
         recording.device.copy_(recording.host, non_blocking=True)
         recording.is_copied.record()
         recording.graph.replay()

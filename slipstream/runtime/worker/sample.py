@@ -14,15 +14,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from slipstream.kernels.sampling import (
-    NOTHING_TO_SAMPLE,
-    Filters,
-    apply_filters,
-    gather_logprobs,
-    greedy,
-    sample,
-)
+from slipstream.kernels.sampling import NOTHING_TO_SAMPLE, SlotTable, gather_logprobs
 from slipstream.runtime.logits import PenaltyTable, SequenceState, edit_logits
+from slipstream.runtime.transfer import on_device
 from slipstream.schema.request import GenerateRequest, TokenLogprobs
 from slipstream.schema.step import SequenceResult
 
@@ -33,13 +27,16 @@ _PROMPT_ROWS_AT_ONCE = 128
 class Sampler:
     """Chooses tokens for the sequences added to its slots. Not thread-safe; the worker owns it."""
 
-    def __init__(self, vocab_size: int, device: torch.device | str) -> None:
+    def __init__(self, vocab_size: int, num_slots: int, device: torch.device | str) -> None:
+        self._device = torch.device(device)
         self._states: dict[int, SequenceState] = {}
-        self._penalties = PenaltyTable(vocab_size, torch.device(device))
+        self._penalties = PenaltyTable(vocab_size, self._device)
+        self.slots = SlotTable(num_slots, self._device)
 
     def add(self, slot: int, request: GenerateRequest, output_token_ids: tuple[int, ...] = ()) -> None:
         """Start (or, after a preemption, resume) a sequence; a slot in use is taken over."""
         state = self._states[slot] = SequenceState(request, output_token_ids)
+        self.slots.write(slot, request.sampling, request.seed)
         if state.has_penalty:
             self._penalties.add(slot, state)
 
@@ -52,19 +49,28 @@ class Sampler:
         state = self._states[slot]
         return state.sampling.prompt_logprobs is not None and not state.has_output
 
-    def draw(self, slots: Sequence[int], positions: Sequence[int], logits_RV: Tensor, most_likely_R: Tensor) -> "Draw":
-        """Choose the next token of each slot, at these places of their texts; no slot comes twice.
+    def is_edited(self, slot: int) -> bool:
+        """Whether the next token is chosen from other logits than the model's; the step leaves that to `draw`."""
+        return self._states[slot].is_edited
 
-        Row i of logits_RV, and its most likely token, belong to slots[i].
+    def draw(self, slots: Sequence[int], positions: Sequence[int], logits_RV: Tensor, chosen_R: Tensor) -> "Draw":
+        """The next token of each slot, at these places of their texts; no slot comes twice.
+
+        Row i of logits_RV belongs to slots[i], and so does the token that the step chose, unless the row is edited.
         """
         states = [self._states[slot] for slot in slots]
-        is_plain = not any(state.is_edited or state.sampling.logprobs is not None for state in states)
-        if is_plain and all(state.sampling.is_greedy for state in states):
-            return Draw(slots, states, is_plain, most_likely_R, None, {})
-        model_logits_RV = logits_RV.float()
-        edited_RV, errors = edit_logits(model_logits_RV, slots, states, self._penalties)
-        token_ids_R = _choose(edited_RV, states, positions)
-        return Draw(slots, states, is_plain, token_ids_R, None if is_plain else model_logits_RV, errors)
+        edited = [(row, slots[row], position) for row, position in enumerate(positions) if states[row].is_edited]
+        errors: dict[int, str] = {}
+        if edited:
+            rows_N, slots_N, positions_N = on_device(edited, torch.int64, self._device).unbind(1)
+            rows, edited_slots, _ = zip(*edited, strict=True)
+            edited_NV = logits_RV[rows_N].float()
+            failed = edit_logits(edited_NV, edited_slots, [states[row] for row in rows], self._penalties)
+            errors = {rows[place]: error for place, error in failed.items()}
+            chosen_N = self.slots.choose(edited_NV, slots_N.contiguous(), positions_N.contiguous())
+            chosen_R = chosen_R.index_copy(0, rows_N, chosen_N)
+        is_plain = not edited and all(state.sampling.logprobs is None for state in states)
+        return Draw(slots, states, is_plain, chosen_R, None if is_plain else logits_RV, errors)
 
     def finish(self, draw: "Draw") -> list[SequenceResult]:
         """The tokens drawn, recorded as known.
@@ -95,7 +101,7 @@ class Sampler:
         token_ids = state.request.prompt_token_ids[first_position + 1 : first_position + 1 + len(logits_TV)]
         result: list[TokenLogprobs] = []
         for start in range(0, len(token_ids), _PROMPT_ROWS_AT_ONCE):
-            part = torch.tensor(token_ids[start : start + _PROMPT_ROWS_AT_ONCE], device=logits_TV.device)
+            part = on_device(token_ids[start : start + _PROMPT_ROWS_AT_ONCE], torch.int64, self._device)
             result += _describe(logits_TV[start : start + len(part)].float(), part, num_top)
         return tuple(result)
 
@@ -126,7 +132,7 @@ class Draw:
     ) -> None:
         """is_plain: no row was edited or asked for logprobs, so what follows does not depend on the host.
 
-        model_logits_RV: in float32, where rows are not plain. errors: by row, what a user's processor did wrong.
+        model_logits_RV: where rows are not plain. errors: by row, what a user's processor did wrong.
         """
         self.slots, self.states, self.is_plain, self.errors = slots, states, is_plain, errors
         self.token_ids, self.model_logits = token_ids_R, model_logits_RV
@@ -143,33 +149,6 @@ class Draw:
         return self._host.tolist()
 
 
-def _choose(logits_RV: Tensor, states: Sequence[SequenceState], positions: Sequence[int]) -> Tensor:
-    """-> token_ids_R."""
-    random = [row for row, state in enumerate(states) if not state.sampling.is_greedy]
-    if not random:
-        return greedy(logits_RV)
-    if len(random) == len(states):
-        return _draw(logits_RV, states, positions)
-    rows_N = torch.tensor(random, device=logits_RV.device)
-    drawn_N = _draw(logits_RV[rows_N], [states[row] for row in random], [positions[row] for row in random])
-    return greedy(logits_RV).index_copy(0, rows_N, drawn_N)
-
-
-def _draw(logits_RV: Tensor, states: Sequence[SequenceState], positions: Sequence[int]) -> Tensor:
-    samplings = [state.sampling for state in states]
-    vocab_size = logits_RV.shape[1]
-    filters = Filters(
-        temperature=torch.tensor([sampling.temperature for sampling in samplings], dtype=torch.float64),
-        top_k=torch.tensor([min(sampling.top_k, vocab_size) for sampling in samplings]),
-        typical_p=torch.tensor([sampling.typical_p for sampling in samplings], dtype=torch.float64),
-        top_p=torch.tensor([sampling.top_p for sampling in samplings], dtype=torch.float64),
-        min_p=torch.tensor([sampling.min_p for sampling in samplings], dtype=torch.float64),
-    )
-    seeds_R = torch.tensor([state.request.seed for state in states])
-    positions_R = torch.tensor(positions)
-    return sample(apply_filters(logits_RV, filters), seeds_R, positions_R)
-
-
 def _why_nothing(model_logits_RV: Tensor | None, row: int) -> str:
     """Of a plain row, which nothing was banned from, the model's logits are to blame."""
     if model_logits_RV is not None and bool(model_logits_RV[row].max().isfinite()):
@@ -182,8 +161,8 @@ def _logprobs(logits_RV: Tensor, token_ids_R: Tensor, states: Sequence[SequenceS
     asked = {row: state.sampling.logprobs for row, state in enumerate(states) if state.sampling.logprobs is not None}
     if not asked:
         return {}
-    rows_N = torch.tensor(list(asked), device=logits_RV.device)
-    described = _describe(logits_RV[rows_N], token_ids_R[rows_N].clamp(min=0), max(asked.values()))
+    rows_N = on_device(list(asked), torch.int64, logits_RV.device)
+    described = _describe(logits_RV[rows_N].float(), token_ids_R[rows_N].clamp(min=0), max(asked.values()))
     return {
         row: TokenLogprobs(all_top.token_id, all_top.logprob, all_top.rank, all_top.top[:num_top])
         for (row, num_top), all_top in zip(asked.items(), described, strict=True)
@@ -192,8 +171,12 @@ def _logprobs(logits_RV: Tensor, token_ids_R: Tensor, states: Sequence[SequenceS
 
 def _describe(logits_RV: Tensor, token_ids_R: Tensor, num_top: int) -> list[TokenLogprobs]:
     logprob_R, rank_R, top_RK, top_logprobs_RK = gather_logprobs(logits_RV, token_ids_R, num_top)
-    columns = (token_ids_R, logprob_R, rank_R, top_RK, top_logprobs_RK)
-    return [
-        TokenLogprobs(token_id, logprob, rank, tuple(zip(top, top_logprobs, strict=True)))
-        for token_id, logprob, rank, top, top_logprobs in zip(*(column.tolist() for column in columns), strict=True)
-    ]
+    columns = (torch.stack((token_ids_R, rank_R), dim=1), top_RK, logprob_R[:, None], top_logprobs_RK)
+    rows = torch.cat([column.double() for column in columns], dim=1).tolist()  # one wait for the device
+    num_top = top_RK.shape[1]
+    described = []
+    for row in rows:
+        token_id, rank, *top = map(int, row[: 2 + num_top])
+        logprob, *top_logprobs = row[2 + num_top :]
+        described.append(TokenLogprobs(token_id, logprob, rank, tuple(zip(top, top_logprobs, strict=True))))
+    return described

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slipstream.engine.choices import Choices
 from slipstream.engine.folder import Engine
-from slipstream.kernels.sampling import greedy
+from slipstream.runtime.transfer import on_device
 from slipstream.runtime.worker.graphs import compile_graph
 from slipstream.runtime.worker.groups import with_groups
 from slipstream.runtime.worker.inputs import make_inputs, rows_wanted
@@ -18,7 +18,7 @@ from slipstream.runtime.worker.recorded import RecordedSteps
 from slipstream.runtime.worker.sample import Draw, Sampler
 from slipstream.runtime.worker.tables import BlockTables
 from slipstream.schema.kv import KVGroup
-from slipstream.schema.step import PENDING, BlockCopy, SequenceResult, StepPlan, StepResult
+from slipstream.schema.step import BlockCopy, SequenceResult, StepPlan, StepResult
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,11 @@ class Worker:
         }
         compiled = compile_graph(graph, weights, choices, device)
         self._graph = compiled.run
-        # What each slot sampled last: the next step may be planned before that is known. The last one is NO_SLOT's.
-        self._last_token: Tensor | None = None
-        if device.type == "cuda":
-            self._last_token = torch.zeros(max_batch_size + 1, dtype=torch.int64, device=device)
+        self._sampler = Sampler(manifest.vocab_size, max_batch_size, device)
         self._tables = BlockTables(len(groups), max_batch_size, manifest.tokens_per_block)
         self._recorded: RecordedSteps | None = None
         if device.type == "cuda" and compiled.can_be_recorded:
             self._recorded = RecordedSteps(self._run, self._tables, max_batch_size, device)
-        self._sampler = Sampler(manifest.vocab_size, device)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Flight:
@@ -79,19 +75,18 @@ class Worker:
         # A prompt whose logprobs were asked for needs the logits of every token; the others only of their last.
         wants_all_rows = [self._sampler.asks_prompt_logprobs(sequence.slot) for sequence in plan.sequences]
         counts = rows_wanted(plan, wants_all_rows)
-        logits_RV, token_ids_R = self._run_sized(plan, counts)
+        # What the host has to do with a row's logits comes after the step.
+        is_chosen = [sequence.sample and not self._sampler.is_edited(sequence.slot) for sequence in plan.sequences]
+        logits_RV, token_ids_R = self._run_sized(plan, counts, is_chosen)
         last_rows = [end - 1 for end, each in zip(accumulate(counts), plan.sequences, strict=True) if each.sample]
         if len(last_rows) != len(logits_RV):
-            rows_S = torch.tensor(last_rows, dtype=torch.int64, device=self._device)
+            rows_S = on_device(last_rows, torch.int64, self._device)
             sampled_SV, token_ids_S = logits_RV[rows_S], token_ids_R[rows_S]
         else:
             sampled_SV, token_ids_S = logits_RV, token_ids_R
         sampling = [each for each in plan.sequences if each.sample]
         positions = [each.start + len(each.token_ids) for each in sampling]
         draw = self._sampler.draw([each.slot for each in sampling], positions, sampled_SV, token_ids_S)
-        if self._last_token is not None and draw.token_ids is not token_ids_S:
-            slots_S = torch.tensor([each.slot for each in sampling], device=self._device)
-            self._last_token.index_copy_(0, slots_S, draw.token_ids)
         return Flight(plan, counts, wants_all_rows, logits_RV, draw)
 
     @torch.inference_mode()
@@ -112,27 +107,21 @@ class Worker:
         """Whether the step after this one may be launched before it is collected."""
         return self._device.type == "cuda" and not any(flight.wants_all_rows) and flight.draw.is_plain
 
-    def _run_sized(self, plan: StepPlan, logit_counts: list[int]) -> tuple[Tensor, Tensor]:
+    def _run_sized(self, plan: StepPlan, logit_counts: list[int], is_chosen: Sequence[bool]) -> tuple[Tensor, Tensor]:
         if self._recorded is not None:
-            found = self._recorded.run(plan, logit_counts)
+            found = self._recorded.run(plan, logit_counts, is_chosen)
             if found is not None:
                 return found
-        return self._run(make_inputs(plan, logit_counts, self._tables, self._device))
+        return self._run(make_inputs(plan, logit_counts, is_chosen, self._tables, self._device))
 
     def _run(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits of the wanted rows, [R, vocab_size], and the most likely token of each."""
-        if self._last_token is not None:
-            token_ids_T = inputs["step.token_ids"]
-            # A sequence whose last step failed has no token; what it computes is thrown away.
-            sampled_T = self._last_token[inputs["token_slots"]].clamp(min=0)
-            inputs = inputs | {"step.token_ids": torch.where(token_ids_T == PENDING, sampled_T, token_ids_T)}
+        """Logits of the wanted rows, [R, vocab_size], and the token chosen for each."""
+        slots = self._sampler.slots
+        slots.fill_pending(inputs["step.token_ids"], inputs["token_slots"])
         (logits_RV,) = self._graph(inputs | self._kv_inputs)
         if self._manifest.logits != "selected":
             logits_RV = logits_RV[inputs["step.logit_rows"]]
-        token_ids_R = greedy(logits_RV)
-        if self._last_token is not None:
-            self._last_token[inputs["row_slots"]] = token_ids_R
-        return logits_RV, token_ids_R
+        return logits_RV, slots.choose(logits_RV, inputs["row_slots"], inputs["row_positions"])
 
     def _copy(self, copy: BlockCopy) -> None:
         for kv_2NBKD in self._kv:
