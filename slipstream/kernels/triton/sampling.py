@@ -23,6 +23,7 @@ from torch import Tensor
 from slipstream.schema.step import PENDING
 
 CHUNK = 64  # tokens, a multiple of 4: Philox makes noise for four
+FEWEST_CHUNKS = 16  # that a program of _scan reads
 TILE = 8192  # tokens that _finish holds at once
 LOW_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # of a float32 that came from it: always 0
 
@@ -133,13 +134,13 @@ def _tile(
     return chunk_L, id_LE, _order(x_LE, LOW_BITS), scaled_LE, tl.exp(scaled_LE - largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _finish(
     logits, slots, positions, numbers, fractions, scores, ids, chunk_largest, chunk_mass, listed, token_ids,
     last_token, row_stride, vocab_size, num_slots, num_chunks, num_parts,
     PARTS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, LISTED: tl.constexpr, LOW_BITS: tl.constexpr,
 ):  # fmt: skip
-    """PARTS and CHUNKS: num_parts and num_chunks as powers of two."""
+    """PARTS and CHUNKS: powers of two that num_parts and num_chunks fit. The same for any number of rows."""
     row = tl.program_id(0).to(tl.int64)
     part_P = tl.arange(0, PARTS)
     place_P = row * num_parts + part_P
@@ -363,12 +364,13 @@ def choose(logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor, numbers_SX: 
     tile = min(TILE // CHUNK, triton.next_power_of_2(num_chunks))
     _finish[(num_rows,)](
         *of_rows, scores_RP, ids_RP, largest_RC, mass_RC, listed_RC, token_ids_R, last_token_S, *sizes, num_parts,
-        PARTS=triton.next_power_of_2(num_parts), CHUNKS=triton.next_power_of_2(num_chunks), CHUNK=CHUNK, LISTED=tile,
-        LOW_BITS=LOW_BITS[logits_RV.dtype], num_warps=16,
+        PARTS=triton.next_power_of_2(triton.cdiv(num_chunks, FEWEST_CHUNKS)),
+        CHUNKS=triton.next_power_of_2(num_chunks), CHUNK=CHUNK, LISTED=tile, LOW_BITS=LOW_BITS[logits_RV.dtype],
+        num_warps=16,
     )  # fmt: skip
     return token_ids_R
 
 
 def _chunks_a_part(num_rows: int, num_chunks: int) -> int:
     """A few rows need many programs to fill the GPU; many rows are better off with fewer."""
-    return 16 if num_rows * num_chunks <= 16 * 2048 else 64
+    return FEWEST_CHUNKS if num_rows * num_chunks <= 16 * 2048 else 64

@@ -1,10 +1,8 @@
-"""The Sampler: from a step's last logits to one token a sequence, with each slot's state between steps.
+"""The Sampler: one token a sequence, with each slot's state between steps.
 
-    logits_RV → edits (runtime/logits.py) → greedy rows: argmax                            → token_ids_R
-                                          → other rows: filters → Gumbel-max draw          → token_ids_R
-    logits_RV, before the edits           → logprobs, in the rows that ask for them
-
-A batch of greedy rows without edits or logprobs is one argmax.
+    rows without edits   the step itself has chosen, by the SlotTable (kernels/sampling.py)      → token_ids_R
+    edited rows          logits → edits (runtime/logits.py) → chosen after it, by the same table → token_ids_R
+    logprobs             of the model's logits, in the rows that ask for them
 
 Shape suffixes: R rows (one sequence each), V vocabulary, N a subset of the rows, T tokens of a prompt, K alternatives.
 """
