@@ -11,6 +11,8 @@ from torch import Tensor
 
 from slipstream.kernels.sampling import NOTHING_TO_SAMPLE, Filters, SlotTable, apply_filters, uniform
 from slipstream.runtime.worker.inputs import NO_SLOT
+from slipstream.runtime.worker.sample import Sampler
+from slipstream.schema.request import GenerateRequest
 from slipstream.schema.sampling import SamplingParams
 from slipstream.schema.step import PENDING
 
@@ -177,6 +179,30 @@ def test_pending_tokens_are_those_that_slots_sampled_last(device: torch.device) 
     again_T = torch.tensor(token_ids, device=device)
     table.fill_pending(again_T, slots_T)
     assert again_T.tolist() == tokens_T.tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU runs while the host goes on")
+def test_drawing_waits_for_nothing(device: torch.device) -> None:
+    """Rows with every kind of edit beside rows without, new ones too."""
+    vocab, prompt = 500, (1, 2, 3)
+    edits: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.3, "top_p": 0.9}, {"logit_bias": {4: 2.0}, "temperature": 0}, {"min_p": 0.1},
+        {"no_repeat_ngram_size": 2, "frequency_penalty": 0.5}, {"typical_p": 0.9, "presence_penalty": 1.0},
+    ]  # fmt: skip
+    sampler, logits_RV = Sampler(vocab, len(edits), device), torch.randn(len(edits), vocab, device=device).bfloat16()
+    slots, positions, chosen_R = list(range(len(edits))), [5] * len(edits), logits_RV.argmax(1)
+    found = []
+    for is_checked in (False, True):  # the first time kernels are compiled
+        torch.cuda.set_sync_debug_mode("error" if is_checked else "default")
+        try:
+            for slot, fields in enumerate(edits):
+                request = GenerateRequest(str(slot), prompt, SamplingParams(**fields), seed=slot, max_tokens=9)
+                sampler.add(slot, request, (7, 8))
+            draw = sampler.draw(slots, positions, logits_RV, chosen_R)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found.append([result.token_id for result in sampler.finish(draw)])
+    assert found[0] == found[1] and None not in found[0]
 
 
 def test_no_rows(device: torch.device) -> None:
