@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.fits import need, need_floats, need_same_dtype, need_shape
-from slipstream.kernels.registry import op
+from slipstream.kernels.registry import kernel, on_gpu, op
 
 
 def _routes(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, top_k: int, num_open: int) -> tuple[Tensor, Tensor]:
@@ -142,6 +142,19 @@ def experts(
         x_TH, shares_TK, ids_TK, len(gate_EIH), partial(_linear, gate_EIH, gate_bias_EI),
         partial(_linear, up_EIH, up_bias_EI), partial(_linear, down_EHI, down_bias_EH), alpha, limit, up_offset,
     )  # fmt: skip
+
+
+@kernel(experts, "triton", on_gpu)
+def experts_triton(
+    x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, gate_EIH: Tensor, up_EIH: Tensor, down_EHI: Tensor,
+    gate_bias_EI: Tensor | None, up_bias_EI: Tensor | None, down_bias_EH: Tensor | None,
+    alpha: float, limit: float, up_offset: float,
+) -> Tensor:  # fmt: skip
+    from slipstream.kernels.triton import experts as grouped
+
+    weights = tuple(grouped.Weight(each) for each in (gate_EIH, up_EIH, down_EHI))
+    biases, activation = (gate_bias_EI, up_bias_EI, down_bias_EH), grouped.Activation(alpha, limit, up_offset)
+    return grouped.experts(x_TH, shares_TK, ids_TK, weights, biases, activation)
 
 
 Product = Callable[[int, Tensor], Tensor]  # of the rows that an expert has and the weight that it keeps

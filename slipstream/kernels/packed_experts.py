@@ -13,7 +13,7 @@ from slipstream.kernels.linear import fp8, w8a8
 from slipstream.kernels.linear.groups import dequantize, packed_rows, product
 from slipstream.kernels.linear.parts import dense_weight, one_of
 from slipstream.kernels.moe import need_routes, run_experts
-from slipstream.kernels.registry import Op, op
+from slipstream.kernels.registry import Op, kernel, on_gpu, on_gpu_with_fp8, op
 from slipstream.schema.format import PACKED_DTYPES, WeightFormat
 
 ROUNDINGS = {"w8a8": w8a8.quantize_w8a8, "fp8": fp8.quantize_fp8}  # of activations, where a format has one
@@ -82,5 +82,44 @@ def _linear(
     return product(x_RK, weight_NK, None if bias_EN is None else bias_EN[expert], dtype)
 
 
+def _declare_triton(of: Op, kind: str) -> None:
+    @kernel(of, "triton", on_gpu_with_fp8 if "float8" in PACKED_DTYPES[kind] else on_gpu)
+    def experts_triton(
+        x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, gate_packed: Tensor, gate_scale: Tensor,
+        gate_zero: Tensor | None, up_packed: Tensor, up_scale: Tensor, up_zero: Tensor | None, down_packed: Tensor,
+        down_scale: Tensor, down_zero: Tensor | None, gate_bias_EI: Tensor | None, up_bias_EI: Tensor | None,
+        down_bias_EH: Tensor | None, alpha: float, limit: float, up_offset: float, group_size: int,
+        input_scale: float, input_group_size: int,
+    ) -> Tensor:  # fmt: skip
+        """Weights whose groups no tile can follow are widened before, which is slow but can be recorded."""
+        from slipstream.kernels.triton import experts as grouped
+
+        def quantize(x_MK: Tensor, is_widened: bool = False) -> tuple[Tensor, Tensor | None]:
+            if kind not in ROUNDINGS:
+                return x_MK, None
+            values_MK, scale_MG = ROUNDINGS[kind].kernels["triton"].function(x_MK, input_scale, input_group_size)
+            if is_widened:
+                return dequantize(values_MK, scale_MG, None, input_group_size).to(x_MK.dtype), None
+            return values_MK, scale_MG
+
+        stacks = (
+            (gate_packed, gate_scale, gate_zero),
+            (up_packed, up_scale, up_zero),
+            (down_packed, down_scale, down_zero),
+        )
+        weights = tuple(grouped.Weight(*parts, group_size, None, input_group_size) for parts in stacks)
+        is_widened = not grouped.can_multiply(x_TH, weights)
+        if is_widened:
+            format, sizes = WeightFormat(kind=kind, group_size=group_size), (*[x_TH.shape[1]] * 2, gate_packed.shape[1])
+            wide = (dense_weight(format, _parts(*parts), size) for parts, size in zip(stacks, sizes, strict=True))
+            weights = tuple(grouped.Weight(each.to(x_TH.dtype)) for each in wide)
+        return grouped.experts(
+            x_TH, shares_TK, ids_TK, weights, (gate_bias_EI, up_bias_EI, down_bias_EH),
+            grouped.Activation(alpha, limit, up_offset), partial(quantize, is_widened=is_widened),
+        )  # fmt: skip
+
+
 WEIGHTS = ("gate", "up", "down")
 OPS = {kind: _declare(kind) for kind in PACKED_DTYPES}
+for _kind, _op in OPS.items():
+    _declare_triton(_op, _kind)

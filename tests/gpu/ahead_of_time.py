@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from slipstream.kernels.sampling import SlotTable
-from slipstream.kernels.triton import attention, linear, rope, sampling
+from slipstream.kernels.triton import attention, experts, linear, rope, sampling
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
@@ -49,6 +50,7 @@ def main(capability: int) -> None:
     for call in (attend, attend_with_everything, attend_latent, place, sample):
         call()
     multiply(has_fp8=capability >= 89)
+    mix(has_fp8=capability >= 89)
 
 
 def attend() -> None:
@@ -110,6 +112,32 @@ def multiply(has_fp8: bool) -> None:
             x_scale_MG = torch.empty(num_rows, 32 if group else 1) if x != wide else None
             weight = linear.Weight(weight_NK, scale_NG, None, group, x_scale_MG, group if x != wide else 0)
             linear.product(torch.empty(num_rows, 4096, dtype=x), weight, None, wide)
+
+
+def mix(has_fp8: bool) -> None:
+    """Each kind of expert; one token and a prompt."""
+    wide, e4m3 = torch.bfloat16, torch.float8_e4m3fn
+    kinds = [(wide, wide, 0), (torch.int8, wide, 0), (torch.uint8, wide, 128), (torch.int8, torch.int8, 0)]
+    for packed, x, group in [*kinds, (torch.float32, torch.float32, 0), *([(e4m3, e4m3, 128)] if has_fp8 else [])]:
+        _mix(packed, x, group)
+
+
+def _mix(packed: torch.dtype, x: torch.dtype, group: int) -> None:
+    def weight(num_out: int, num_in: int) -> experts.Weight:
+        words_ENK = torch.empty(8, num_out, num_in // 2 if packed == torch.uint8 else num_in, dtype=packed)
+        scale_ENG = None if packed.itemsize > 1 else torch.empty(8, num_out, num_in // group if group else 1)
+        return experts.Weight(words_ENK, scale_ENG, None, group, None, group if x == packed else 0)
+
+    def quantize(x_MK: Tensor) -> tuple[Tensor, Tensor | None]:
+        num_groups = x_MK.shape[1] // group if group else 1
+        return x_MK.to(x), None if x.itemsize > 1 else torch.empty(len(x_MK), num_groups)
+
+    weights = weight(768, 2048), weight(768, 2048), weight(2048, 768)
+    for num_tokens in (1, 1024):
+        x_TH = torch.empty(num_tokens, 2048, dtype=x if x.itemsize == 4 else torch.bfloat16)
+        shares_TK, ids_TK = torch.empty(num_tokens, 4), torch.zeros(num_tokens, 4, dtype=torch.int64)
+        activation = experts.Activation(1.0, 7.0, 0.0)
+        experts.experts(x_TH, shares_TK, ids_TK, weights, (None,) * 3, activation, quantize)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,15 @@ def quantize_fp8(x_MK: Tensor, input_scale: float, input_group_size: int) -> tup
     return scaled_MK.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale_MG
 
 
+@kernel(quantize_fp8, "triton", on_gpu_with_fp8)
+def quantize_fp8_triton(x_MK: Tensor, input_scale: float, input_group_size: int) -> tuple[Tensor, Tensor]:
+    from slipstream.kernels.triton import rows
+
+    if input_group_size & (input_group_size - 1):  # tiles are powers of two
+        return quantize_fp8.reference(x_MK, input_scale, input_group_size)
+    return rows.quantize(x_MK, rows.Quantized(input_scale, input_group_size, "float8_e4m3fn"))
+
+
 @op(
     "linear_fp8(Tensor x, Tensor x_scale, Tensor packed, Tensor scale, Tensor? bias, int group_size, "
     "int input_group_size, str dtype) -> Tensor",

@@ -33,6 +33,15 @@ def quantize_w8a8(x_MK: Tensor, input_scale: float, input_group_size: int) -> tu
     return scaled_MK.round_().clamp_(-LARGEST - 1, LARGEST).to(torch.int8), scale_MG
 
 
+@kernel(quantize_w8a8, "triton", on_gpu)
+def quantize_w8a8_triton(x_MK: Tensor, input_scale: float, input_group_size: int) -> tuple[Tensor, Tensor]:
+    from slipstream.kernels.triton import rows
+
+    if input_group_size & (input_group_size - 1):  # tiles are powers of two
+        return quantize_w8a8.reference(x_MK, input_scale, input_group_size)
+    return rows.quantize(x_MK, rows.Quantized(input_scale, input_group_size, "int8"))
+
+
 @op(
     "linear_w8a8(Tensor x, Tensor x_scale, Tensor packed, Tensor scale, Tensor? bias, int group_size, "
     "int input_group_size, str dtype) -> Tensor",

@@ -149,9 +149,9 @@ def _row(
 def _product(x, w, sums, IS_SWAPPED: tl.constexpr):
     """sums + x wᵀ, or its transpose."""
     if IS_SWAPPED:
-        sums = tl.dot(w, tl.trans(x), sums, out_dtype=sums.dtype)
+        sums = tl.dot(w, tl.trans(x), sums, input_precision="ieee", out_dtype=sums.dtype)
     else:
-        sums = tl.dot(x, tl.trans(w), sums, out_dtype=sums.dtype)
+        sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee", out_dtype=sums.dtype)
     return sums
 
 
@@ -312,7 +312,7 @@ def _through_dense(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tenso
     """For many rows: W as numbers of x's dtype, a part after the other, and the library's product."""
     assert weight.scale_NG is not None
     (num_rows, num_columns), num_out = x_MK.shape, weight.packed.shape[0]
-    group, is_pairs = _whole(weight.group_size, num_columns), weight.packed.dtype == torch.uint8
+    group, is_pairs = whole_group(weight.group_size, num_columns), weight.packed.dtype == torch.uint8
     at_once = min(num_out, max(128, _WIDE_BYTES // (num_columns * x_MK.itemsize) // 128 * 128))
     wide_NK = x_MK.new_empty(at_once, num_columns)
     y_MN = x_MK.new_empty(num_rows, num_out)
@@ -362,8 +362,8 @@ def product(
     num_out = weight.packed.shape[0]
     if tiles is None and num_rows > 256 and weight.x_scale_MG is None and weight.scale_NG is not None:
         return _through_dense(x_MK, weight, bias_N)
-    group = _whole(weight.group_size, num_columns)
-    x_group = _whole(weight.x_group_size, num_columns)
+    group = whole_group(weight.group_size, num_columns)
+    x_group = whole_group(weight.x_group_size, num_columns)
     tiles = tiles or choose_tiles(num_rows, num_out, group, x_MK.dtype, weight.packed.dtype)
     num_groups = weight.scale_NG.shape[1] if weight.scale_NG is not None else 1
     y_MN = x_MK.new_empty(num_rows, num_out, dtype=dtype)
@@ -397,7 +397,7 @@ def product(
     return y_MN
 
 
-def _whole(group_size: int, num_columns: int) -> int:
+def whole_group(group_size: int, num_columns: int) -> int:
     """A group that holds the whole row is none."""
     return group_size if group_size < num_columns else 0
 

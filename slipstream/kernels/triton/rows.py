@@ -99,6 +99,8 @@ def _tanh(x):
 
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "none":
+        return x
     if ACTIVATION == "silu":
         return x * tl.sigmoid(x)
     if ACTIVATION == "gelu_tanh":
@@ -164,6 +166,11 @@ def activate(x_TX: Tensor, name: str, *, is_gated: bool, how: Quantized | None =
     return out, scales
 
 
+def quantize(x_TX: Tensor, how: Quantized) -> tuple[Tensor, Tensor]:
+    """(the numbers, their scales)"""
+    return activate(x_TX, "none", is_gated=False, how=how)
+
+
 def _results(x_TX: Tensor, num_columns: int, how: Quantized | None) -> tuple[Tensor, Tensor, Any]:
     """Where the result and its scales go, and the constants that say how it is quantized, for a block of columns."""
     dtype = x_TX.dtype if how is None else getattr(torch, how.dtype)
@@ -175,7 +182,7 @@ def _results(x_TX: Tensor, num_columns: int, how: Quantized | None) -> tuple[Ten
         if how is None:
             return {"GROUP": 0, "LARGEST": 0.0, "IS_STATIC": False}
         return {
-            "GROUP": how.group_size or block,
+            "GROUP": min(how.group_size or block, block),
             "LARGEST": LARGEST[how.dtype],
             "IS_STATIC": how.input_scale != 0,
         }
