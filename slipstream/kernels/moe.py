@@ -56,6 +56,15 @@ def route_softmax(
     return probabilities_TK, ids_TK
 
 
+@kernel(route_softmax, "triton", on_gpu)
+def route_softmax_triton(
+    x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, top_k: int, is_normalized: bool
+) -> tuple[Tensor, Tensor]:
+    from slipstream.kernels.triton import router
+
+    return router.softmax(x_TH, weight_EH, bias_E, top_k, is_normalized)
+
+
 def _sigmoid_shapes(
     x_TH: Tensor, weight_EH: Tensor, correction_E: Tensor, top_k: int, num_groups: int, top_groups: int,
     is_normalized: bool, factor: float,
@@ -91,6 +100,16 @@ def route_sigmoid(
     if is_normalized:
         scores_TK /= scores_TK.sum(1, keepdim=True) + 1e-20
     return scores_TK.mul_(factor), ids_TK
+
+
+@kernel(route_sigmoid, "triton", on_gpu)
+def route_sigmoid_triton(
+    x_TH: Tensor, weight_EH: Tensor, correction_E: Tensor, top_k: int, num_groups: int, top_groups: int,
+    is_normalized: bool, factor: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from slipstream.kernels.triton import router
+
+    return router.sigmoid(x_TH, weight_EH, correction_E, top_k, num_groups, top_groups, is_normalized, factor)
 
 
 def need_routes(x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor) -> None:

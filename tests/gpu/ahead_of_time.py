@@ -15,7 +15,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from slipstream.kernels.sampling import SlotTable
-from slipstream.kernels.triton import attention, experts, linear, rope, sampling
+from slipstream.kernels.triton import attention, experts, linear, rope, router, sampling
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
@@ -47,7 +47,7 @@ def main(capability: int) -> None:
 
     JITFunction.run = compile_only
     attention.num_processors = lambda device: 132
-    for call in (attend, attend_with_everything, attend_latent, place, sample):
+    for call in (attend, attend_with_everything, attend_latent, place, sample, route):
         call()
     multiply(has_fp8=capability >= 89)
     mix(has_fp8=capability >= 89)
@@ -112,6 +112,12 @@ def multiply(has_fp8: bool) -> None:
             x_scale_MG = torch.empty(num_rows, 32 if group else 1) if x != wide else None
             weight = linear.Weight(weight_NK, scale_NG, None, group, x_scale_MG, group if x != wide else 0)
             linear.product(torch.empty(num_rows, 4096, dtype=x), weight, None, wide)
+
+
+def route() -> None:
+    x_TH, weight_EH = torch.empty(3, 2048, dtype=torch.bfloat16), torch.empty(256, 2048, dtype=torch.bfloat16)
+    router.softmax(x_TH, weight_EH, None, 8, True)
+    router.sigmoid(x_TH, weight_EH, torch.empty(256), 8, 8, 4, True, 2.5)
 
 
 def mix(has_fp8: bool) -> None:
