@@ -116,7 +116,7 @@ class Inputs:
     def arguments(self, copy: int) -> tuple[Any, ...]:
         case = self.case
         return (
-            self.q[copy], self.kv, self.starts, self.lens, self.tables[copy], self.slopes, self.sinks,
+            self.q[copy], self.kv, self.starts, self.lens, self.tables[copy], self.slopes, self.sinks, None,
             case.head_dim**-0.5, case.window, case.soft_cap, case.value_dim or case.head_dim,
         )  # fmt: skip
 

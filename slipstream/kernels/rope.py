@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from slipstream.kernels.attention.paged import kv_write, need_cache
+from slipstream.kernels.attention.cache import need_cache
+from slipstream.kernels.attention.paged import kv_write
 from slipstream.kernels.fits import need, need_floats, need_heads, need_shape
 from slipstream.kernels.registry import kernel, on_gpu, op
 
@@ -72,27 +73,35 @@ def rope_pairs(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     return torch.stack([first * cos - second * sin, second * cos + first * sin], 3).flatten(1)
 
 
-def _rope_write_shapes(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
-    need_cache(kv)
-    kv_write.shapes(_rope_shapes(k, cos, sin, kv.shape[4]), v, kv, slots)
+def _rope_write_shapes(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor,
+    kv_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    need_cache(kv, kv_scales)
+    kv_write.shapes(_rope_shapes(k, cos, sin, kv.shape[4]), v, kv, slots, kv_scales)
     return _rope_shapes(q, cos, sin, kv.shape[4])
 
 
 @op(
-    "rope_kv_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) kv, Tensor slots) -> Tensor",
+    "rope_kv_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) kv, Tensor slots, "
+    "Tensor? kv_scales=None) -> Tensor",
     shapes=_rope_write_shapes,
 )
-def rope_kv_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
+def rope_kv_write(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor,
+    kv_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Rotate q and k, write k and v into their KV slots, return the rotated q; heads are as wide as the cache's."""
     head_dim = kv.shape[4]
-    kv_write.reference(rope.reference(k, cos, sin, head_dim), v, kv, slots)
+    kv_write.reference(rope.reference(k, cos, sin, head_dim), v, kv, slots, kv_scales)
     return rope.reference(q, cos, sin, head_dim)
 
 
 @kernel(rope_kv_write, "triton", on_gpu)
 def rope_kv_write_triton(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor,
+    kv_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     from slipstream.kernels.triton import rope as rotation
 
-    return rotation.rope_kv_write(q, k, v, cos, sin, kv, slots)
+    return rotation.rope_kv_write(q, k, v, cos, sin, kv, slots, kv_scales)

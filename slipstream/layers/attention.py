@@ -76,6 +76,6 @@ def attend(
     """Store this step's keys and values, then attend to all that the cache holds (kernels/attention/paged.py)."""
     paged.kv_write(k_TY, v_TY, kv, step.slots)
     return paged.attention(
-        q_TX, kv, step.query_starts, step.kv_lens, step.block_tables, alibi_slopes, sinks,
+        q_TX, kv, step.query_starts, step.kv_lens, step.block_tables, alibi_slopes, sinks, None,
         scale, window, soft_cap, value_dim,
     )  # fmt: skip

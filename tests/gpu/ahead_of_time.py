@@ -49,6 +49,9 @@ def main(capability: int) -> None:
     attention.num_processors = lambda device: 132
     for call in (attend, attend_with_everything, attend_latent, place, sample, route):
         call()
+    keep_in_8_bits(torch.int8)
+    if capability >= 89:
+        keep_in_8_bits(torch.float8_e4m3fn)
     multiply(has_fp8=capability >= 89)
     mix(has_fp8=capability >= 89)
 
@@ -72,23 +75,44 @@ def attend_latent() -> None:
 
 def _attend(
     num_tokens: int, num_sequences: int, *, head_dim: int = 128, num_planes: int = 2, num_kv_heads: int = 8,
-    block_size: int = 32, **options: Any,
+    block_size: int = 32, kv_dtype: torch.dtype = torch.bfloat16, **options: Any,
 ) -> None:  # fmt: skip
     q_TX = torch.empty(num_tokens, 32 * head_dim, dtype=torch.bfloat16)
-    kv = torch.empty(num_planes, 4, block_size, num_kv_heads, head_dim, dtype=torch.bfloat16)
+    kv = torch.empty(num_planes, 4, block_size, num_kv_heads, head_dim, dtype=kv_dtype)
     starts, lens = torch.zeros(num_sequences + 1, dtype=torch.int64), torch.zeros(num_sequences, dtype=torch.int64)
     tables = torch.zeros(num_sequences, 100, dtype=torch.int64)
-    given = {"alibi_slopes_H": None, "sinks_H": None, "scale": 0.1, "window": 0, "soft_cap": 0.0, "value_dim": head_dim}
+    given = {
+        "alibi_slopes_H": None,
+        "sinks_H": None,
+        "kv_scales_PK": None,
+        "scale": 0.1,
+        "window": 0,
+        "soft_cap": 0.0,
+        "value_dim": head_dim,
+    }
     attention.attention(q_TX, kv, starts, lens, tables, **(given | options))
 
 
+def keep_in_8_bits(dtype: torch.dtype) -> None:
+    for num_tokens in (1, 2048):
+        _attend(num_tokens, 1, kv_dtype=dtype, kv_scales_PK=torch.ones(2, 8))
+    _attend(64, 64, head_dim=576, value_dim=512, num_planes=1, num_kv_heads=1, kv_dtype=dtype,
+            kv_scales_PK=torch.ones(1, 1))  # fmt: skip
+    _place(dtype, torch.ones(2, 8))
+
+
 def place() -> None:
+    _place(torch.bfloat16, None)
+    angles = torch.empty(3, 64)
+    rope.rope(torch.empty(3, 6144, dtype=torch.bfloat16)[:, :4096], angles, angles, 128)
+
+
+def _place(kv_dtype: torch.dtype, kv_scales: torch.Tensor | None) -> None:
     q, k, v = torch.empty(3, 6144, dtype=torch.bfloat16).split([4096, 1024, 1024], 1)
-    kv, angles = torch.empty(2, 4, 32, 8, 128, dtype=torch.bfloat16), torch.empty(3, 64)
+    kv, angles = torch.empty(2, 4, 32, 8, 128, dtype=kv_dtype), torch.empty(3, 64)
     slots = torch.zeros(3, dtype=torch.int64)
-    rope.rope_kv_write(q, k, v, angles, angles, kv, slots)
-    rope.kv_write(k, v, kv, slots)
-    rope.rope(q, angles, angles, 128)
+    rope.rope_kv_write(q, k, v, angles, angles, kv, slots, kv_scales)
+    rope.kv_write(k, v, kv, slots, kv_scales)
 
 
 def sample() -> None:

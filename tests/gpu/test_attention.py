@@ -48,8 +48,10 @@ def make(
     has_slopes: bool = False,
     has_sinks: bool = False,
     padding: int = 0,
+    kv_dtype: torch.dtype | None = None,
 ) -> tuple[Any, ...]:
-    """The op's arguments. padding: rows and sequences added as a recorded step adds them; q is NaN there."""
+    """The op's arguments. kv_dtype: of a cache in 8 bits, where what no row may see is 127.
+    padding: rows and sequences added as a recorded step adds them; q is NaN there."""
     generator = torch.Generator().manual_seed(SEED)
     num_heads, num_kv_heads = heads
     kv_lens = [rows + past for rows, past in chunks]
@@ -63,18 +65,23 @@ def make(
             tables[sequence, index] = block = order.pop()
             used = min(block_size, length - index * block_size)
             kv[:, block, :used] = torch.randn(num_planes, used, num_kv_heads, head_dim, generator=generator)
+    scales = None
+    if kv_dtype is not None:
+        kv = (kv * 40).clamp(-127, 127).round().nan_to_num(nan=127).to(device, kv_dtype)
+        scales = (torch.rand(num_planes, num_kv_heads, generator=generator) / 50 + 0.02).to(device)
     num_rows = sum(rows for rows, _ in chunks)
     q = torch.randn(num_rows + padding, num_heads * head_dim + 24, generator=generator)
     q[num_rows:] = math.nan
     starts = [0, *torch.tensor([rows for rows, _ in chunks]).cumsum(0).tolist(), *[num_rows] * padding]
     return (
         q.to(device, dtype)[:, 16:-8],  # as a slice of a joined projection
-        kv.to(device, dtype),
+        kv.to(device, kv_dtype or dtype),
         torch.tensor(starts, device=device),
         torch.tensor([*kv_lens, *[0] * padding], device=device),
         tables.to(device),
         torch.rand(num_heads, generator=generator).to(device) if has_slopes else None,
         torch.randn(num_heads, generator=generator).to(device, dtype) if has_sinks else None,
+        scales,
         head_dim**-0.5,
         window,
         soft_cap,
@@ -84,7 +91,7 @@ def make(
 
 def naive(
     q: Tensor, kv: Tensor, query_starts: Tensor, kv_lens: Tensor, tables: Tensor, slopes: Tensor | None,
-    sinks: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
+    sinks: Tensor | None, kv_scales: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
 ) -> Tensor:  # fmt: skip
     num_kv_heads, head_dim = kv.shape[3:]
     block_size, num_heads = kv.shape[2], q.shape[1] // head_dim
@@ -96,6 +103,8 @@ def naive(
             continue
         places = torch.arange(kv_len, device=q.device)
         found = kv[:, tables[sequence, places // block_size], places % block_size].double().nan_to_num()
+        if kv_scales is not None:
+            found = found * kv_scales.double()[:, None, :, None]
         found = found.repeat_interleave(num_heads // num_kv_heads, 2)
         scores = torch.einsum("qhd,khd->hqk", q_THD[rows], found[0]) * scale
         if soft_cap:
@@ -168,6 +177,32 @@ def test_latent_keys_are_values(device: torch.device, head_dim: int, value_dim: 
     options = {"head_dim": head_dim, "value_dim": value_dim, "num_planes": 1, "heads": (16, 1)}
     check(make(device, BATCHES["generation"], **options, dtype=HALF))
     check(make(device, [(9, 20), (1, 3)], **options, dtype=HALF))
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunks", BATCHES.values(), ids=BATCHES)
+def test_a_cache_of_8_bits(
+    device: torch.device, chunks: list[tuple[int, int]], dtype: torch.dtype, kv_dtype: torch.dtype
+) -> None:
+    check(make(device, chunks, dtype=dtype, kv_dtype=kv_dtype))
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 30, "soft_cap": 3.0, "has_slopes": True, "has_sinks": True, "head_dim": 80},
+        {"head_dim": 576, "value_dim": 512, "num_planes": 1, "heads": (16, 1)},
+        {"head_dim": 24, "value_dim": 7, "num_planes": 1, "heads": (4, 1)},
+    ],
+    ids=["everything", "latent", "narrow latent"],
+)
+def test_a_cache_of_8_bits_with_options(device: torch.device, options: dict[str, Any], num_splits: int) -> None:
+    tile = tiles.Tile(16, 32, 4, 2)
+    for kv_dtype in (torch.float8_e4m3fn, torch.int8):
+        arguments = make(device, BATCHES["mixed"], dtype=HALF, kv_dtype=kv_dtype, **options)
+        check(arguments, (tiles.Launch(tile, num_splits),))
 
 
 @pytest.mark.parametrize("chunks", BATCHES.values(), ids=BATCHES)

@@ -112,8 +112,8 @@ def attention_inputs(
     kv = step["kv"][:1].clone() if is_latent else step["kv"]
     value_dim = 5 if is_latent else head_dim
     scale = head_dim**-0.5
-    tables = step["block_tables"]
-    return q, kv, step["query_starts"], step["kv_lens"], tables, slopes, sinks, scale, window, soft_cap, value_dim
+    metadata = step["query_starts"], step["kv_lens"], step["block_tables"]
+    return q, kv, *metadata, slopes, sinks, None, scale, window, soft_cap, value_dim
 
 
 def forget_unseen(step: dict[str, Tensor], chunks: list[tuple[int, int]], window: int, poison: float) -> None:
@@ -132,6 +132,7 @@ def naive_attention(
     tables: Tensor,
     slopes: Tensor | None,
     sinks: Tensor | None,
+    kv_scales: None,  # tests/kernels/test_kv_cache.py
     scale: float,
     window: int,
     soft_cap: float,
@@ -173,7 +174,7 @@ def streaming_inputs(
             step["block_tables"][sequence, index] = 0
     q, sink_q = (numbers(generator, sum(rows for rows, _ in chunks), num_heads * head_dim) for _ in range(2))
     metadata = step["query_starts"], step["kv_lens"], step["block_tables"]
-    return q, sink_q, step["kv"], *metadata, head_dim**-0.5, window, soft_cap, head_dim, sinks
+    return q, sink_q, step["kv"], *metadata, None, head_dim**-0.5, window, soft_cap, head_dim, sinks
 
 
 def naive_streaming_attention(
@@ -183,6 +184,7 @@ def naive_streaming_attention(
     query_starts: Tensor,
     kv_lens: Tensor,
     tables: Tensor,
+    kv_scales: None,
     scale: float,
     window: int,
     soft_cap: float,
@@ -228,25 +230,27 @@ def naive_rope(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
     return out
 
 
-def naive_kv_write(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
+def naive_kv_write(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor, kv_scales: None) -> None:
     for token, slot in enumerate(slots.tolist()):
         for part, x in enumerate((k, v)):
             kv[part, slot // BLOCK_SIZE, slot % BLOCK_SIZE] = x[token].view(kv.shape[3:])
 
 
-def naive_rope_kv_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
-    naive_kv_write(naive_rope(k, cos, sin, 8), v, kv, slots)
+def naive_rope_kv_write(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor, kv_scales: None
+) -> Tensor:
+    naive_kv_write(naive_rope(k, cos, sin, 8), v, kv, slots, kv_scales)
     return naive_rope(q, cos, sin, 8)
 
 
 def kv_write_inputs(generator: torch.Generator, num_tokens: int) -> tuple[Any, ...]:
     step = paged(generator, chunks_of(num_tokens), 2, 8, poison=7.0)
-    return numbers(generator, num_tokens, 16), numbers(generator, num_tokens, 16), step["kv"], step["slots"]
+    return numbers(generator, num_tokens, 16), numbers(generator, num_tokens, 16), step["kv"], step["slots"], None
 
 
 def rope_kv_write_inputs(generator: torch.Generator, num_tokens: int) -> tuple[Any, ...]:
-    k, v, kv, slots = kv_write_inputs(generator, num_tokens)
-    return numbers(generator, num_tokens, 32), k, v, *rope_inputs(generator, num_tokens), kv, slots
+    k, v, *cache = kv_write_inputs(generator, num_tokens)
+    return numbers(generator, num_tokens, 32), k, v, *rope_inputs(generator, num_tokens), *cache
 
 
 def naive_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -996,7 +1000,7 @@ def test_one_group_of_experts_is_none() -> None:
 def test_a_write_leaves_the_other_slots_alone(name: str) -> None:
     for kernel in known_ops()[name].candidates(CPU, torch.float32).values():
         arguments = inputs_of(known_ops()[name], 7)
-        kv, slots = arguments[-2:]
+        kv, slots = arguments[-3:-1]
         before = kv.flatten(1, 2).clone()
         others = sorted(set(range(before.shape[1])) - set(slots.tolist()))
         kernel.function(*arguments)

@@ -25,7 +25,7 @@ def graph_of(*layers: Node) -> Graph:
 
 def attention(layer: int, *options: str | None) -> Node:
     return Node(
-        "attention", ("q", f"kv.{layer}", *STEP, *(options or (None, None))), (f"out{layer}",), dict(ATTRIBUTES)
+        "attention", ("q", f"kv.{layer}", *STEP, *(options or (None, None)), None), (f"out{layer}",), dict(ATTRIBUTES)
     )
 
 
@@ -47,7 +47,7 @@ def test_with_sinks_a_query_is_rotated_to_its_place_in_the_window_too():
     layers = [
         Node("rope_cos_sin", ("step.positions", "frequencies"), ("cos", "sin"), {"scale": 1.0}),
         Node("rope", ("q", "cos", "sin"), ("rotated",), {"head_dim": 4}),
-        Node("attention", ("rotated", "kv.0", *STEP, None, None), ("out",), ATTRIBUTES),
+        Node("attention", ("rotated", "kv.0", *STEP, None, None, None), ("out",), ATTRIBUTES),
     ]
     graph = graph_of(*layers)
     graph = replace(graph, inputs=graph.inputs | {"frequencies": TensorType((2,), "float32")})
@@ -58,7 +58,7 @@ def test_with_sinks_a_query_is_rotated_to_its_place_in_the_window_too():
     ]  # fmt: skip
     placed, again = nodes[2].outputs[0], nodes[4].outputs[0]
     assert nodes[3].inputs == (placed, "frequencies") and nodes[4].inputs == ("q", *nodes[3].outputs)
-    assert nodes[5].inputs == ("rotated", again, "kv.0", *STEP)
+    assert nodes[5].inputs == ("rotated", again, "kv.0", *STEP, None)
     assert nodes[5].attributes == ATTRIBUTES | {"window": 8, "sink_tokens": 2}
 
 

@@ -1,6 +1,6 @@
 """Writing K and V into pages, and attending to them.
 
-A layer's cache is one tensor kv_PNBKD: P planes (keys and values), N blocks of B tokens, K heads, D numbers a head.
+A layer's cache is one tensor kv_PNBKD (cache.py), with kv_scales where it is kept in 8 bits.
 Ragged batches are the only kind: context and generation rows of many sequences in one call, each seeing its own past.
 
 MHA, GQA and MQA differ only in K (arXiv:1911.02150, 2305.13245). Latent attention (MLA, arXiv:2405.04434) is MQA over
@@ -11,18 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.kernels.attention.cache import need_cache, to_numbers, to_stored
 from slipstream.kernels.fits import need, need_floats, need_heads, need_same_dtype, need_shape
 from slipstream.kernels.registry import kernel, on_gpu, op
 
 
-def need_cache(kv_PNBKD: Tensor) -> None:
-    need(
-        kv_PNBKD.dim() == 5 and kv_PNBKD.shape[0] in (1, 2), "a cache must be [planes, blocks, tokens, heads, numbers]"
-    )
-
-
-def _write_shapes(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor) -> None:
-    need_cache(kv_PNBKD)
+def _write_shapes(
+    k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor, kv_scales_PK: Tensor | None = None
+) -> None:
+    need_cache(kv_PNBKD, kv_scales_PK)
     need_floats(k=k_TY, v=v_TY)
     (num_tokens,) = slots_T.shape
     num_columns = kv_PNBKD.shape[3] * kv_PNBKD.shape[4]
@@ -31,32 +28,42 @@ def _write_shapes(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: 
     need(v_TY is not None or kv_PNBKD.shape[0] == 1, "a cache of two planes takes keys and values")
 
 
-@op("kv_write(Tensor k, Tensor? v, Tensor(a!) kv, Tensor slots) -> ()", shapes=_write_shapes)
-def kv_write(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor) -> None:
+@op("kv_write(Tensor k, Tensor? v, Tensor(a!) kv, Tensor slots, Tensor? kv_scales=None) -> ()", shapes=_write_shapes)
+def kv_write(
+    k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor, kv_scales_PK: Tensor | None = None
+) -> None:
     """Store each token's key, and its value where the cache has two planes, at its slot (block id * size + offset)."""
     num_planes, num_blocks, block_size, *heads = kv_PNBKD.shape
     pages_PSKD = kv_PNBKD.view(
         num_planes, num_blocks * block_size, *heads
     )  # a view or an error: a copy loses the write
-    for page_SKD, x_TY in zip(pages_PSKD, (k_TY, v_TY), strict=False):
+    for plane, (page_SKD, x_TY) in enumerate(zip(pages_PSKD, (k_TY, v_TY), strict=False)):
         assert x_TY is not None
-        page_SKD.index_copy_(0, slots_T, x_TY.unflatten(1, heads).to(kv_PNBKD.dtype))
+        x_TKD = x_TY.unflatten(1, heads)
+        if kv_scales_PK is None:
+            page_SKD.index_copy_(0, slots_T, x_TKD.to(kv_PNBKD.dtype))
+        else:  # as bytes: torch copies no E4M3 by index
+            stored_TKD = to_stored(x_TKD, kv_scales_PK[plane], kv_PNBKD.dtype)
+            page_SKD.view(torch.int8).index_copy_(0, slots_T, stored_TKD.view(torch.int8))
 
 
 @kernel(kv_write, "triton", on_gpu)
-def kv_write_triton(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor) -> None:
+def kv_write_triton(
+    k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor, kv_scales_PK: Tensor | None = None
+) -> None:
     from slipstream.kernels.triton import rope as rotation
 
-    rotation.kv_write(k_TY, v_TY, kv_PNBKD, slots_T)
+    rotation.kv_write(k_TY, v_TY, kv_PNBKD, slots_T, kv_scales_PK)
 
 
 def _attention_shapes(
     q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
-    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
+    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, kv_scales_PK: Tensor | None,
+    scale: float, window: int, soft_cap: float, value_dim: int,
 ) -> Tensor:  # fmt: skip
-    need_cache(kv_PNBKD)
+    need_cache(kv_PNBKD, kv_scales_PK)
     need_floats(q=q_TX, alibi_slopes=alibi_slopes_H, sinks=sinks_H)
-    need_same_dtype(q_TX, kv=kv_PNBKD)
+    need_same_dtype(q_TX, kv=kv_PNBKD if kv_scales_PK is None else None)
     num_tokens, num_columns = q_TX.shape
     num_kv_heads, head_dim = kv_PNBKD.shape[3:]
     need_heads("q", num_columns, num_kv_heads * head_dim)
@@ -70,13 +77,14 @@ def _attention_shapes(
 
 @op(
     "attention(Tensor q, Tensor kv, Tensor query_starts, Tensor kv_lens, Tensor block_tables, Tensor? alibi_slopes, "
-    "Tensor? sinks, float scale, int window, float soft_cap, int value_dim) -> Tensor",
+    "Tensor? sinks, Tensor? kv_scales, float scale, int window, float soft_cap, int value_dim) -> Tensor",
     shapes=_attention_shapes,
     reads_values=True,
 )
 def attention(
     q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
-    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
+    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, kv_scales_PK: Tensor | None,
+    scale: float, window: int, soft_cap: float, value_dim: int,
 ) -> Tensor:  # fmt: skip
     """softmax(q kᵀ · scale) v for each query row, over its sequence's pages up to its own position.
 
@@ -93,7 +101,7 @@ def attention(
         rows = slice(starts[sequence], starts[sequence + 1])
         if rows.start != rows.stop:
             out_TX[rows] = _attend_one(
-                q_TX[rows], kv_PNBKD, block_tables_SB[sequence], kv_len, alibi_slopes_H, sinks_H,
+                q_TX[rows], kv_PNBKD, block_tables_SB[sequence], kv_len, alibi_slopes_H, sinks_H, kv_scales_PK,
                 scale, window, soft_cap, value_dim,
             )  # fmt: skip
     return out_TX
@@ -101,13 +109,14 @@ def attention(
 
 def _attend_one(
     q_QX: Tensor, kv_PNBKD: Tensor, block_ids_B: Tensor, kv_len: int, alibi_slopes_H: Tensor | None,
-    sinks_H: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
+    sinks_H: Tensor | None, kv_scales_PK: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
 ) -> Tensor:  # fmt: skip
     _, _, block_size, num_kv_heads, head_dim = kv_PNBKD.shape
     num_queries = q_QX.shape[0]
     first = _first_place(kv_len, num_queries, window, block_size)
     block_ids = block_ids_B[first // block_size : -(-kv_len // block_size)]
-    pages_KLD = [page.index_select(0, block_ids).flatten(0, 1)[: kv_len - first].transpose(0, 1) for page in kv_PNBKD]
+    planes = _read(kv_PNBKD, block_ids, kv_scales_PK, q_QX.dtype)
+    pages_KLD = [page.flatten(0, 1)[: kv_len - first].transpose(0, 1) for page in planes]
     k_KLD, v_KLD = pages_KLD[0], pages_KLD[-1][:, :, :value_dim]
     q_KGQD = q_QX.view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     scores_KGQL = torch.matmul(q_KGQD.flatten(1, 2), k_KLD.transpose(1, 2)).unflatten(1, q_KGQD.shape[1:3])
@@ -129,6 +138,15 @@ def _attend_one(
     return out_KGQD.permute(2, 0, 1, 3).reshape(num_queries, -1)
 
 
+def _read(kv_PNBKD: Tensor, block_ids_B: Tensor, kv_scales_PK: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    """These blocks [B, tokens, heads, numbers] of each plane, in the dtype to compute with."""
+    scales = [None] * len(kv_PNBKD) if kv_scales_PK is None else kv_scales_PK
+    return [
+        to_numbers(plane.index_select(0, block_ids_B), scale, dtype)
+        for plane, scale in zip(kv_PNBKD, scales, strict=True)
+    ]
+
+
 def _first_place(kv_len: int, num_queries: int, window: int, block_size: int) -> int:
     """Position, at a block's start, before which no query row sees anything: those pages may be someone else's."""
     first_visible = max(0, kv_len - num_queries + 1 - window) if window else 0
@@ -144,7 +162,8 @@ def _distances(kv_len: int, num_queries: int, first: int, device: torch.device) 
 @kernel(attention, "batched_decode", lambda device, _dtype: device.type == "cpu")
 def attention_batched_decode(
     q_TX: Tensor, kv_2NBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
-    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
+    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, kv_scales_PK: Tensor | None,
+    scale: float, window: int, soft_cap: float, value_dim: int,
 ) -> Tensor:  # fmt: skip
     """Sequences with one query row in one batched product over padded pages; the others by flash attention.
 
@@ -153,37 +172,38 @@ def attention_batched_decode(
     is_plain = alibi_slopes_H is None and sinks_H is None and not window and not soft_cap
     if not is_plain or len(kv_2NBKD) == 1 or value_dim != kv_2NBKD.shape[4]:
         return attention.reference(
-            q_TX, kv_2NBKD, query_starts, kv_lens, block_tables_SB, alibi_slopes_H, sinks_H,
+            q_TX, kv_2NBKD, query_starts, kv_lens, block_tables_SB, alibi_slopes_H, sinks_H, kv_scales_PK,
             scale, window, soft_cap, value_dim,
         )  # fmt: skip
     out_TX = torch.empty(q_TX.shape, dtype=q_TX.dtype, device=q_TX.device)
     starts, lens = query_starts.tolist(), kv_lens.tolist()
     decoding = [s for s in range(len(lens)) if starts[s + 1] - starts[s] == 1]
     if len(decoding) == len(lens) > 0:
-        return _attend_single_rows(q_TX, kv_2NBKD, lens, kv_lens, block_tables_SB, scale)
+        return _attend_single_rows(q_TX, kv_2NBKD, lens, kv_lens, block_tables_SB, kv_scales_PK, scale)
     for sequence, kv_len in enumerate(lens):
         if starts[sequence + 1] - starts[sequence] > 1:
             rows = slice(starts[sequence], starts[sequence + 1])
-            out_TX[rows] = _attend_flash(q_TX[rows], kv_2NBKD, block_tables_SB[sequence], kv_len, scale)
+            out_TX[rows] = _attend_flash(q_TX[rows], kv_2NBKD, block_tables_SB[sequence], kv_len, kv_scales_PK, scale)
     if decoding:
         which = torch.tensor(decoding)
         rows_D = query_starts[which]
         some_lens = [lens[s] for s in decoding]
         out_TX[rows_D] = _attend_single_rows(
-            q_TX[rows_D], kv_2NBKD, some_lens, kv_lens[which], block_tables_SB[which], scale
+            q_TX[rows_D], kv_2NBKD, some_lens, kv_lens[which], block_tables_SB[which], kv_scales_PK, scale
         )
     return out_TX
 
 
 def _attend_single_rows(
-    q_SX: Tensor, kv_2NBKD: Tensor, lens: list[int], kv_lens: Tensor, block_tables_SB: Tensor, scale: float
-) -> Tensor:
+    q_SX: Tensor, kv_2NBKD: Tensor, lens: list[int], kv_lens: Tensor, block_tables_SB: Tensor,
+    kv_scales_2K: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
     _, _, block_size, num_kv_heads, head_dim = kv_2NBKD.shape
     longest, shortest, num_sequences = max(lens), min(lens), len(lens)
     num_places = -(-longest // block_size) * block_size
     table = block_tables_SB[:, : num_places // block_size].flatten()
     places = (num_sequences, num_places, num_kv_heads, head_dim)
-    k_SLKD, v_SLKD = (pages.index_select(0, table).view(places) for pages in kv_2NBKD)
+    k_SLKD, v_SLKD = (x.view(places) for x in _read(kv_2NBKD, table, kv_scales_2K, q_SX.dtype))
     mask_S11L = None
     if shortest != longest:
         is_padding_SL = torch.arange(num_places) >= kv_lens[:, None]
@@ -200,13 +220,15 @@ def _attend_single_rows(
     return out_SKGD.reshape(num_sequences, -1)
 
 
-def _attend_flash(q_QX: Tensor, kv_2NBKD: Tensor, block_ids_B: Tensor, kv_len: int, scale: float) -> Tensor:
+def _attend_flash(
+    q_QX: Tensor, kv_2NBKD: Tensor, block_ids_B: Tensor, kv_len: int, kv_scales_2K: Tensor | None, scale: float
+) -> Tensor:
     _, _, block_size, _, head_dim = kv_2NBKD.shape
     num_queries = q_QX.shape[0]
     num_blocks = -(-kv_len // block_size)
     k_1KLD, v_1KLD = (
-        pages.index_select(0, block_ids_B[:num_blocks]).flatten(0, 1)[:kv_len].transpose(0, 1)[None]
-        for pages in kv_2NBKD
+        pages.flatten(0, 1)[:kv_len].transpose(0, 1)[None]
+        for pages in _read(kv_2NBKD, block_ids_B[:num_blocks], kv_scales_2K, q_QX.dtype)
     )
     q_1HQD = q_QX.view(num_queries, -1, head_dim).transpose(0, 1)[None]
     mask_QL = None
@@ -221,11 +243,12 @@ def _attend_flash(q_QX: Tensor, kv_2NBKD: Tensor, block_ids_B: Tensor, kv_len: i
 @kernel(attention, "triton", on_gpu)
 def attention_triton(
     q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
-    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
+    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, kv_scales_PK: Tensor | None,
+    scale: float, window: int, soft_cap: float, value_dim: int,
 ) -> Tensor:  # fmt: skip
     from slipstream.kernels.triton.attention import attention as in_tiles
 
     return in_tiles(
-        q_TX, kv_PNBKD, query_starts, kv_lens, block_tables_SB, alibi_slopes_H, sinks_H,
+        q_TX, kv_PNBKD, query_starts, kv_lens, block_tables_SB, alibi_slopes_H, sinks_H, kv_scales_PK,
         scale, window, soft_cap, value_dim,
     )  # fmt: skip

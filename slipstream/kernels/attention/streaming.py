@@ -13,6 +13,7 @@ can be in the millions then: rope.far_cos_sin.
 import torch
 from torch import Tensor
 
+from slipstream.kernels.attention.cache import to_numbers
 from slipstream.kernels.attention.paged import attention
 from slipstream.kernels.fits import need, need_same_dtype, need_shape
 from slipstream.kernels.registry import op
@@ -31,24 +32,24 @@ def place_in_window(positions_T: Tensor, window: int) -> Tensor:
 
 def _shapes(
     q_TX: Tensor, sink_q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
-    scale: float, window: int, soft_cap: float, value_dim: int, sink_tokens: int,
+    kv_scales_PK: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int, sink_tokens: int,
 ) -> Tensor:  # fmt: skip
     need_same_dtype(q_TX, sink_q=sink_q_TX)
     need_shape("sink_q", sink_q_TX, *q_TX.shape)
     need(0 <= sink_tokens < window, f"sink_tokens must be from 0 to {window - 1}")
     step = (query_starts, kv_lens, block_tables_SB)
-    return attention.shapes(q_TX, kv_PNBKD, *step, None, None, scale, window, soft_cap, value_dim)
+    return attention.shapes(q_TX, kv_PNBKD, *step, None, None, kv_scales_PK, scale, window, soft_cap, value_dim)
 
 
 @op(
     "streaming_attention(Tensor q, Tensor sink_q, Tensor kv, Tensor query_starts, Tensor kv_lens, Tensor block_tables, "
-    "float scale, int window, float soft_cap, int value_dim, int sink_tokens) -> Tensor",
+    "Tensor? kv_scales, float scale, int window, float soft_cap, int value_dim, int sink_tokens) -> Tensor",
     shapes=_shapes,
     reads_values=True,
 )
 def streaming_attention(
     q_TX: Tensor, sink_q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
-    scale: float, window: int, soft_cap: float, value_dim: int, sink_tokens: int,
+    kv_scales_PK: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int, sink_tokens: int,
 ) -> Tensor:  # fmt: skip
     """softmax(q kᵀ · scale) v over the first `sink_tokens` tokens of a sequence and the newest, `window` in all.
 
@@ -63,14 +64,14 @@ def streaming_attention(
         if rows.start != rows.stop:
             out_TX[rows] = _attend_one(
                 q_TX[rows], sink_q_TX[rows], kv_PNBKD, block_tables_SB[sequence], kv_len,
-                scale, window, soft_cap, value_dim, sink_tokens,
+                kv_scales_PK, scale, window, soft_cap, value_dim, sink_tokens,
             )  # fmt: skip
     return out_TX
 
 
 def _attend_one(
     q_QX: Tensor, sink_q_QX: Tensor, kv_PNBKD: Tensor, block_ids_B: Tensor, kv_len: int,
-    scale: float, window: int, soft_cap: float, value_dim: int, sink_tokens: int,
+    kv_scales_PK: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int, sink_tokens: int,
 ) -> Tensor:  # fmt: skip
     num_queries, block_size = q_QX.shape[0], kv_PNBKD.shape[2]
     positions_Q1 = torch.arange(kv_len - num_queries, kv_len, device=q_QX.device)[:, None]
@@ -86,7 +87,9 @@ def _attend_one(
         ],
         dim=1,
     )
-    sinks_PKLD, newest_PKLD = (_pages(kv_PNBKD, block_ids_B, places) for places in (sinks_L, newest_L))
+    sinks_PKLD, newest_PKLD = (
+        _pages(kv_PNBKD, block_ids_B, places, kv_scales_PK, q_QX.dtype) for places in (sinks_L, newest_L)
+    )
     pairs = ((sink_q_QX, sinks_PKLD[0]), (q_QX, newest_PKLD[0]))
     scores_KGQL = torch.cat([_scores(q, k_KLD) for q, k_KLD in pairs], dim=-1).float() * scale
     if soft_cap:
@@ -97,11 +100,14 @@ def _attend_one(
     return out_KGQD.permute(2, 0, 1, 3).reshape(num_queries, -1)
 
 
-def _pages(kv_PNBKD: Tensor, block_ids_B: Tensor, places_L: Tensor) -> Tensor:
+def _pages(
+    kv_PNBKD: Tensor, block_ids_B: Tensor, places_L: Tensor, kv_scales_PK: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """What the cache holds at these places of the sequence: planes, KV heads, places, numbers."""
     block_size = kv_PNBKD.shape[2]
     slots_L = block_ids_B[places_L // block_size] * block_size + places_L % block_size
-    return kv_PNBKD.flatten(1, 2)[:, slots_L].transpose(1, 2)
+    scales_P1K = None if kv_scales_PK is None else kv_scales_PK[:, None]
+    return to_numbers(kv_PNBKD.flatten(1, 2)[:, slots_L], scales_P1K, dtype).transpose(1, 2)
 
 
 def _scores(q_QX: Tensor, k_KLD: Tensor) -> Tensor:

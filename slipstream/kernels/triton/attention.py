@@ -96,6 +96,14 @@ def _store(base, offsets, is_row, values, START: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
+def _exact_for_8_bits(q):
+    """In a dtype that 8 bits convert to exactly, and in the fewest instructions: bfloat16 would take more."""
+    if q.dtype == tl.bfloat16:
+        q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+    return q
+
+
+@triton.jit
 def _finite(maximum):
     """For rows that have seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) is NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
@@ -104,8 +112,8 @@ def _finite(maximum):
 @triton.jit(do_not_specialize=["num_sequences", "num_splits", "table_stride", "window"])
 def _attend(
     q, kv, out, partial_sums, partial_stats, query_starts, kv_lens, block_tables, alibi_slopes, sinks,
-    num_sequences, num_splits, window, scale, soft_cap,
-    q_stride, out_stride, plane_stride, page_stride, token_stride, head_stride, table_stride,
+    kv_scales, num_sequences, num_splits, window, scale, soft_cap,
+    q_stride, out_stride, plane_stride, page_stride, token_stride, head_stride, table_stride, scale_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr, VALUE_MAIN: tl.constexpr, VALUE_REST: tl.constexpr,
     KEYS_ARE_VALUES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -155,6 +163,12 @@ def _attend(
     if HAS_SLOPES:
         slopes = tl.load(alibi_slopes + heads, mask=is_row, other=0.0) * LOG2_E
     log2_scale = scale * LOG2_E
+    if kv_scales is not None:  # of 8 bits: they take part as they are stored, and the scales once, in the end
+        log2_scale *= tl.load(kv_scales + kv_head)
+        value_scale = tl.load(kv_scales + scale_stride + kv_head)
+        q_main = _exact_for_8_bits(q_main)
+        if REST:
+            q_rest = _exact_for_8_bits(q_rest)
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -188,10 +202,10 @@ def _attend(
                 pages = tl.load(table + (start + KEYS) // BLOCK_SIZE, mask=start + KEYS < end, other=0)
             else:
                 pages = tl.load(table + (keys + KEYS) // BLOCK_SIZE, mask=keys + KEYS < end, other=0)
-            k_main = _load(keys_of_head, key_offsets, is_key, 0, MAIN, HEAD_DIM, PHASE != 1)
+            k_main = _load(keys_of_head, key_offsets, is_key, 0, MAIN, HEAD_DIM, PHASE != 1).to(q_main.dtype)
             scores = tl.dot(q_main, k_main.T, input_precision="ieee")
             if REST:
-                k_rest = _load(keys_of_head, key_offsets, is_key, MAIN, REST, HEAD_DIM, PHASE != 1)
+                k_rest = _load(keys_of_head, key_offsets, is_key, MAIN, REST, HEAD_DIM, PHASE != 1).to(q_main.dtype)
                 scores = tl.dot(q_rest, k_rest.T, scores, input_precision="ieee")
             factor = log2_scale  # left to the exponent, where it costs nothing, if nothing comes between
             if HAS_SOFT_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
@@ -216,13 +230,18 @@ def _attend(
             if KEYS_ARE_VALUES:
                 v_main = k_main
             else:
-                v_main = _load(values_of_head, key_offsets, is_key, 0, VALUE_MAIN, VALUE_DIM, PHASE != 1)
+                v_main = _load(values_of_head, key_offsets, is_key, 0, VALUE_MAIN, VALUE_DIM, PHASE != 1).to(
+                    q_main.dtype
+                )
             sum_main = tl.dot(probs, v_main, sum_main * decay[:, None], input_precision="ieee")
             if VALUE_REST:
                 v_rest = _load(values_of_head, key_offsets, is_key, VALUE_MAIN, VALUE_REST, VALUE_DIM, PHASE != 1)
-                sum_rest = tl.dot(probs, v_rest, sum_rest * decay[:, None], input_precision="ieee")
+                sum_rest = tl.dot(probs, v_rest.to(q_main.dtype), sum_rest * decay[:, None], input_precision="ieee")
         begin = end
 
+    if kv_scales is not None:
+        sum_main *= value_scale
+        sum_rest *= value_scale
     if IS_SPLIT and num_parts > 1:
         partial_rows = tokens * (NUM_KV_HEADS * GROUP) + heads
         if MAX_ROWS:
@@ -322,7 +341,8 @@ def _sequence_of_token(token, query_starts, num_sequences):
 
 def attention(
     q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
-    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
+    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, kv_scales_PK: Tensor | None,
+    scale: float, window: int, soft_cap: float, value_dim: int,
     launches: tuple[Launch, ...] | None = None,
 ) -> Tensor:  # fmt: skip
     """As the op (kernels/attention/paged.py). launches: instead of those that the shapes suggest, to measure others."""
@@ -337,15 +357,15 @@ def attention(
     for launch in launches if q_TX.numel() else ():
         _run(
             launch, out_TX, q_TX if q_TX.stride(1) == 1 else q_TX.contiguous(), kv_PNBKD, query_starts, kv_lens,
-            block_tables_SB, alibi_slopes_H, sinks_H, scale, window, soft_cap, value_dim,
+            block_tables_SB, alibi_slopes_H, sinks_H, kv_scales_PK, scale, window, soft_cap, value_dim,
         )  # fmt: skip
     return out_TX
 
 
 def _run(
     launch: Launch, out_TX: Tensor, q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor,
-    block_tables_SB: Tensor, alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, scale: float, window: int,
-    soft_cap: float, value_dim: int,
+    block_tables_SB: Tensor, alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, kv_scales_PK: Tensor | None,
+    scale: float, window: int, soft_cap: float, value_dim: int,
 ) -> None:  # fmt: skip
     num_planes, _, block_size, num_kv_heads, head_dim = kv_PNBKD.shape
     num_tokens, num_sequences = q_TX.shape[0], len(kv_lens)
@@ -363,9 +383,9 @@ def _run(
     first_phase = 2 if tile.rows < 64 else 1 - (window > 0)
     _attend[num_tiles * num_kv_heads, num_splits](
         q_TX, kv_PNBKD, out_TX, sums, stats, query_starts, kv_lens, block_tables_SB, alibi_slopes_H, sinks_H,
-        num_sequences, num_splits, window, scale, soft_cap,
+        kv_scales_PK, num_sequences, num_splits, window, scale, soft_cap,
         q_TX.stride(0), out_TX.stride(0), kv_PNBKD.stride(0) * (num_planes - 1), *kv_PNBKD.stride()[1:4],
-        block_tables_SB.stride(0),
+        block_tables_SB.stride(0), (num_planes - 1) * num_kv_heads,
         num_kv_heads, group, head_dim, value_dim, main, rest, value_main, value_rest,
         num_planes == 1 and value_dim == main, block_size, tile.rows, tile.keys,
         first_phase, num_splits > 1, launch.max_rows, launch.min_rows,

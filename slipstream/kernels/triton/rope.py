@@ -8,12 +8,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slipstream.kernels.triton.rows import nearest_even
+
 _NUMBERS_A_PROGRAM = 512
 
 
 @triton.jit
+def _stored(x, scale, dtype: tl.constexpr):
+    """As it is kept (kernels/attention/cache.py); scale is None where that is no 8 bits."""
+    if scale is not None:
+        largest: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
+        x = tl.clamp(tl.div_rn(x.to(tl.float32), scale + tl.zeros_like(x).to(tl.float32)), -largest, largest)
+        if dtype == tl.int8:
+            x = nearest_even(x)
+    return x.to(dtype)
+
+
+@triton.jit
 def _place_heads(
-    x, out, cos, sin, first_head, out_head_stride,
+    x, out, scales, cos, sin, first_head, out_head_stride,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_FREQUENCIES: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
@@ -22,6 +35,9 @@ def _place_heads(
     PAIRS and REST are the numbers of both, as powers of two.
     """
     heads = (first_head + tl.arange(0, HEADS))[:, None]
+    scale = None
+    if scales is not None:
+        scale = tl.load(scales + heads, mask=heads < NUM_HEADS, other=1.0)
     if NUM_FREQUENCIES:
         columns = tl.arange(0, PAIRS)[None, :]
         is_inside = (heads < NUM_HEADS) & (columns < NUM_FREQUENCIES)
@@ -32,18 +48,20 @@ def _place_heads(
         second = tl.load(pointers + NUM_FREQUENCIES, mask=is_inside, other=0.0).to(tl.float32)
         targets = out + heads * out_head_stride + columns
         dtype = out.dtype.element_ty
-        tl.store(targets, (first * cosines - second * sines).to(dtype), mask=is_inside)
-        tl.store(targets + NUM_FREQUENCIES, (second * cosines + first * sines).to(dtype), mask=is_inside)
+        tl.store(targets, _stored(first * cosines - second * sines, scale, dtype), mask=is_inside)
+        turned = _stored(second * cosines + first * sines, scale, dtype)
+        tl.store(targets + NUM_FREQUENCIES, turned, mask=is_inside)
     if REST:
         columns = 2 * NUM_FREQUENCIES + tl.arange(0, REST)[None, :]
         is_inside = (heads < NUM_HEADS) & (columns < HEAD_DIM)
         numbers = tl.load(x + heads * HEAD_DIM + columns, mask=is_inside, other=0.0)
-        tl.store(out + heads * out_head_stride + columns, numbers.to(out.dtype.element_ty), mask=is_inside)
+        kept = _stored(numbers, scale, out.dtype.element_ty)
+        tl.store(out + heads * out_head_stride + columns, kept, mask=is_inside)
 
 
 @triton.jit
 def _place(
-    q, k, v, cos, sin, out, kv, slots,
+    q, k, v, cos, sin, out, kv, slots, k_scales, v_scales,
     q_stride, k_stride, v_stride, angle_stride, out_stride, plane_stride, page_stride, token_stride, head_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_FREQUENCIES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, ALL: tl.constexpr,
@@ -57,7 +75,7 @@ def _place(
     if part < Q_PARTS:
         if Q_PARTS:
             _place_heads(
-                q + token * q_stride, out + token * out_stride, cos, sin, part * HEADS, HEAD_DIM,
+                q + token * q_stride, out + token * out_stride, None, cos, sin, part * HEADS, HEAD_DIM,
                 NUM_HEADS, HEAD_DIM, NUM_FREQUENCIES, HEADS, PAIRS, REST,
             )  # fmt: skip
     elif KV_PARTS:
@@ -66,37 +84,40 @@ def _place(
         part -= Q_PARTS
         if part < KV_PARTS:
             _place_heads(
-                k + token * k_stride, page, cos, sin, part * HEADS, head_stride,
+                k + token * k_stride, page, k_scales, cos, sin, part * HEADS, head_stride,
                 NUM_KV_HEADS, HEAD_DIM, NUM_FREQUENCIES, HEADS, PAIRS, REST,
             )  # fmt: skip
         elif v is not None:
             _place_heads(
-                v + token * v_stride, page + plane_stride, cos, sin, (part - KV_PARTS) * HEADS, head_stride,
+                v + token * v_stride, page + plane_stride, v_scales, cos, sin, (part - KV_PARTS) * HEADS, head_stride,
                 NUM_KV_HEADS, HEAD_DIM, 0, HEADS, PAIRS, ALL,
             )  # fmt: skip
 
 
 def rope(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, head_dim: int) -> Tensor:
     out_TX = torch.empty(x_TX.shape, dtype=x_TX.dtype, device=x_TX.device)
-    _launch(x_TX, None, None, cos_TF, sin_TF, out_TX, None, None, head_dim)
+    _launch(x_TX, None, None, cos_TF, sin_TF, out_TX, None, None, None, head_dim)
     return out_TX
 
 
-def kv_write(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor) -> None:
-    _launch(None, k_TY, v_TY, None, None, None, kv_PNBKD, slots_T, kv_PNBKD.shape[4])
+def kv_write(
+    k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor, kv_scales_PK: Tensor | None = None
+) -> None:
+    _launch(None, k_TY, v_TY, None, None, None, kv_PNBKD, slots_T, kv_scales_PK, kv_PNBKD.shape[4])
 
 
 def rope_kv_write(
-    q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, cos_TF: Tensor, sin_TF: Tensor, kv_PNBKD: Tensor, slots_T: Tensor
-) -> Tensor:
+    q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, cos_TF: Tensor, sin_TF: Tensor, kv_PNBKD: Tensor, slots_T: Tensor,
+    kv_scales_2K: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     out_TX = torch.empty(q_TX.shape, dtype=q_TX.dtype, device=q_TX.device)
-    _launch(q_TX, k_TY, v_TY, cos_TF, sin_TF, out_TX, kv_PNBKD, slots_T, kv_PNBKD.shape[4])
+    _launch(q_TX, k_TY, v_TY, cos_TF, sin_TF, out_TX, kv_PNBKD, slots_T, kv_scales_2K, kv_PNBKD.shape[4])
     return out_TX
 
 
 def _launch(
     q: Tensor | None, k: Tensor | None, v: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-    out: Tensor | None, kv: Tensor | None, slots: Tensor | None, head_dim: int,
+    out: Tensor | None, kv: Tensor | None, slots: Tensor | None, kv_scales: Tensor | None, head_dim: int,
 ) -> None:  # fmt: skip
     q, k, v, cos, sin = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (q, k, v, cos, sin))
     some = q if q is not None else k
@@ -113,6 +134,7 @@ def _launch(
     pairs, rest = triton.next_power_of_2(max(1, num_frequencies)), head_dim - 2 * num_frequencies
     _place[len(some), parts + num_planes * kv_parts](
         q, k, v if num_planes == 2 else None, cos, sin, out, kv, slots,
+        kv_scales, kv_scales[-1] if kv_scales is not None else None,
         *(0 if x is None else x.stride(0) for x in (q, k, v, cos, out)),
         *((0, 0, 0, 0) if kv is None else kv.stride()[:4]),
         num_heads, num_kv_heads, head_dim, num_frequencies, block_size, heads, pairs,

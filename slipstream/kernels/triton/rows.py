@@ -26,7 +26,7 @@ class Quantized:
 
 
 @triton.jit
-def _nearest_even(x):
+def nearest_even(x):
     """Rounded half to even, for |x| < 2^22: adding 1.5 · 2^23 leaves no bits for a fraction."""
     return (x + 12582912.0) - 12582912.0
 
@@ -49,7 +49,7 @@ def _store_quantized(
     scaled_GC = tl.div_rn(y_GC, scale_G[:, None] + tl.zeros_like(y_GC))
     if out.dtype.element_ty == tl.int8:
         # Its largest is one more than the largest below zero.
-        scaled_GC = tl.minimum(tl.maximum(_nearest_even(scaled_GC), -LARGEST - 1), LARGEST)
+        scaled_GC = tl.minimum(tl.maximum(nearest_even(scaled_GC), -LARGEST - 1), LARGEST)
     else:
         scaled_GC = tl.minimum(tl.maximum(scaled_GC, -LARGEST), LARGEST)
     tl.store(out + row * num_columns + columns, scaled_GC.to(out.dtype.element_ty), mask=columns < num_columns)

@@ -70,7 +70,7 @@ def _with_sinks(graph: Graph, groups: Sequence[KVGroup]) -> Graph:
         add("rope_cos_sin", (_for_sinks(positions), inv_freq), table.outputs, table.attributes)
         head_dim = types[str(node.inputs[1])].shape[-1]
         add("rope", (unrotated, *map(_for_sinks, table.outputs)), (q,), {"head_dim": head_dim})
-        inputs = (q, _for_sinks(q), *node.inputs[1:-2])
+        inputs = (q, _for_sinks(q), *node.inputs[1:5], node.inputs[-1])
         nodes.append(Node("streaming_attention", inputs, node.outputs, node.attributes | {"sink_tokens": sink_tokens}))
     return replace(graph, nodes=nodes, types=types)
 
@@ -78,7 +78,7 @@ def _with_sinks(graph: Graph, groups: Sequence[KVGroup]) -> Graph:
 def _rotation(attention: Node, producers: dict[str, Node]) -> tuple[str, str, Node]:
     """The query of an attention, what it was before its rotation, and the table of angles."""
     match attention.inputs:
-        case (str(q), _, _, _, _, None, None):
+        case (str(q), _, _, _, _, None, None, _):
             match producers.get(q):
                 case Node("rope", (str(unrotated), str(cos), _)) | Node(
                     "rope_kv_write", (str(unrotated), _, _, str(cos), *_)
