@@ -7,6 +7,7 @@ distances are the same). No kernel, no block and no trick of ours is in it.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,8 +17,19 @@ from torch.nn import functional
 
 
 class NaiveLlama:
-    def __init__(self, folder: Path, windows: list[int], sink_tokens: int = 0) -> None:
-        """windows: one a layer; 0 sees everything."""
+    def __init__(
+        self,
+        folder: Path,
+        windows: list[int],
+        sink_tokens: int = 0,
+        stored: Callable[[str, Tensor], Tensor] = lambda name, x_LKD: x_LKD,
+    ) -> None:
+        """windows: one a layer; 0 sees everything.
+
+        stored: what a cache gives back of rotated keys and of values, "model.layers.0.self_attn.k" and ".v"; only where
+        all windows are 0, so that a key keeps its place.
+        """
+        self.stored = stored
         self.config = json.loads((folder / "config.json").read_text())
         self.weights = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
         self.windows, self.sink_tokens = windows, sink_tokens
@@ -45,7 +57,8 @@ class NaiveLlama:
             self._linear(f"{name}.{which}_proj", x_TH).unflatten(1, (count, -1))
             for which, count in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads))
         )
-        k_TND, v_TND = (x.repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (k_TND, v_TND))
+        group = num_heads // num_kv_heads
+        v_TND = self.stored(f"{name}.v", v_TND).repeat_interleave(group, dim=1)
         rows = []
         cache: list[int] = []  # which tokens are in it
         for token in range(len(x_TH)):
@@ -54,7 +67,7 @@ class NaiveLlama:
                 del cache[self.sink_tokens]  # the oldest that is no sink
             places = torch.arange(len(cache))
             q_ND = self._rotate(q_TND[token][None], places[-1:])[0]
-            k_LND = self._rotate(k_TND[cache], places)
+            k_LND = self.stored(f"{name}.k", self._rotate(k_TND[cache], places)).repeat_interleave(group, dim=1)
             probs_NL = (torch.einsum("nd,lnd->nl", q_ND, k_LND) * q_ND.shape[1] ** -0.5).softmax(-1)
             rows.append(torch.einsum("nl,lnd->nd", probs_NL, v_TND[cache]).flatten())
         return self._linear(f"{name}.o_proj", torch.stack(rows))

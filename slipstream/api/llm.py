@@ -52,6 +52,7 @@ class LLM:
         *,
         tokenizer: str | Path | None = None,
         dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
         device: str = "auto",
         max_batch_size: int | None = None,
         max_num_tokens: int | None = None,
@@ -75,6 +76,7 @@ class LLM:
         """
         model: a Hugging Face folder, a .gguf file, a checkpoint or engine folder, a Hub id, or "smollm2".
         dtype: float32, bfloat16, float16; "auto" is float32 on a CPU and the model's own on a GPU.
+        kv_cache_dtype: fp8 or int8, or the dtype; "auto" is what the model says of its KV cache, else the dtype.
         max_batch_size, max_num_tokens: sequences and tokens in one step. max_seq_len: prompt and output of a sequence.
         kv_cache_max_tokens: size of the KV cache; by default what fits in kv_cache_free_memory_fraction of free memory.
         max_attention_window_size: tokens that a token sees, for all layers or one each (a shorter list is repeated over
@@ -89,8 +91,8 @@ class LLM:
         """
         watch = Stopwatch()
         check_options({
-            "tokenizer": tokenizer, "dtype": dtype, "device": device, "enable_block_reuse": enable_block_reuse,
-            "enable_chunked_prefill": enable_chunked_prefill,
+            "tokenizer": tokenizer, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "device": device,
+            "enable_block_reuse": enable_block_reuse, "enable_chunked_prefill": enable_chunked_prefill,
             "max_attention_window_size": max_attention_window_size, "sink_token_length": sink_token_length,
             "chat_template": chat_template, "model_cls_file": model_cls_file, "model_cls_name": model_cls_name,
             "disabled_passes": disabled_passes, "extra_passes": extra_passes, "plugins": plugins,
@@ -108,7 +110,7 @@ class LLM:
         if source.kind == "engine":
             path = _given_engine(source.path, disabled_passes, extra_passes)
         else:
-            config = _build_config(dtype, disabled_passes, extra_passes, limits)
+            config = _build_config(dtype, kv_cache_dtype, disabled_passes, extra_passes, limits)
             with progress_bar(show_progress) as progress:
                 path = cached_engine(
                     source, config, where, progress, at_most=None if sink_token_length else max_seq_len
@@ -119,6 +121,11 @@ class LLM:
         if dtype not in ("auto", self.manifest.dtype):  # of an engine that was given: what is built here obeys
             raise EngineError(
                 f"dtype is {dtype!r}, but {path} was built in {self.manifest.dtype}; leave it out or build again."
+            )
+        if kv_cache_dtype not in ("auto", self.manifest.kv_cache_dtype):
+            raise EngineError(
+                f"kv_cache_dtype is {kv_cache_dtype!r}, but the KV cache of {path} was built in "
+                f"{self.manifest.kv_cache_dtype}; leave it out or build again."
             )
         choices = tuned_choices(self._folder, where)
         watch.lap("open the engine")
@@ -459,10 +466,19 @@ def _given_engine(path: Path, disabled_passes: Sequence[str], extra_passes: Sequ
 
 
 def _build_config(
-    dtype: str, disabled_passes: Sequence[str], extra_passes: Sequence[str], limits: Mapping[str, int | None]
+    dtype: str,
+    kv_cache_dtype: str,
+    disabled_passes: Sequence[str],
+    extra_passes: Sequence[str],
+    limits: Mapping[str, int | None],
 ) -> BuildConfig:
     """Only limits above the default ones make another engine; a run may always stay below what was built."""
-    default = BuildConfig(dtype=dtype, disabled_passes=tuple(disabled_passes), extra_passes=tuple(extra_passes))
+    default = BuildConfig(
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        disabled_passes=tuple(disabled_passes),
+        extra_passes=tuple(extra_passes),
+    )
     return replace(
         default,
         max_batch_size=max(default.max_batch_size, limits["max_batch_size"] or 0),

@@ -43,6 +43,7 @@ def _is_window(value: Any) -> bool:
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tokenizer": (_is_path, "the path of a folder"),
     "dtype": (_is_name, "a string, such as 'auto'"),
+    "kv_cache_dtype": (_is_name, "a string, such as 'auto'"),
     "device": (_is_name, "a string, such as 'auto'"),
     "enable_block_reuse": (_is_switch, "True or False"),
     "enable_chunked_prefill": (_is_switch, "True or False"),

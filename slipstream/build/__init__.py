@@ -15,6 +15,7 @@ from torch import Tensor
 from slipstream import __version__
 from slipstream.build.capture import capture
 from slipstream.build.extensions import load_passes
+from slipstream.build.kv_cache import kv_scales
 from slipstream.build.pipeline import PassReport, run_pipeline
 from slipstream.build.tune import tune
 from slipstream.checkpoint.folder import Checkpoint, new_folder
@@ -73,6 +74,7 @@ def plan_build(
     """The first half of a build: capture, rewrite, plan the memory. Reads no weight but to find equal ones."""
     watch = Stopwatch()
     limits, extra = resolve_limits(config, checkpoint), load_passes(config.extra_passes)
+    cache = checkpoint.kv_cache.chosen(config.kv_cache_dtype, checkpoint.dtype, checkpoint.name)
     for name in config.disabled_plugins:
         if name not in PLUGINS:
             raise BuildError(f"no plugin to disable is called {name!r}; the plugins are {', '.join(PLUGINS)}.")
@@ -81,6 +83,7 @@ def plan_build(
     captured = capture(checkpoint.model.Model, decoder, checkpoint.dtype, limits.tokens_per_block)
     graph = captured.graph
     graph.formats, graph.equal = checkpoint.formats, checkpoint.equal_weights()
+    graph.kv_dtype = cache.dtype
     captured_json, ops_captured = graph.to_json(), graph.count_ops()
     watch.lap("capture")
     passes = run_pipeline(
@@ -89,7 +92,8 @@ def plan_build(
     memory = plan_memory(graph, max_num_tokens=limits.max_num_tokens, max_batch_size=limits.max_batch_size)
     watch.lap("rewrite")
     manifest = _manifest(checkpoint, decoder, limits, graph, passes, config.disabled_plugins, memory)
-    return BuildPlan(manifest, graph, captured_json, captured.constants, passes, ops_captured, watch.seconds)
+    constants = captured.constants | kv_scales(cache, decoder)
+    return BuildPlan(manifest, graph, captured_json, constants, passes, ops_captured, watch.seconds)
 
 
 def write_engine(
@@ -173,6 +177,7 @@ def _manifest(
         name=checkpoint.name,
         model_type=str(checkpoint.options["model_type"]),
         dtype=checkpoint.dtype,
+        kv_dtype=graph.inputs["kv.0"].dtype,
         vocab_size=decoder.vocab_size,
         hidden_size=decoder.hidden_size,
         num_layers=decoder.num_layers,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from slipstream.build import lower
+from slipstream.build import kv_cache, lower
 from slipstream.build.passes import (
     dead_code,
     fold_constants,
@@ -51,6 +51,7 @@ FUSIONS: tuple[Pass, ...] = (
 LOWERING: tuple[Pass, ...] = (
     # every pass before has seen dense linears alone
     lower.PASS,
+    kv_cache.PASS,
     # what quantized products read is quantized where it is made
     fuse_norm_quant.PASS,
     fuse_act_quant.PASS,

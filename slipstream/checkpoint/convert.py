@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from slipstream.checkpoint.export import save_hugging_face
 from slipstream.checkpoint.folder import FORMAT, TOKENIZER_FOLDER, VERSION, WEIGHTS_FILE, Checkpoint
 from slipstream.checkpoint.gguf import GGUFModel
+from slipstream.checkpoint.kv_cache import KVCache
 from slipstream.checkpoint.layouts import Recipe, Shapes, from_hugging_face, pattern, renamed
 from slipstream.checkpoint.own_model import OwnModel
 from slipstream.checkpoint.packed import PackedTensors, open_packed
@@ -22,7 +24,7 @@ from slipstream.engine.bounded_json import read_json
 from slipstream.engine.tensor_file import TensorFile
 from slipstream.errors import CorruptFile, ModelError
 from slipstream.models import ModelFile, read_config
-from slipstream.schema.build import DTYPES
+from slipstream.schema.build import DTYPES, KV_DTYPES
 from slipstream.schema.format import WeightFormat
 from slipstream.schema.model import DecoderConfig
 from slipstream.schema.weights import WeightTable
@@ -35,12 +37,14 @@ def convert(
     output_dir: str | Path,
     *,
     dtype: str = "auto",
+    kv_cache_dtype: str = "auto",
     output_format: str = "slipstream",
     own_model: OwnModel | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> None:
     """Write a model as a checkpoint folder. dtype "auto" keeps the dtype the model was published in.
 
+    kv_cache_dtype: how its engines keep keys and values: fp8, int8 or the dtype; "auto" is what the model says.
     output_format: slipstream, or hf for a Hugging Face folder (packed weights in it are compressed-tensors).
     own_model: the user's own model file, for an architecture that is not one of ours.
     """
@@ -50,6 +54,8 @@ def convert(
     if source.path.resolve() == Path(output_dir).resolve():
         raise ModelError(f"{output_dir} is the model to convert itself; give another --output_dir.")
     checkpoint = open_checkpoint(source, dtype)
+    kv_cache = checkpoint.kv_cache.chosen(kv_cache_dtype, checkpoint.dtype, checkpoint.name)
+    checkpoint = replace(checkpoint, kv_cache=kv_cache)
     written, total = 0, checkpoint.num_bytes
 
     def count(num_bytes: int) -> None:
@@ -119,6 +125,7 @@ def _open(
         shapes = shapes_of(model, config, source.path)
         recipes = find_weights(model, weights or model.WEIGHTS, config, shapes, tensors.names(), source.path)
         check_shapes(shapes, recipes, tensors, source.path)
+        kv_cache = kv_cache_of(tensors, config, source.path)
     except BaseException:
         tensors.close()
         raise
@@ -127,7 +134,7 @@ def _open(
     generation = {"eos_token_id": options.get("eos_token_id"), "bos_token_id": options.get("bos_token_id")} | generation
     return Checkpoint(
         source.name, options, config, model, dtype, generation, tensors, shapes, recipes, write_tokenizer,
-        formats_of(recipes, tensors),
+        formats_of(recipes, tensors), kv_cache,
     )  # fmt: skip
 
 
@@ -147,9 +154,10 @@ def _open_ours(source: Source, dtype: str) -> Checkpoint:
     tensors: TensorSource = TensorFile.open(source.path / WEIGHTS_FILE)
     try:
         shapes = shapes_of(model, config, source.path)
-        tensors = _open_formats(tensors, description.get("formats", {}), shapes, source.path)
+        tensors = _open_parts(tensors, description, shapes, source.path)
         recipes = {name: renamed(name, shapes.get(name, ())) for name in tensors.names()}
         check_shapes(shapes, recipes, tensors, source.path)
+        kv_cache = kv_cache_of(tensors, config, source.path)
     except BaseException:
         tensors.close()
         raise
@@ -158,17 +166,22 @@ def _open_ours(source: Source, dtype: str) -> Checkpoint:
     return Checkpoint(
         str(description.get("name", source.name))[:256], options, config, model, chosen, generation, tensors,
         shapes, recipes, lambda folder: copy_tokenizer(tokenizer, folder), formats_of(recipes, tensors),
+        kv_cache,
     )  # fmt: skip
 
 
-def _open_formats(tensors: TensorSource, entries: Any, shapes: Shapes, where: Path) -> TensorSource:
-    """The packed weights that config.json lists."""
+def _open_parts(tensors: TensorSource, description: dict[str, Any], shapes: Shapes, where: Path) -> TensorSource:
+    """The packed weights that config.json lists, and the scales of a KV cache in 8 bits."""
+    entries, kv_dtype = description.get("formats", {}), description.get("kv_dtype", "")
+    if kv_dtype not in ("", *KV_DTYPES.values()):
+        known = ", ".join(KV_DTYPES.values())
+        raise CorruptFile(f"{where}/config.json: kv_dtype is {kv_dtype!r}; it must be one of {known}, or empty.")
     if not isinstance(entries, dict):
         raise CorruptFile(f"{where}/config.json: formats is {str(entries)[:80]!r}; it must be an object.")
-    if not entries:
+    if not entries and not kv_dtype:
         return tensors
     formats = {name: WeightFormat.from_dict(values, f"{where}/config.json") for name, values in entries.items()}
-    return open_packed(tensors, formats, shapes, str(where))
+    return open_packed(tensors, formats, shapes, kv_dtype, str(where))
 
 
 def formats_of(recipes: dict[str, Recipe], tensors: TensorSource) -> dict[str, WeightFormat]:
@@ -191,6 +204,10 @@ def formats_of(recipes: dict[str, Recipe], tensors: TensorSource) -> dict[str, W
             stacklevel=2,
         )
     return formats
+
+
+def kv_cache_of(tensors: TensorSource, config: DecoderConfig, where: Path) -> KVCache:
+    return tensors.kv_cache.of_model(config, str(where)) if isinstance(tensors, PackedTensors) else KVCache()
 
 
 def _own(source: Source) -> ModelFile | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from slipstream.checkpoint.folder import Checkpoint
 from slipstream.checkpoint.layouts import Recipe, theirs_shape, to_hugging_face
-from slipstream.checkpoint.quantized.compressed_export import exported, quantization_config
+from slipstream.checkpoint.quantized.compressed_export import exported, exported_scales, quantization_config
 from slipstream.checkpoint.tensors import INDEX_FILE, SINGLE_FILE
 from slipstream.engine.tensor_file import TensorEntry, write_tensor_file
 from slipstream.errors import ModelError, UnsupportedModel
 from slipstream.schema.format import WeightFormat
 
+_KEYS = re.compile(r"layers\.(?P<layer>\d+)\.attention\.(?:k_proj|kv_down)\.weight")  # of ours
 SHARD_BYTES = 5 * 10**9  # what transformers' save_pretrained makes of large models
 
 
@@ -62,11 +64,15 @@ def _entries(checkpoint: Checkpoint) -> tuple[list[TensorEntry], dict[str, Any] 
     shapes = {name: checkpoint.shapes[name] for name in checkpoint.recipes}
     dtype = getattr(torch, checkpoint.dtype)
     entries: list[TensorEntry] = []
+    attentions: dict[int, str] = {}  # what theirs is called in each layer
     formats: dict[str, WeightFormat] = {}
     dense: list[str] = []
     for name, recipe in to_hugging_face(checkpoint.model.WEIGHTS, checkpoint.config, shapes).items():
         shape = theirs_shape(recipe, shapes)
         owner = name.removesuffix(".weight")
+        keys = next(filter(None, map(_KEYS.fullmatch, recipe.sources)), None)
+        if keys is not None:
+            attentions[int(keys["layer"])] = owner.rpartition(".")[0]
         found = {checkpoint.formats.get(source) for source in recipe.sources}
         format = found.pop() if len(found) == 1 and recipe.takes_rows else None
         if format is not None:
@@ -78,7 +84,12 @@ def _entries(checkpoint: Checkpoint) -> tuple[list[TensorEntry], dict[str, Any] 
         if len(shape) == 2:
             dense.append(owner)
         entries.append((name, shape, dtype, partial(_read, checkpoint, recipe)))
-    return entries, quantization_config(formats, dense) if formats else None
+    scales = [
+        (f"{attentions[layer]}.{each.suffix}", each.shape, each.dtype, partial(each.make, checkpoint.read))
+        for layer, each in exported_scales(checkpoint.kv_cache)
+    ]
+    is_quantized = formats or checkpoint.kv_cache.dtype
+    return entries + scales, quantization_config(formats, dense, checkpoint.kv_cache) if is_quantized else None
 
 
 def _read(checkpoint: Checkpoint, recipe: Recipe) -> Tensor:

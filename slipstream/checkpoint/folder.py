@@ -5,16 +5,18 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from slipstream.checkpoint.kv_cache import KVCache
 from slipstream.checkpoint.layouts import Recipe, Shapes
 from slipstream.checkpoint.tensors import ShardedTensors, TensorSource
 from slipstream.engine.bounded_json import read_json
-from slipstream.engine.tensor_file import TensorFile, write_tensor_file
+from slipstream.engine.tensor_file import TensorEntry, TensorFile, write_tensor_file
 from slipstream.errors import ModelError
 from slipstream.models import ModelFile
 from slipstream.schema.format import PART_NAMES, PartType, WeightFormat
@@ -43,6 +45,7 @@ class Checkpoint:
     recipes: dict[str, Recipe]  # how each of them is made from the source's
     write_tokenizer: Callable[[Path], None]
     formats: dict[str, WeightFormat] = field(default_factory=dict)  # our names of the weights that are packed
+    kv_cache: KVCache = KVCache()  # noqa: RUF009 - frozen
 
     def read(self, name: str) -> Tensor:
         """One weight in the checkpoint's dtype, a packed one dequantized; or a part of a packed one as it is stored."""
@@ -104,7 +107,8 @@ class Checkpoint:
     @property
     def num_bytes(self) -> int:
         """Of all weights as save() writes them."""
-        return sum(math.prod(self.shape(name)) * self.dtype_of(name).itemsize for name in self.stored_names())
+        scales = sum(tensor.nbytes for tensor in self.kv_cache.scales.values())
+        return scales + sum(math.prod(self.shape(name)) * self.dtype_of(name).itemsize for name in self.stored_names())
 
     def close(self) -> None:
         self.weights.close()
@@ -112,14 +116,15 @@ class Checkpoint:
     def save(self, folder: Path, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Write the checkpoint folder; config.json comes last, so a folder that has it is whole."""
         with new_folder(folder, FORMAT) as description:
-            entries = [
-                (name, self.shape(name), self.dtype_of(name), lambda name=name: self.read(name))
-                for name in self.stored_names()
+            entries: list[TensorEntry] = [
+                (name, self.shape(name), self.dtype_of(name), partial(self.read, name)) for name in self.stored_names()
             ]
+            entries += self.kv_cache.entries()
             write_tensor_file(folder / WEIGHTS_FILE, entries, {"format": "pt"}, progress)
             self.write_tokenizer(folder / TOKENIZER_FOLDER)
             description |= {"name": self.name, "dtype": self.dtype}
             description |= {"model": self.options, "generation": self.generation}
+            description["kv_dtype"] = self.kv_cache.dtype
             description["formats"] = {name: format.to_dict() for name, format in self.formats.items()}
 
 

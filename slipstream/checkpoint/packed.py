@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from slipstream.checkpoint.kv_cache import PublishedCache, read_scales, scale_names
 from slipstream.checkpoint.tensors import TensorSource
 from slipstream.errors import CorruptFile
 from slipstream.kernels.linear.parts import dense_weight
@@ -33,9 +34,15 @@ class PackedTensors:
     read("a.weight") dequantizes; read("a.weight.packed") and the other parts of `format_of("a.weight")` do not.
     """
 
-    def __init__(self, tensors: TensorSource, linears: dict[str, PackedLinear], hidden: set[str]) -> None:
-        """linears: by the names of their weights; hidden: the tensors that they are made of."""
-        self._tensors, self._linears = tensors, linears
+    def __init__(
+        self,
+        tensors: TensorSource,
+        linears: dict[str, PackedLinear],
+        hidden: set[str],
+        kv_cache: PublishedCache = PublishedCache(),  # noqa: B008 - frozen
+    ) -> None:
+        """linears: by the names of their weights; hidden: the tensors that they, and kv_cache, are made of."""
+        self._tensors, self._linears, self.kv_cache = tensors, linears, kv_cache
         self._plain = dict.fromkeys(name for name in tensors.names() if name not in hidden)
 
     def names(self) -> list[str]:
@@ -75,7 +82,11 @@ class PackedTensors:
 
 
 def open_packed(
-    tensors: TensorSource, formats: dict[str, WeightFormat], shapes: dict[str, tuple[int, ...]], where: str
+    tensors: TensorSource,
+    formats: dict[str, WeightFormat],
+    shapes: dict[str, tuple[int, ...]],
+    kv_dtype: str,
+    where: str,
 ) -> PackedTensors:
     """Our own checkpoint: the parts are there by their names, and must have the shapes that the model asks for."""
     stored = set(tensors.names())
@@ -92,4 +103,5 @@ def open_packed(
                 raise CorruptFile(f"{where} lacks {full} as {dtype} {list(part_shape)}; convert the model again.")
             parts[part] = partial(tensors.read, full)
         linears[name] = PackedLinear(format, shape, parts)
-    return PackedTensors(tensors, linears, {f"{name}.{part}" for name in linears for part in PART_NAMES})
+    hidden = {f"{name}.{part}" for name in linears for part in PART_NAMES} | scale_names(stored)
+    return PackedTensors(tensors, linears, hidden, read_scales(tensors, kv_dtype))

@@ -8,6 +8,10 @@ import typer
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16 or float16. auto: float32 on a CPU, the model's own on a GPU.")
 ]
+KvCacheDtype = Annotated[
+    str,
+    typer.Option(help="How keys and values are kept: fp8, int8, or the --dtype. auto: as the model says, else that."),
+]
 ModelClsFile = Annotated[
     Path | None, typer.Option(help="A model file of your own, for an architecture not known here; it is run as Python.")
 ]

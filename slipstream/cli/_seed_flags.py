@@ -92,11 +92,10 @@ def _dtypes(answer: Answer) -> dict[str, Answer]:
 
 QUANTIZING: dict[str, Answers] = {
     "--qformat": refused(_NO_QUANTIZING, unless=("full_prec",)),
-    "--kv_cache_dtype": refused("the KV cache is kept in the engine's dtype so far; leave it out", unless=("auto",)),
     "--use_weight_only": refused_switch(_NO_QUANTIZING),
     "--weight_only_precision": refused(_NO_QUANTIZING),
-    "--int8_kv_cache": refused_switch("the KV cache is kept in the engine's dtype so far; leave it out"),
-    "--fp8_kv_cache": refused_switch("the KV cache is kept in the engine's dtype so far; leave it out"),
+    "--int8_kv_cache": {BARE: Means(("--kv_cache_dtype", "int8"))},
+    "--fp8_kv_cache": {BARE: Means(("--kv_cache_dtype", "fp8"))},
     "--smoothquant": refused(_NO_QUANTIZING),
     "--use_smooth_quant": refused_switch(_NO_QUANTIZING),
     "--per_channel": refused_switch(_NO_QUANTIZING),

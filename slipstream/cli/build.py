@@ -41,6 +41,7 @@ def build(
     model_cls_file: options.ModelClsFile = None,
     model_cls_name: options.ModelClsName = "Model",
     dtype: options.Dtype = "auto",
+    kv_cache_dtype: options.KvCacheDtype = BuildConfig.kv_cache_dtype,
     max_batch_size: Annotated[
         int, typer.Option(min=1, help="Most sequences in one step.")
     ] = BuildConfig.max_batch_size,
@@ -110,6 +111,7 @@ def build(
     target = this_machine(where) if gpu is None else named_gpu(gpu)
     config = BuildConfig(
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         max_batch_size=max_batch_size,
         max_num_tokens=max_num_tokens,
         max_seq_len=_max_seq_len(max_seq_len, max_input_len, max_output_len),

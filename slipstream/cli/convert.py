@@ -19,6 +19,7 @@ def convert(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16. auto: the one the model was published in.")
     ] = "auto",
+    kv_cache_dtype: options.KvCacheDtype = "auto",
     output_format: Annotated[
         str, typer.Option(help="slipstream: a checkpoint. hf: a Hugging Face folder again.")
     ] = "slipstream",
@@ -36,7 +37,10 @@ def convert(
     own = None if model_cls_file is None else OwnModel(model_cls_file, model_cls_name)
 
     with progress_bar() as progress:
-        convert_model(model_dir, output_dir, dtype=dtype, output_format=output_format, own_model=own, progress=progress)
+        convert_model(
+            model_dir, output_dir, dtype=dtype, kv_cache_dtype=kv_cache_dtype, output_format=output_format,
+            own_model=own, progress=progress,
+        )  # fmt: skip
     written = open_checkpoint(resolve(output_dir, own))
     folder = Path(output_dir) if output_format == "hf" else Path(output_dir) / "tokenizer"
     tokenizer = "with" if any(folder.glob("tokenizer*.*")) else "without"

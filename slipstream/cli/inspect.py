@@ -80,7 +80,7 @@ def _print_facts(engine: "Engine") -> None:
             ("vocabulary", f"{manifest.vocab_size} tokens"),
             ("one step", f"at most {manifest.max_batch_size} sequences and {manifest.max_num_tokens} tokens"),
             ("one sequence", f"at most {manifest.max_seq_len} tokens"),
-            ("KV block", f"{manifest.tokens_per_block} tokens"),
+            ("KV block", f"{manifest.tokens_per_block} tokens in {manifest.kv_cache_dtype}"),
             ("made by", f"slipstream {manifest.slipstream_version}, torch {manifest.torch_version}"),
             ("graph", f"{len(engine.graph.nodes)} ops, sha256 {manifest.graph_sha256[:16]}…"),
         ],

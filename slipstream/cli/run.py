@@ -84,6 +84,7 @@ def run(
         int | None, typer.Option(min=-1, help="Token that ends a text instead of the model's own; -1 is none.")
     ] = None,
     dtype: options.Dtype = "auto",
+    kv_cache_dtype: options.KvCacheDtype = "auto",
     device: options.Device = "auto",
     max_batch_size: options.MaxBatchSize = None,
     max_num_tokens: options.MaxNumTokens = None,
@@ -146,6 +147,7 @@ def run(
         path,
         tokenizer=tokenizer_dir,
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         device=device,
         max_batch_size=max_batch_size,
         max_num_tokens=max_num_tokens,

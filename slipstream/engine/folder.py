@@ -90,7 +90,7 @@ def _check(path: Path, manifest: Manifest, graph: Graph, weights: TensorFile) ->
         if found != (kind.shape, kind.dtype):
             raise EngineError(f"{path}/{RANK_FILE}: {name} is {found[1]}{list(found[0])}; the graph asks for {kind}.")
     kv_shape = (manifest.kv_planes, "N", manifest.tokens_per_block, manifest.num_kv_heads, manifest.head_dim)
-    cache = TensorType(kv_shape, manifest.dtype)
+    cache = TensorType(kv_shape, manifest.kv_dtype)
     if any(graph.inputs.get(f"kv.{layer}") != cache for layer in range(manifest.num_layers)):
         raise EngineError(f"{path}: the graph's KV caches are not those of config.json; build the engine again.")
     rows = "R" if manifest.logits == "selected" else "T"

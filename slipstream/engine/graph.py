@@ -62,6 +62,7 @@ class Graph:
     prologue: list[Node] = field(default_factory=list)
     formats: dict[str, WeightFormat] = field(default_factory=dict)  # of packed weights, while the build rewrites
     equal: dict[str, str] = field(default_factory=dict)  # a weight → one before it that is the same, while it does
+    kv_dtype: str = ""  # of caches in 8 bits; "": as captured; while it does
 
     def users(self) -> dict[str, list[Node]]:
         """Each value's readers, in order."""

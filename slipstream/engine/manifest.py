@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from slipstream.errors import EngineError
-from slipstream.schema.build import DTYPES, MAX_BATCH_SIZE, MAX_TOKENS_PER_BLOCK, PLUGINS
+from slipstream.schema.build import DTYPES, KV_DTYPES, MAX_BATCH_SIZE, MAX_TOKENS_PER_BLOCK, PLUGINS
 from slipstream.schema.kv import KVGroup, group_layers, narrow
 from slipstream.schema.model import MAX_LAYERS
 
@@ -16,6 +16,8 @@ _LARGEST = {
     "kv_planes": 2,
     "tokens_per_block": MAX_TOKENS_PER_BLOCK,
 }  # these many things are made at once
+
+_NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
 
 _MODULE = re.compile(r"[A-Za-z_][\w.]{0,200}", re.ASCII)
 
@@ -28,6 +30,7 @@ class Manifest:
     name: str  # the model, for people
     model_type: str
     dtype: str
+    kv_dtype: str  # the same, or one of 8 bits
     # shape
     vocab_size: int
     hidden_size: int
@@ -64,6 +67,11 @@ class Manifest:
         return tuple(name for name, state in self.plugins.items() if state == "disabled")
 
     @property
+    def kv_cache_dtype(self) -> str:
+        """The dtype of keys and values by the name that a build takes."""
+        return next((name for name, dtype in KV_DTYPES.items() if dtype == self.kv_dtype), self.kv_dtype)
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """In all layers, as long as no window has left the token behind."""
         return self.num_layers * self._kv_bytes_per_layer
@@ -83,7 +91,7 @@ class Manifest:
 
     @property
     def _kv_bytes_per_layer(self) -> int:
-        return self.kv_planes * self.num_kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
+        return self.kv_planes * self.num_kv_heads * self.head_dim * _NUM_BYTES[self.kv_dtype]
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
@@ -110,6 +118,10 @@ class Manifest:
     def _check_choices(self, where: str) -> None:
         if self.dtype not in DTYPES:
             raise EngineError(f"{where}/config.json: dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
+        kv_dtypes = (self.dtype, *KV_DTYPES.values())
+        if self.kv_dtype not in kv_dtypes:
+            known = ", ".join(kv_dtypes)
+            raise EngineError(f"{where}/config.json: kv_dtype is {self.kv_dtype!r}; it must be one of {known}.")
         if len(self.windows) != self.num_layers or not all(type(w) is int and 0 <= w < 2**31 for w in self.windows):
             raise EngineError(f"{where}/config.json: windows must be a whole number for each layer, 0 for none.")
         if self.logits not in ("selected", "all"):

@@ -10,7 +10,7 @@ from slipstream.engine.folder import Engine as EngineFolder
 from slipstream.engine.manifest import Manifest
 from slipstream.errors import CapacityError
 from slipstream.runtime.scheduler import Scheduler
-from slipstream.runtime.worker.memory import count_blocks
+from slipstream.runtime.worker.memory import check_kv_dtype, count_blocks
 from slipstream.runtime.worker.worker import Flight, Worker
 from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
 from slipstream.schema.kv import KVGroup, group_layers, narrow
@@ -103,6 +103,7 @@ def start_engine(
     longest = MAX_SEQ_LEN if sink_token_length else manifest.max_seq_len
     max_seq_len = _lowered("max_seq_len", max_seq_len, longest, default=manifest.max_seq_len)
     groups = _kv_groups(manifest, max_attention_window_size, sink_token_length, max_seq_len)
+    check_kv_dtype(manifest, device)
     num_blocks = count_blocks(
         manifest, groups, device,
         fraction=kv_cache_free_memory_fraction, max_tokens=kv_cache_max_tokens, max_seq_len=max_seq_len,

@@ -6,6 +6,7 @@ from enum import StrEnum
 from slipstream.schema.kv import KVGroup
 
 DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = {"fp8": "float8_e4m3fn", "int8": "int8"}  # of a KV cache in 8 bits, by their names in the field
 MAX_BATCH_SIZE = 1 << 16  # a slot of sampling state each
 MAX_TOKENS_PER_BLOCK = 1 << 16  # attention reads whole blocks
 
@@ -29,6 +30,7 @@ PLUGINS = {
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
     dtype: str = "auto"  # auto: the fastest safe one for the device
+    kv_cache_dtype: str = "auto"  # of KV_DTYPES, or the engine's dtype; auto: what the model says, else the engine's
     max_batch_size: int = 64  # sequences in one step
     max_num_tokens: int = 2048  # tokens in one step, over all sequences
     max_seq_len: int | None = None  # prompt + output of one sequence; default: the model's own limit

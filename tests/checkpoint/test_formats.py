@@ -195,13 +195,6 @@ def test_linears_of_many_formats_are_joined_where_they_are_stored_alike(tmp_path
     torch.testing.assert_close(GraphRunner(tmp_path / "engine").logits(TOKEN_IDS), expected, atol=TOLERANCE, rtol=0)
 
 
-def test_scales_of_a_quantized_cache_are_named_in_a_warning(tmp_path: Path) -> None:
-    model, _ = write_quantized(tmp_path / "model", SHAPES, FORMATS["modelopt-fp8"])
-    change(model, lambda t: t.update({f"model.layers.0.self_attn.{p}_proj.{p}_scale": torch.ones(1) for p in "kv"}))
-    with pytest.warns(UserWarning, match="has 2 scales of a quantized KV cache, which are not used"):
-        open_checkpoint(resolve(model))
-
-
 # ----- what cannot be
 
 

@@ -118,9 +118,9 @@ def test_an_fp8_folder_stays_fp8(tmp_path: Path) -> None:
         tensors[f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"] = torch.ones(1)
     save_file(tensors, folder / "rank0.safetensors")
 
-    with pytest.warns(UserWarning, match="has 3 scales of a quantized KV cache, which are not used"):
-        checkpoint = open_checkpoint(resolve(folder))
-    build(checkpoint, tmp_path / "engine", BuildConfig(max_batch_size=2, max_num_tokens=32))
+    checkpoint = open_checkpoint(resolve(folder))
+    config = BuildConfig(max_batch_size=2, max_num_tokens=32, kv_cache_dtype=checkpoint.dtype)
+    build(checkpoint, tmp_path / "engine", config)
     logits = GraphRunner(tmp_path / "engine").logits(TOKEN_IDS)
     torch.testing.assert_close(logits, logits_of(reference), atol=2e-2, rtol=0)
     assert open_engine(tmp_path / "engine").graph.count_ops()["linear_fp8"] == 4 * 3

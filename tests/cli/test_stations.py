@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
+from slipstream.checkpoint.random import write_random_model
 from slipstream.cli._tables import human_bytes
-from tests.checkpoint.naive_formats import FORMATS
-from tests.checkpoint.test_formats import SHAPES, change, write_quantized
+from slipstream.models import llama
+from tests.checkpoint.tensorrt_llm import write_as_tensorrt_llm
 from tests.cli.conftest import Call
 
 
@@ -56,14 +56,33 @@ def test_convert_gives_a_hugging_face_folder_back(call: Call, talker: Path, tmp_
     assert (again / "tokenizer.json").read_bytes() == (talker / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("flags", [("--kv_cache_dtype", "fp8"), ("--fp8_kv_cache",)], ids=" ".join)
+@pytest.mark.parametrize("verb", ["convert", "build"])
+def test_keys_and_values_in_8_bits(call: Call, talker: Path, tmp_path: Path, verb: str, flags: tuple[str, ...]) -> None:
+    """Decided when the model is converted, as by quantize.py, or when the engine is built."""
+    checkpoint, engine = tmp_path / "checkpoint", tmp_path / "engine"
+    call("convert", "--model_dir", talker, "--output_dir", checkpoint, *(flags if verb == "convert" else ()))
+    options = flags if verb == "build" else ()
+    done = call("build", "--checkpoint_dir", checkpoint, "--output_dir", engine, "--fast_build", *options)
+    assert done.code == 0, done.err
+    # 3 layers × K and V × 2 heads × 16 wide × 1 byte
+    assert re.search(r"KV cache, one token +192 B", done.out)
+    assert re.search(r"KV block +16 tokens in fp8", call("inspect", engine).out)
+    done = call("run", "--engine_dir", engine, "--input_text", "One two", "--kv_cache_dtype", "float32")
+    sentence = (
+        f"kv_cache_dtype is 'float32', but the KV cache of {engine} was built in fp8; leave it out or build again."
+    )
+    assert (done.code, done.err) == (2, f"error: {sentence}\n")
+
+
 def test_a_warning_is_one_line_without_a_place_in_our_code(tmp_path: Path) -> None:
-    model, _ = write_quantized(tmp_path / "model", SHAPES, FORMATS["modelopt-fp8"])
-    change(model, lambda t: t.update({"model.layers.0.self_attn.k_proj.k_scale": torch.ones(1)}))
+    published = write_random_model(tmp_path / "published", llama.TINY)
+    model = write_as_tensorrt_llm(published, tmp_path / "model", quantization={"quant_algo": "W8A16"})
     command = [sys.executable, "-c", "import slipstream.cli; slipstream.cli.main()", "convert"]
     command += ["--model_dir", str(model), "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"warning: {model} has 1 scales of a quantized KV cache")
+    assert line.startswith(f"warning: {model} leaves W8A16 to trtllm-build")
 
 
 def converted_size(checkpoint: Path) -> str:

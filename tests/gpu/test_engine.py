@@ -13,6 +13,7 @@ import torch
 from slipstream import LLM, SamplingParams
 from slipstream.checkpoint.random import write_random_model
 from slipstream.models import known_models, model_file
+from tests.api.test_kv_cache import write_calibrated
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -43,6 +44,31 @@ def test_greedy_tokens_are_those_of_the_cpu(model_type: str, tmp_path: Path) -> 
         with LLM(model, device=device, **LIMITS) as llm:
             found[device] = tokens(llm, asked, sampling)
     assert found["cuda"] == found["cpu"]
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_caches_of_8_bits_hold_what_they_hold_on_the_cpu(name: str, tmp_path: Path) -> None:
+    """With sinks too, which the reference computes. A number between two steps may round either way."""
+    model = write_calibrated(tmp_path / "model", name)
+    for options in ({}, {"max_attention_window_size": 40, "sink_token_length": 2}):
+        found = {}
+        for device in ("cpu", "cuda"):
+            with LLM(model, device=device, **LIMITS, **options) as llm:
+                assert llm.manifest.kv_cache_dtype == name
+                found[device] = torch.tensor([llm.score(each).logprobs[1:] for each in [list(range(1, 90))]])
+                tokens(llm, prompts(12, seed=3), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+        torch.testing.assert_close(found["cuda"], found["cpu"], rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("model_type", known_models())
+def test_every_model_keeps_its_cache_in_8_bits(model_type: str, tmp_path: Path) -> None:
+    """Beside the CPU's; a choice of experts may go the other way where a number rounds the other way."""
+    model = write_random_model(tmp_path / "model", model_file(model_type).TINY, seed=2)
+    found = {}
+    for device in ("cpu", "cuda"):
+        with LLM(model, device=device, kv_cache_dtype="fp8", **LIMITS) as llm:
+            found[device] = torch.tensor([llm.score(each).logprobs[1:] for each in [list(range(1, 60))]])
+    assert (found["cuda"] - found["cpu"]).abs().median() < 1e-2
 
 
 def test_stops_aborts_and_sampling_in_one_batch(tmp_path: Path) -> None:

@@ -4,12 +4,11 @@
 quant_config.json (AutoAWQ), ModelOpt writes hf_quant_config.json. Whatever of a linear is packed stays packed.
 """
 
-import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from slipstream.checkpoint.kv_cache import announced_dtype, read_scales, scale_names
 from slipstream.checkpoint.packed import PackedLinear, PackedTensors
 from slipstream.checkpoint.quantized import awq, compressed_tensors, fp8, gptq, modelopt
 from slipstream.checkpoint.quantized.linears import Parts
@@ -28,8 +27,6 @@ METHODS: dict[str, Callable[[Options, Parts], dict[str, PackedLinear]]] = {
 }
 # Beside config.json: what says the same as its quantization_config.
 FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
-# Scales of a quantized KV cache, under the names of llm-compressor, ModelOpt and older tools.
-KV_SCALE = re.compile(r".*\.(k_scale|v_scale|q_scale|prob_scale|kv_scale|output_scale|[kv]_proj\.[kv]_scale)")
 
 
 def open_quantized(folder: Path, options: dict[str, Any], tensors: TensorSource) -> TensorSource | None:
@@ -49,16 +46,10 @@ def open_quantized(folder: Path, options: dict[str, Any], tensors: TensorSource)
         raise UnsupportedModel(f"{where}: quant_method is {method!r}; the known ones are {known}.")
     parts = Parts(tensors)
     linears = METHODS[method](Options(values, where), parts)
-    if not linears:
+    kv_cache = read_scales(tensors, announced_dtype(values, where))
+    if not linears and not kv_cache.dtype:
         raise CorruptFile(f"{where} announces {method}, but no tensor in {folder} is quantized that way.")
-    ignored = {name for name in parts.names if KV_SCALE.fullmatch(name) and name not in parts.used}
-    if ignored:
-        warnings.warn(
-            f"{folder} has {len(ignored)} scales of a quantized KV cache, which are not used: the cache keeps the "
-            "engine's dtype.",
-            stacklevel=2,
-        )
-    return PackedTensors(tensors, linears, parts.used | ignored)
+    return PackedTensors(tensors, linears, parts.used | scale_names(parts.names), kv_cache)
 
 
 def _find_config(folder: Path, options: dict[str, Any]) -> tuple[str, str, dict[str, Any]] | None:

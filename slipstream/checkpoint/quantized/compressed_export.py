@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from slipstream.checkpoint.kv_cache import KVCache
 from slipstream.errors import UnsupportedModel
 from slipstream.kernels.linear import w4a16
+from slipstream.schema.build import KV_DTYPES
 from slipstream.schema.format import QUANTIZES_ACTIVATIONS, WeightFormat
 
 BLOCK_ROWS = 128  # of FP8 blocks, whose scales every row repeats here
@@ -94,7 +97,27 @@ def _scales(format: WeightFormat, scale_NG: Tensor) -> Tensor:
     return blocks
 
 
-def quantization_config(formats: dict[str, WeightFormat], ignored: list[str]) -> dict[str, Any]:
+def exported_scales(cache: KVCache) -> list[tuple[int, Exported]]:
+    """The layer, and k_scale and v_scale of its attention: one number, or one a head."""
+    is_per_head = _has_scale_per_head(cache)
+    found = []
+    for layer, scales_PK in cache.scales.items():
+        for letter, scale_K in zip("kv", scales_PK, strict=False):
+            scale = scale_K[:, None, None] if is_per_head else scale_K[:1]
+            make = partial(_given, scale)
+            found.append((layer, Exported(f"{letter}_scale", tuple(scale.shape), scale.dtype, make)))
+    return found
+
+
+def _given(tensor: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+    return tensor
+
+
+def _has_scale_per_head(cache: KVCache) -> bool:
+    return any(bool((scales_PK != scales_PK[:, :1]).any()) for scales_PK in cache.scales.values())
+
+
+def quantization_config(formats: dict[str, WeightFormat], ignored: list[str], cache: KVCache) -> dict[str, Any]:
     """quantization_config of config.json. formats: by the names of the linears; ignored: linears that are dense."""
     schemes: dict[WeightFormat, list[str]] = {}
     for name, format in formats.items():  # the order and the static scale are tensors, not part of a scheme
@@ -104,15 +127,23 @@ def quantization_config(formats: dict[str, WeightFormat], ignored: list[str]) ->
     for number, (scheme, names) in enumerate(schemes.items()):
         targets = ["Linear"] if len(schemes) == 1 else names
         groups[f"group_{number}"] = {"targets": targets, "format": _STORED_AS[scheme.kind], **_scheme(scheme)}
-    stored_as = {group["format"] for group in groups.values()}
+    stored_as = {group["format"] for group in groups.values()} or {"dense"}
     return {
         "quant_method": "compressed-tensors",
         "format": stored_as.pop() if len(stored_as) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignored,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": _cache_scheme(cache),
     }
+
+
+def _cache_scheme(cache: KVCache) -> dict[str, Any] | None:
+    kinds = {KV_DTYPES["fp8"]: "float", KV_DTYPES["int8"]: "int"}
+    if not cache.dtype:
+        return None
+    strategy = "attn_head" if _has_scale_per_head(cache) else "tensor"
+    return {"num_bits": 8, "type": kinds[cache.dtype], "symmetric": True, "strategy": strategy, "dynamic": False}
 
 
 def _scheme(format: WeightFormat) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from slipstream.schema.model import Options
 
 PACKED, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 FORMATS = (PACKED, INT, FLOAT, NAIVE)
-MIXED = "mixed-precision"
+MIXED, DENSE = "mixed-precision", "dense"  # of many groups; of none, where the KV cache alone is quantized
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Scheme:
 
 
 def read(options: Options, parts: Parts) -> dict[str, PackedLinear]:
-    stored_as = options.choice("format", (*FORMATS, MIXED))
+    stored_as = options.choice("format", (*FORMATS, MIXED, DENSE))
     options.choice("quantization_status", ("compressed", "frozen"), "compressed")
     options.skip("global_compression_ratio", "ignore", "kv_cache_scheme", "version")
     for name in ("sparsity_config", "transform_config", "moe_sparsity_config"):

@@ -12,7 +12,7 @@ BLOCK = (128, 128)
 def read(options: Options, parts: Parts) -> dict[str, PackedLinear]:
     options.skip("producer", "quant_library", "quant_library_version")
     section = options.section("quantization") or options
-    algorithm = section.choice("quant_algo", ALGORITHMS)
+    algorithm = section.choice("quant_algo", (*ALGORITHMS, None))
     section.skip("config_groups", "exclude_modules", "group_size", "ignore", "kv_cache_quant_algo", "kv_cache_scheme")
     for each in (section, options):
         each.finish("ModelOpt")

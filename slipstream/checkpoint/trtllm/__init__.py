@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slipstream.checkpoint.kv_cache import read_scales, scale_names
 from slipstream.checkpoint.packed import PackedLinear, PackedTensors
 from slipstream.checkpoint.quantized.linears import FP8, Parts
 from slipstream.checkpoint.tensors import TensorSource
@@ -24,8 +25,6 @@ from slipstream.errors import UnsupportedModel
 from slipstream.schema.format import WeightFormat
 from slipstream.schema.model import Options
 from slipstream.schema.weights import WeightTable
-
-KV_SCALE = ".attention.kv_cache_scaling_factor"
 
 
 def is_tensorrt_llm(folder: Path, options: dict[str, Any]) -> bool:
@@ -37,25 +36,19 @@ def open_tensorrt_llm(folder: Path, values: dict[str, Any]) -> tuple[dict[str, A
 
     Raises UnsupportedModel for what is not known, CorruptFile where the files do not fit together.
     """
-    architecture, options, split, algorithm = read_config(Options(values, f"{folder}/config.json"))
+    architecture, options, split, algorithm, kv_dtype = read_config(Options(values, f"{folder}/config.json"))
     tensors = RankTensors.open(folder, split, adds_one_to_norms=architecture.adds_one_to_norms)
     try:
         options["dtype"] = values.get("dtype")
         options["tie_word_embeddings"] = "lm_head.weight" not in tensors.names()
-        cache_scales = {name for name in tensors.names() if name.endswith(KV_SCALE)}
-        if cache_scales:
-            warnings.warn(
-                f"{folder} has {len(cache_scales)} scales of a quantized KV cache, which are not used: the cache keeps "
-                "the engine's dtype.",
-                stacklevel=2,
-            )
         linears: dict[str, PackedLinear] = {}
         parts = Parts(tensors)
         if algorithm == "FP8":
             linears = _fp8_linears(parts)
         elif algorithm is not None:
             _check_is_float(folder, tensors, algorithm)
-        return options, PackedTensors(tensors, linears, parts.used | cache_scales), architecture.weights
+        hidden = parts.used | scale_names(tensors.names())
+        return options, PackedTensors(tensors, linears, hidden, read_scales(tensors, kv_dtype)), architecture.weights
     except BaseException:
         tensors.close()
         raise

@@ -12,6 +12,7 @@ from typing import Any
 
 from slipstream.checkpoint.trtllm.ranks import MAX_RANKS, Split
 from slipstream.errors import UnsupportedModel
+from slipstream.schema.build import KV_DTYPES
 from slipstream.schema.model import Options
 from slipstream.schema.weights import Rows, WeightTable
 
@@ -32,14 +33,14 @@ class Architecture:
     adds_one_to_norms: bool = False
 
 
-def read_config(options: Options) -> tuple[Architecture, Config, Split, str | None]:
-    """Hugging Face's options, how the tensors are shared among ranks, and the quantization."""
+def read_config(options: Options) -> tuple[Architecture, Config, Split, str | None, str]:
+    """Hugging Face's options, how the tensors are shared among ranks, the quantization, and the dtype of the cache."""
     name = options.choice("architecture", tuple(ARCHITECTURES))
     telling_option, variant = VARIANTS.get(name, ("", None))
     architecture = variant if variant and options.boolean(telling_option) else ARCHITECTURES[name]
     quantization = options.section("quantization") or Options({}, "quantization")
     algorithm = quantization.choice("quant_algo", ("FP8", "W8A16", "W4A16", None))
-    quantization.choice("kv_cache_quant_algo", ("FP8", "INT8", None))
+    kv_algorithm = quantization.choice("kv_cache_quant_algo", ("FP8", "INT8", None))
     if algorithm == "FP8" and architecture.has_experts:
         raise UnsupportedModel(f"quant_algo is FP8 for {name}; experts can be read as floats only.")
     config = _decoder(options, architecture)
@@ -47,7 +48,7 @@ def read_config(options: Options) -> tuple[Architecture, Config, Split, str | No
     config = {"model_type": architecture.model_type, **architecture.options(options, config)}
     _finish(options)
     del config[POSITIONS]
-    return architecture, config, split, algorithm
+    return architecture, config, split, algorithm, KV_DTYPES[kv_algorithm.lower()] if kv_algorithm else ""
 
 
 def _decoder(options: Options, architecture: Architecture) -> Config:

@@ -59,6 +59,18 @@ def check_kv_size(fraction: Any, max_tokens: Any) -> None:
         )
 
 
+def check_kv_dtype(manifest: Manifest, device: torch.device) -> None:
+    """Raises CapacityError for a GPU that cannot convert to the dtype of the KV cache."""
+    if device.type != "cuda" or manifest.kv_cache_dtype != "fp8":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        raise CapacityError(
+            f"A KV cache in fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or later, and {device} has "
+            f"{major}.{minor}; build with --kv_cache_dtype {manifest.dtype}."
+        )
+
+
 def count_blocks(
     manifest: Manifest,
     groups: Sequence[KVGroup],
@@ -111,7 +123,7 @@ def count_blocks(
 def allocate_kv(manifest: Manifest, num_tensors: int, num_blocks: int, device: torch.device) -> list[Tensor]:
     """Zeroed caches; each serves one layer of every KV group."""
     shape = (manifest.kv_planes, num_blocks, manifest.tokens_per_block, manifest.num_kv_heads, manifest.head_dim)
-    dtype = getattr(torch, manifest.dtype)
+    dtype = getattr(torch, manifest.kv_dtype)
     try:
         if device.type == "cpu":
             return [_lazy_zeros(shape, dtype) for _ in range(num_tensors)]
