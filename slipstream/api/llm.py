@@ -58,6 +58,7 @@ class LLM:
         max_num_tokens: int | None = None,
         max_seq_len: int | None = None,
         kv_cache_max_tokens: int | None = None,
+        kv_cache_max_bytes: int | None = None,
         kv_cache_free_memory_fraction: float = 0.9,
         max_attention_window_size: int | Sequence[int] | None = None,
         sink_token_length: int = 0,
@@ -78,7 +79,8 @@ class LLM:
         dtype: float32, bfloat16, float16; "auto" is float32 on a CPU and the model's own on a GPU.
         kv_cache_dtype: fp8 or int8, or the dtype; "auto" is what the model says of its KV cache, else the dtype.
         max_batch_size, max_num_tokens: sequences and tokens in one step. max_seq_len: prompt and output of a sequence.
-        kv_cache_max_tokens: size of the KV cache; by default what fits in kv_cache_free_memory_fraction of free memory.
+        kv_cache_max_tokens, kv_cache_max_bytes: size of the KV cache; by default what is useful and fits in
+        kv_cache_free_memory_fraction of the memory that weights and the largest step leave.
         max_attention_window_size: tokens that a token sees, for all layers or one each (a shorter list is repeated over
         them); it narrows what the model has, and older blocks are freed. sink_token_length: of these, the first tokens
         of a sequence, which stay in sight (StreamingLLM); max_seq_len may then be more than the model's own.
@@ -103,7 +105,7 @@ class LLM:
         order = _choice(QueuePolicy, "queue_policy", queue_policy)
         limits = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "max_seq_len": max_seq_len}
         _check_limits(limits)
-        check_kv_size(kv_cache_free_memory_fraction, kv_cache_max_tokens)
+        check_kv_size(kv_cache_free_memory_fraction, kv_cache_max_tokens, kv_cache_max_bytes)
         for module in plugins:
             import_plugin(module)
         source = resolve(model, None if model_cls_file is None else OwnModel(Path(model_cls_file), model_cls_name))
@@ -132,6 +134,7 @@ class LLM:
         engine = start_engine(
             self._folder, choices, where, **limits,
             kv_cache_max_tokens=kv_cache_max_tokens,
+            kv_cache_max_bytes=kv_cache_max_bytes,
             kv_cache_free_memory_fraction=kv_cache_free_memory_fraction,
             max_attention_window_size=_windows(max_attention_window_size),
             sink_token_length=sink_token_length,
@@ -141,7 +144,7 @@ class LLM:
             enable_chunked_prefill=enable_chunked_prefill,
         )  # fmt: skip
         self.runtime_config = engine.config
-        watch.lap("map the weights, reserve the KV cache")
+        watch.lap("load the weights, reserve the KV cache")
         self._tokenizer = _open_tokenizer(path, tokenizer)
         self._chat_template = chat_template
         if chat_template is None and self._tokenizer is not None:

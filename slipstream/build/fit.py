@@ -71,7 +71,7 @@ def fit(graph: Graph, manifest: Manifest, device: Device, fraction: float) -> Fi
         ("CUDA and its libraries", device.taken),
         ("weights, which stay in their file" if device.maps_weights else "weights", weights),
         (f"activations of {manifest.max_num_tokens} tokens", manifest.memory["activations"]),
-        ("recorded graphs", 0),  # no step is recorded yet
+        ("recorded steps", 0 if device.maps_weights else manifest.memory["recorded"]),
     ]
     left = device.memory - sum(size for _, size in taken)
     block_bytes = manifest.kv_block_bytes(manifest.kv_groups)
@@ -81,7 +81,7 @@ def fit(graph: Graph, manifest: Manifest, device: Device, fraction: float) -> Fi
     num_blocks = max(0, kv_bytes // block_bytes - 1)  # one block is nobody's
     kv_tokens = num_blocks // len(manifest.kv_groups) * manifest.tokens_per_block
     sequence = manifest.max_kv_blocks(manifest.max_seq_len) * block_bytes
-    room = device.memory - device.taken - weights - int(sequence / fraction)
+    room = device.memory - device.taken - weights - taken[-1][1] - int(sequence / fraction)
     found = Fit(
         device, taken, left, kv_bytes,
         kv_tokens=kv_tokens,

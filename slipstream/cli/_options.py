@@ -1,9 +1,12 @@
 """Options that several verbs share, spelled and explained once. Where TensorRT-LLM has one, its name is used."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from slipstream.errors import UsageError
 
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16 or float16. auto: float32 on a CPU, the model's own on a GPU.")
@@ -41,12 +44,13 @@ KvCacheMaxTokens = Annotated[
         help="Size of the KV cache in tokens.  [default: what fits]",
     ),
 ]
+KvCacheMaxBytes = Annotated[str | None, typer.Option(help="Size of the KV cache, such as 8GiB.  [default: what fits]")]
 KvCacheFraction = Annotated[
     float,
     typer.Option(
         "--kv_cache_free_memory_fraction",
         "--kv_cache_free_gpu_memory_fraction",
-        help="Part of the free memory that the KV cache may take.",
+        help="Part of the memory that weights and the largest step leave, for the KV cache.",
     ),
 ]
 AttentionWindow = Annotated[
@@ -61,3 +65,15 @@ ChunkedContext = Annotated[bool, typer.Option(help="Long prompts are computed pi
 CapacityPolicy = Annotated[
     str, typer.Option(help="When a waiting request may start: guaranteed_no_evict, max_utilization or static_batch.")
 ]
+
+_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def parse_bytes(flag: str, text: str | None) -> int | None:
+    """ "8GiB", "1.5 GiB" or "1073741824". Raises UsageError."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]iB|B|)", text)
+    if found is None:
+        raise UsageError(f"{flag} is {text!r}; it must be a number of bytes, KiB, MiB, GiB or TiB, such as 8GiB.")
+    return int(float(found[1]) * _UNITS[found[2]])

@@ -50,6 +50,7 @@ def print_memory_plan(manifest: "Manifest", more: Iterable[Sequence[object]] = (
     rows: list[Sequence[object]] = [
         ("weights", human_bytes(manifest.memory.get("weights", 0))),
         ("activations of the largest step", human_bytes(manifest.memory.get("activations", 0))),
+        ("steps that a GPU records", human_bytes(manifest.memory.get("recorded", 0))),
         ("KV cache, one token", human_bytes(manifest.kv_bytes_per_token)),
         (f"KV cache, one sequence of {manifest.max_seq_len} tokens", human_bytes(per_sequence)),
         (f"KV cache, {manifest.max_batch_size} such sequences", human_bytes(per_sequence * manifest.max_batch_size)),

@@ -125,11 +125,12 @@ def _print_kernels(engine: "Engine", device: "torch.device") -> None:
 
 
 def _print_memory(engine: "Engine", device: "torch.device") -> None:
-    from slipstream.runtime.worker.memory import count_blocks, free_memory
+    from slipstream.runtime.worker.memory import count_blocks, free_memory, left_by_plan
 
     manifest = engine.manifest
     try:
-        num_blocks = count_blocks(manifest, manifest.kv_groups, device, fraction=0.9) - 1
+        left = left_by_plan(manifest, device)
+        num_blocks = count_blocks(manifest, manifest.kv_groups, device, left, fraction=0.9) - 1
     except CapacityError:
         num_blocks = 0
     num_tokens = num_blocks // len(manifest.kv_groups) * manifest.tokens_per_block

@@ -5,17 +5,24 @@ import math
 import torch
 
 from slipstream.engine.graph import Graph, TensorType
+from slipstream.schema.build import MAX_RECORDED_TOKENS
 
 
 def plan_memory(graph: Graph, *, max_num_tokens: int, max_batch_size: int) -> dict[str, int]:
-    """Bytes: weights (all), activations (the most alive at once in the largest step). The manifest knows the KV's.
+    """Bytes: weights (all), activations (the most alive at once in the largest step), recorded (the same in the largest
+    step that a GPU records, whose activations are beside the others). The manifest knows the KV's.
 
     The largest step has prompts whose logprobs were asked for: then every token has a row of logits.
     """
-    sizes = {"T": max_num_tokens, "S": max_batch_size, "S1": max_batch_size + 1, "R": max_num_tokens, "B": 1, "N": 1}
+
+    def activations(num_tokens: int) -> int:
+        tokens = {"T": num_tokens, "R": num_tokens}
+        return _peak(graph, tokens | {"S": max_batch_size, "S1": max_batch_size + 1, "B": 1, "N": 1})
+
     return {
-        "weights": sum(_num_bytes(kind, sizes) for kind in graph.weights.values()),
-        "activations": _peak(graph, sizes),
+        "weights": sum(_num_bytes(kind, {}) for kind in graph.weights.values()),
+        "activations": activations(max_num_tokens),
+        "recorded": activations(min(max_num_tokens, MAX_RECORDED_TOKENS)),
     }
 
 

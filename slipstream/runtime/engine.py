@@ -8,7 +8,7 @@ import torch
 from slipstream.engine.choices import Choices
 from slipstream.engine.folder import Engine as EngineFolder
 from slipstream.engine.manifest import Manifest
-from slipstream.errors import CapacityError
+from slipstream.errors import CapacityError, SlipstreamError
 from slipstream.runtime.scheduler import Scheduler
 from slipstream.runtime.worker.memory import check_kv_dtype, count_blocks
 from slipstream.runtime.worker.worker import Flight, Worker
@@ -65,7 +65,8 @@ class Engine:
                 raise flight
             result = self._worker.collect(flight)
         except Exception as error:  # whatever a kernel raises ends this step's requests, and no others
-            return self._scheduler.fail_step(plan, f"the step failed: {type(error).__name__}: {error}")
+            why = str(error) if isinstance(error, SlipstreamError) else f"{type(error).__name__}: {error}"
+            return self._scheduler.fail_step(plan, f"the step failed: {why}")
         return self._scheduler.commit(plan, result)
 
     def _launch(self, plan: StepPlan) -> None:
@@ -84,6 +85,7 @@ def start_engine(
     max_num_tokens: int | None = None,
     max_seq_len: int | None = None,
     kv_cache_max_tokens: int | None = None,
+    kv_cache_max_bytes: int | None = None,
     kv_cache_free_memory_fraction: float = 0.9,
     max_attention_window_size: Sequence[int] = (),
     sink_token_length: int = 0,
@@ -92,7 +94,9 @@ def start_engine(
     enable_chunked_prefill: bool = True,
     enable_block_reuse: bool = True,
 ) -> Engine:
-    """Load the weights, allocate the KV cache and be ready. Limits may be lower than the engine was built for.
+    """Load the weights, allocate the KV cache in what they leave and be ready.
+
+    Limits may be lower than the engine was built for.
 
     max_attention_window_size: tokens that a token sees, one for each layer or repeated over them; it narrows what the
     model has. sink_token_length: of these, the first tokens of a sequence, which stay in sight (StreamingLLM,
@@ -104,23 +108,28 @@ def start_engine(
     max_seq_len = _lowered("max_seq_len", max_seq_len, longest, default=manifest.max_seq_len)
     groups = _kv_groups(manifest, max_attention_window_size, sink_token_length, max_seq_len)
     check_kv_dtype(manifest, device)
+    max_batch_size = _lowered("max_batch_size", max_batch_size, manifest.max_batch_size)
+    max_num_tokens = _lowered("max_num_tokens", max_num_tokens, manifest.max_num_tokens)
+    worker = Worker(folder, choices, groups, max_batch_size, device)
     num_blocks = count_blocks(
-        manifest, groups, device,
-        fraction=kv_cache_free_memory_fraction, max_tokens=kv_cache_max_tokens, max_seq_len=max_seq_len,
+        manifest, groups, device, worker.memory_left(max_num_tokens),
+        fraction=kv_cache_free_memory_fraction, max_tokens=kv_cache_max_tokens, max_bytes=kv_cache_max_bytes,
+        max_seq_len=max_seq_len,
     )  # fmt: skip
+    worker.allocate_kv(num_blocks)
     config = RuntimeConfig(
         num_blocks=num_blocks,
         kv_groups=groups,
         tokens_per_block=manifest.tokens_per_block,
-        max_batch_size=_lowered("max_batch_size", max_batch_size, manifest.max_batch_size),
-        max_num_tokens=_lowered("max_num_tokens", max_num_tokens, manifest.max_num_tokens),
+        max_batch_size=max_batch_size,
+        max_num_tokens=max_num_tokens,
         max_seq_len=max_seq_len,
         capacity_policy=capacity_policy,
         queue_policy=queue_policy,
         enable_chunked_prefill=enable_chunked_prefill,
         enable_block_reuse=enable_block_reuse,
     )
-    return Engine(config, Worker(folder, choices, num_blocks, groups, config.max_batch_size, device))
+    return Engine(config, worker)
 
 
 def _lowered(name: str, asked: int | None, built: int, default: int | None = None) -> int:

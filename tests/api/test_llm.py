@@ -291,6 +291,7 @@ def forbid_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("kv_cache_max_tokens", "5", "is '5'; it must be a whole number"),
         ("kv_cache_max_tokens", 0, "is 0; it must be a whole number of at least 1"),
+        ("kv_cache_max_bytes", "8GiB", "is '8GiB'; it must be a whole number of at least 1, such as 2**30"),
         ("kv_cache_free_memory_fraction", "half", "is 'half'; it must be a number above 0"),
         ("kv_cache_free_memory_fraction", float("nan"), "is nan; it must be a number above 0"),
         ("tokenizer", 5, "is 5; it must be the path of a folder"),

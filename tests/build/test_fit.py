@@ -36,16 +36,17 @@ def test_the_derivation_is_the_hand_count(plan: BuildPlan) -> None:
     manifest = plan.manifest
     found = fitting(plan, taken=MIB)
     assert [size for _, size in found.taken] == [
-        MIB, manifest.memory["weights"], manifest.memory["activations"], 0,
+        MIB, manifest.memory["weights"], manifest.memory["activations"], manifest.memory["activations"],
     ]  # fmt: skip
-    assert found.left == 7 * MIB - manifest.memory["weights"] - manifest.memory["activations"]
+    # Steps of 32 tokens are few enough to be recorded, too.
+    assert found.left == 7 * MIB - manifest.memory["weights"] - 2 * manifest.memory["activations"]
     assert found.kv_bytes == found.left // 2
     # 3 layers × K and V × 2 heads × 16 wide × 4 bytes; 16 tokens a block, of which the first is nobody's
     assert found.kv_tokens == (found.kv_bytes // (16 * 768) - 1) * 16
     assert found.max_batch_size == found.kv_tokens // 256
     assert found.max_seq_len == max(found.kv_tokens, 256)
     sizes = {"max_batch_size": 4}
-    room = 7 * MIB - manifest.memory["weights"] - 256 * 768 * 2
+    room = 7 * MIB - manifest.memory["weights"] - manifest.memory["activations"] - 256 * 768 * 2
     assert plan_memory(plan.graph, max_num_tokens=found.max_num_tokens, **sizes)["activations"] <= room
     assert plan_memory(plan.graph, max_num_tokens=found.max_num_tokens + 1, **sizes)["activations"] > room
 
@@ -60,7 +61,8 @@ def test_a_cpu_maps_its_weights_and_has_a_limit(plan: BuildPlan) -> None:
 def test_the_runtime_allocates_what_was_derived(plan: BuildPlan, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
     cpu = torch.device("cpu")
-    blocks = memory.count_blocks(plan.manifest, plan.manifest.kv_groups, cpu, fraction=0.9)
+    left = memory.left_by_plan(plan.manifest, cpu)
+    blocks = memory.count_blocks(plan.manifest, plan.manifest.kv_groups, cpu, left, fraction=0.9)
     found = fit(plan.graph, plan.manifest, Device("cpu", free, maps_weights=True), 0.9)
     useful = plan.manifest.max_batch_size * plan.manifest.max_seq_len  # a runtime takes no more than can be used
     assert (blocks - 1) * 16 == min(found.kv_tokens, useful)
@@ -83,14 +85,16 @@ def test_a_block_of_each_group_is_the_least_that_fits(plan: BuildPlan, monkeypat
     for num_blocks, fits in ((3, False), (4, True)):  # the null block, and one each of three groups
         device = Device("cpu", taken + num_blocks * block, maps_weights=True)
         monkeypatch.setattr(memory, "free_memory", lambda _, device=device: device.memory)
+        cpu = torch.device("cpu")
+        left = memory.left_by_plan(mixed, cpu)
         if fits:
             assert fit(plan.graph, mixed, device, 1.0).kv_tokens == 16
-            assert memory.count_blocks(mixed, mixed.kv_groups, torch.device("cpu"), fraction=1.0) == 4
+            assert memory.count_blocks(mixed, mixed.kv_groups, cpu, left, fraction=1.0) == 4
         else:
             with pytest.raises(CapacityError, match="No KV block fits"):
                 fit(plan.graph, mixed, device, 1.0)
             with pytest.raises(CapacityError, match="No KV block fits"):
-                memory.count_blocks(mixed, mixed.kv_groups, torch.device("cpu"), fraction=1.0)
+                memory.count_blocks(mixed, mixed.kv_groups, cpu, left, fraction=1.0)
 
 
 def test_a_plan_counts_a_row_of_logits_for_every_token(plan: BuildPlan) -> None:
@@ -107,7 +111,7 @@ def test_what_would_fit_is_named(plan: BuildPlan) -> None:
     )
     with pytest.raises(CapacityError, match=r"lower --max_num_tokens to \d+ or take a larger GPU, such as T4-16GB\.$"):
         fit(plan.graph, long, Device("x", 2 * MIB), 0.5)
-    huge = replace(plan.manifest, memory={"weights": 1 << 40, "activations": 0})
+    huge = replace(plan.manifest, memory={"weights": 1 << 40, "activations": 0, "recorded": 0})
     with pytest.raises(CapacityError, match="no single GPU known here is large enough"):
         fit(plan.graph, huge, gpu("B200-180GB"), 0.5)
 

@@ -219,6 +219,9 @@ FLAG_MISTAKES = {
     "--max_batch_size 9": "max_batch_size is 9",
     "--kv_cache_free_memory_fraction 1.5": "kv_cache_free_memory_fraction is 1.5",
     "--kv_cache_max_tokens 999999999999": "lower --kv_cache_max_tokens to",
+    "--kv_cache_max_bytes 999TiB": "lower --kv_cache_max_bytes to",
+    "--kv_cache_max_bytes 1": "kv_cache_max_bytes is 1, less than the smallest KV cache takes; raise it to",
+    "--kv_cache_max_bytes 8GB": "--kv_cache_max_bytes is '8GB'; it must be a number of bytes, KiB",
     "--model smollm2": "both were given",
     "--top_kk 1": "--top_k",
 }

@@ -20,7 +20,7 @@ def test_a_written_engine_opens_as_it_was(tiny_engine: Path) -> None:
     assert set(engine.weights.names()) == set(engine.graph.weights)
     assert engine.manifest.eos_token_ids == {2}
     assert engine.manifest.kv_bytes_per_token == 4 * 1 * 2 * 2 * 16  # layers, K and V, heads, numbers a head
-    assert set(engine.manifest.memory) == {"weights", "activations"}
+    assert set(engine.manifest.memory) == {"weights", "activations", "recorded"}
     assert engine.weights.read("norm.weight").dtype == torch.float32
     engine.close()
 

@@ -22,7 +22,10 @@ def test_the_plan_of_the_tiny_llama_is_the_hand_count() -> None:
     assert plan == {
         "weights": 4 * weights,
         "activations": 4 * activations,
+        "recorded": 4 * activations,
     }
+    longer = plan_memory(graph, max_num_tokens=5000, max_batch_size=5)
+    assert longer["activations"] == 50 * plan["activations"] and longer["recorded"] < 6 * plan["activations"]
 
 
 def test_weights_of_every_dtype_count() -> None:

@@ -3,7 +3,7 @@
 import ctypes
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +47,43 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def check_kv_size(fraction: Any, max_tokens: Any) -> None:
+def left_by_plan(manifest: Manifest, device: torch.device) -> int:
+    """Bytes that a KV cache could have before anything is loaded, by the engine's plan.
+
+    A CPU maps the weights, and such pages count as free; it records no steps.
+    """
+    parts = ("activations",) if device.type == "cpu" else ("activations", "weights", "recorded")
+    return max(0, free_memory(device) - sum(manifest.memory.get(part, 0) for part in parts))
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that a call takes of a GPU at most, beside what is allocated before it."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_reserved(device) - before
+    torch.cuda.empty_cache()
+    return peak
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Also where CUDA itself says so, beyond torch's allocator."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def check_kv_size(fraction: Any, max_tokens: Any, max_bytes: Any = None) -> None:
     """Raises CapacityError for what no KV cache could have, before there is an engine to know more."""
     if type(fraction) not in (int, float) or not 0 < fraction <= 1:
         raise CapacityError(
             f"kv_cache_free_memory_fraction is {fraction!r}; it must be a number above 0 and at most 1, such as 0.9."
         )
-    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-        raise CapacityError(
-            f"kv_cache_max_tokens is {max_tokens!r}; it must be a whole number of at least 1, such as 4096."
-        )
+    for name, value, example in (("max_tokens", max_tokens, "4096"), ("max_bytes", max_bytes, "2**30")):
+        if value is not None and (type(value) is not int or value < 1):
+            raise CapacityError(
+                f"kv_cache_{name} is {value!r}; it must be a whole number of at least 1, such as {example}."
+            )
 
 
 def check_kv_dtype(manifest: Manifest, device: torch.device) -> None:
@@ -75,32 +102,47 @@ def count_blocks(
     manifest: Manifest,
     groups: Sequence[KVGroup],
     device: torch.device,
+    left: int,
     *,
     fraction: float,
     max_tokens: int | None = None,
+    max_bytes: int | None = None,
     max_seq_len: int | None = None,
 ) -> int:
     """KV blocks to allocate, the null block included.
 
-    As many as a full batch of the longest sequences (max_seq_len; by default the engine's) could use, within `fraction`
-    of what is free after activations and, on a GPU, the weights, which are not there yet (a CPU maps them, and such
-    pages count as free). `max_tokens` asks for room for so many tokens in all layers instead. Raises CapacityError
+    left: bytes free beside weights, activations and recorded steps. As many blocks as a full batch of the longest
+    sequences (max_seq_len; by default the engine's) could use, within `fraction` of these. `max_tokens` asks for room
+    for so many tokens in all layers instead, `max_bytes` for so many bytes; the smaller counts. Raises CapacityError
     where that does not fit.
     """
-    check_kv_size(fraction, max_tokens)
+    check_kv_size(fraction, max_tokens, max_bytes)
     block_bytes, size = manifest.kv_block_bytes(groups), manifest.tokens_per_block
-    spoken_for = [manifest.memory.get("activations", 0)]
-    if device.type == "cuda":
-        spoken_for.append(manifest.memory.get("weights", 0))
-    budget = max(0, int(fraction * (free_memory(device) - sum(spoken_for))))
-    fitting = budget // block_bytes
+    budget = int(fraction * left)
+    fitting, fewest = budget // block_bytes, len(groups) + 1
+    if fitting < fewest:
+        raise CapacityError(
+            f"No KV block fits: one takes {block_bytes / 2**20:.1f} MiB and {fraction:.0%} of the memory left is "
+            f"{budget / 2**20:.1f} MiB; free some memory, raise --kv_cache_free_memory_fraction (now {fraction:g}) or "
+            f"lower --max_num_tokens (now {manifest.max_num_tokens})."
+        )
+    asked = []  # blocks, for a KV cache of what, instead of which flag's value
     if max_tokens is not None:
-        wanted = -(-max_tokens // size) * len(groups) + 1
+        most = f"--kv_cache_max_tokens to {(fitting - 1) // len(groups) * size}"
+        asked.append((-(-max_tokens // size) * len(groups) + 1, f"{max_tokens} tokens", most))
+    if max_bytes is not None:
+        if max_bytes < fewest * block_bytes:
+            raise CapacityError(
+                f"kv_cache_max_bytes is {max_bytes}, less than the smallest KV cache takes; raise it to "
+                f"{fewest * block_bytes} or more."
+            )
+        asked.append((max_bytes // block_bytes, f"{max_bytes} bytes", f"--kv_cache_max_bytes to {budget}"))
+    if asked:
+        wanted, what, most = min(asked)
         if wanted > fitting:
             raise CapacityError(
-                f"A KV cache of {max_tokens} tokens takes {wanted * block_bytes / 2**30:.1f} GiB and {fraction:.0%} of "
-                f"the free memory is {budget / 2**30:.1f} GiB; lower --kv_cache_max_tokens to "
-                f"{max(0, fitting - 1) // len(groups) * size} or raise --kv_cache_free_memory_fraction."
+                f"A KV cache of {what} takes {wanted * block_bytes / 2**30:.1f} GiB and {fraction:.0%} of the memory "
+                f"left is {budget / 2**30:.1f} GiB; lower {most} or raise --kv_cache_free_memory_fraction."
             )
         return wanted
     longest = manifest.max_seq_len if max_seq_len is None else max_seq_len
@@ -110,14 +152,7 @@ def count_blocks(
     )
     useful = at_most + (manifest.max_batch_size - 1) * later + 1
     limit = CPU_KV_LIMIT // block_bytes if device.type == "cpu" else useful
-    fewest = len(groups) + 1
-    num_blocks = min(useful, fitting, max(limit, fewest))
-    if num_blocks < fewest:
-        raise CapacityError(
-            f"No KV block fits: one takes {block_bytes / 2**20:.1f} MiB and {fraction:.0%} of the free memory is "
-            f"{budget / 2**20:.1f} MiB; free some memory or raise --kv_cache_free_memory_fraction (now {fraction:g})."
-        )
-    return num_blocks
+    return min(useful, fitting, max(limit, fewest))
 
 
 def allocate_kv(manifest: Manifest, num_tensors: int, num_blocks: int, device: torch.device) -> list[Tensor]:
@@ -132,7 +167,7 @@ def allocate_kv(manifest: Manifest, num_tensors: int, num_blocks: int, device: t
         size = num_tensors * math.prod(shape) * dtype.itemsize
         raise CapacityError(
             f"The KV cache of {size / 2**30:.1f} GiB could not be allocated; lower --kv_cache_free_memory_fraction "
-            "or set --kv_cache_max_tokens."
+            f"or set --kv_cache_max_bytes to {size * 3 // 4}."
         ) from None
 
 

@@ -4,6 +4,7 @@ Sizes come from short lists, and a plan fills the next larger one in part (input
 lists are long enough for their launches to hide behind the work; they run from Python.
 """
 
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,38 @@ import torch
 from torch import Tensor
 
 from slipstream.runtime.worker.inputs import NO_SLOT, StepSizes, fill_inputs, sizes_of
+from slipstream.runtime.worker.memory import is_out_of_memory
 from slipstream.runtime.worker.tables import BlockTables
+from slipstream.schema.build import MAX_RECORDED_TOKENS
 from slipstream.schema.step import StepPlan
 
-NUM_TOKENS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+NUM_TOKENS = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    24,
+    32,
+    40,
+    48,
+    56,
+    64,
+    80,
+    96,
+    112,
+    128,
+    160,
+    192,
+    224,
+    256,
+    320,
+    384,
+    448,
+    MAX_RECORDED_TOKENS,
+)
+
+FEWEST_TOKENS = 1024  # a sequence: tables of recorded steps have room for so many at least
 
 
 @dataclass(frozen=True)
@@ -23,8 +52,9 @@ class Recording:
     graph: torch.cuda.CUDAGraph
     host: Tensor  # pinned; fill_inputs writes here
     device: Tensor  # what the graph reads
-    logits: Tensor  # [R, vocab_size], where it leaves its results
-    token_ids: Tensor  # [R]
+    # Where it leaves its results, in memory that other recordings use too: logits [R, vocab_size], token_ids [R].
+    logits: Tensor
+    token_ids: Tensor
     is_copied: torch.cuda.Event  # host to device, the last time
 
 
@@ -40,8 +70,16 @@ class RecordedSteps:
     ) -> None:
         self._run, self._tables, self._device = run, tables, device
         self._max_batch_size = max_batch_size
-        self._recordings: dict[StepSizes, Recording] = {}
+        self._recordings: dict[StepSizes, Recording | None] = {}  # None where memory was short
         self._memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
+        self._reserve: torch.cuda.CUDAGraph | None = None  # holds on to that memory
+
+    def reserve(self, num_bytes: int) -> None:
+        """Set memory aside that no recording so far has filled: the largest step's, which smaller ones share."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            torch.empty(num_bytes, dtype=torch.uint8, device=self._device).zero_()
+        self._reserve = graph
 
     def run(
         self, plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool]
@@ -50,7 +88,11 @@ class RecordedSteps:
         sizes = self._sizes_for(sizes_of(plan, logit_counts, self._tables))
         if sizes is None:
             return None
-        recording = self._recordings.get(sizes) or self._record(sizes)
+        if sizes not in self._recordings:
+            self._recordings[sizes] = self._record(sizes)
+        recording = self._recordings[sizes]
+        if recording is None:
+            return None
         recording.is_copied.synchronize()
         fill_inputs(plan, logit_counts, is_chosen, self._tables, sizes, recording.host)
         recording.device.copy_(recording.host, non_blocking=True)
@@ -60,17 +102,35 @@ class RecordedSteps:
         return recording.logits[:num_rows], recording.token_ids[:num_rows]
 
     def _sizes_for(self, exact: StepSizes) -> StepSizes | None:
-        if exact.num_tokens > NUM_TOKENS[-1]:
+        if exact.num_tokens > MAX_RECORDED_TOKENS:
             return None
         num_tokens = NUM_TOKENS[bisect_left(NUM_TOKENS, exact.num_tokens)]
         num_sequences = min(num_tokens, self._max_batch_size)
         if exact.num_rows > num_sequences:  # prompt logprobs
             return None
-        width = 1 << (exact.table_width - 1).bit_length()
+        # Short texts share a width, so that a request does not wait for a recording each time its text doubles.
+        width = 1 << (max(exact.table_width, -(-FEWEST_TOKENS // self._tables.tokens_per_block)) - 1).bit_length()
         return StepSizes(num_tokens, num_sequences, num_sequences, width, exact.num_groups)
 
-    def _record(self, sizes: StepSizes) -> Recording:
-        """A step without sequences is run once, for what kernels do at their first call, and then recorded."""
+    def _record(self, sizes: StepSizes) -> Recording | None:
+        """A step without sequences is run once, for what kernels do at their first call, and then recorded.
+
+        None where the memory does not suffice: such steps run from Python.
+        """
+        try:
+            return self._record_now(sizes)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()
+        warnings.warn(
+            f"No memory is left to record steps of {sizes.num_tokens} tokens, which makes them slower; lower "
+            "--kv_cache_free_memory_fraction.",
+            stacklevel=2,
+        )
+        return None
+
+    def _record_now(self, sizes: StepSizes) -> Recording:
         host = torch.zeros(sizes.num_numbers, dtype=torch.int64, pin_memory=True)
         numbers = host.to(self._device)
         inputs = sizes.views(numbers)
@@ -80,6 +140,18 @@ class RecordedSteps:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
             logits_RV, token_ids_R = self._run(inputs)
-        recording = Recording(graph, host, numbers, logits_RV, token_ids_R, torch.cuda.Event())
-        self._recordings[sizes] = recording
-        return recording
+        return Recording(graph, host, numbers, _borrowed(logits_RV), _borrowed(token_ids_R), torch.cuda.Event())
+
+
+class _Bytes:
+    """Memory of a GPU, as others may look at it: https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html"""
+
+    def __init__(self, tensor: Tensor) -> None:
+        address = (tensor.data_ptr(), False)  # not read-only
+        self.__cuda_array_interface__ = {"shape": (tensor.nbytes,), "typestr": "|u1", "data": address, "version": 3}
+
+
+def _borrowed(tensor: Tensor) -> Tensor:
+    """The same memory, without keeping it: the next recording may use it for its own."""
+    assert tensor.is_contiguous()
+    return torch.as_tensor(_Bytes(tensor), device=tensor.device).view(tensor.dtype).view(tensor.shape)

@@ -9,16 +9,19 @@ from torch import Tensor
 
 from slipstream.engine.choices import Choices
 from slipstream.engine.folder import Engine
+from slipstream.errors import CapacityError
 from slipstream.runtime.transfer import on_device
 from slipstream.runtime.worker.graphs import compile_graph
 from slipstream.runtime.worker.groups import with_groups
 from slipstream.runtime.worker.inputs import make_inputs, rows_wanted
-from slipstream.runtime.worker.memory import allocate_kv, keep_freed_memory
+from slipstream.runtime.worker.memory import allocate_kv, free_memory, keep_freed_memory, left_by_plan, peak_memory
 from slipstream.runtime.worker.recorded import RecordedSteps
 from slipstream.runtime.worker.sample import Draw, Sampler
 from slipstream.runtime.worker.tables import BlockTables
+from slipstream.runtime.worker.weights import load_weights
+from slipstream.schema.build import MAX_RECORDED_TOKENS
 from slipstream.schema.kv import KVGroup
-from slipstream.schema.step import BlockCopy, SequenceResult, StepPlan, StepResult
+from slipstream.schema.step import BlockCopy, SequenceResult, SequenceStep, StepPlan, StepResult
 
 
 @dataclass(frozen=True)
@@ -37,22 +40,20 @@ class Worker:
         self,
         engine: Engine,
         choices: Choices,
-        num_blocks: int,
         groups: Sequence[KVGroup],
         max_batch_size: int,
         device: torch.device,
     ) -> None:
+        """Weights are loaded; before the first step comes allocate_kv."""
         manifest = engine.manifest
-        self._device, self._manifest = device, manifest
+        self._device, self._manifest, self._groups = device, manifest, groups
+        self._max_batch_size = max_batch_size
         graph = with_groups(engine.graph, groups)  # may refuse: before anything is loaded
         if device.type == "cpu":
             keep_freed_memory()  # before the engine's thread first allocates
-        weights = {name: engine.weights.read(name).to(device) for name in engine.graph.weights}
-        # A tensor serves the layers of one place in each group: a block belongs to one group at a time.
-        self._kv = allocate_kv(manifest, max(len(group.layers) for group in groups), num_blocks, device)
-        self._kv_inputs = {
-            f"kv.{layer}": self._kv[place] for group in groups for place, layer in enumerate(group.layers)
-        }
+        weights = load_weights(engine.weights, list(engine.graph.weights), device)
+        self._kv: list[Tensor] = []
+        self._kv_inputs: dict[str, Tensor] = {}
         compiled = compile_graph(graph, weights, choices, device)
         self._graph = compiled.run
         self._sampler = Sampler(manifest.vocab_size, max_batch_size, device)
@@ -60,6 +61,52 @@ class Worker:
         self._recorded: RecordedSteps | None = None
         if device.type == "cuda" and compiled.can_be_recorded:
             self._recorded = RecordedSteps(self._run, self._tables, max_batch_size, device)
+
+    def memory_left(self, max_num_tokens: int) -> int:
+        """Bytes that a KV cache could have, beside the weights and the steps that run and that are recorded.
+
+        Planned for a CPU. On a GPU what the largest step takes is measured, and a part set aside for recordings.
+        """
+        if self._device.type == "cpu":
+            return left_by_plan(self._manifest, self._device)
+        self.allocate_kv(1)  # the null block alone
+        peak = self._measure(max_num_tokens)
+        if self._recorded is not None:
+            # A quarter more, for what an allocator loses between steps of several sizes.
+            self._recorded.reserve(self._measure(min(max_num_tokens, MAX_RECORDED_TOKENS)) * 5 // 4)
+        self._kv, self._kv_inputs = [], {}
+        torch.cuda.empty_cache()
+        return max(0, free_memory(self._device) - peak)
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Zeroed KV blocks, of which the null block is the first."""
+        # A tensor serves the layers of one place in each group: a block belongs to one group at a time.
+        num_tensors = max(len(group.layers) for group in self._groups)
+        self._kv = allocate_kv(self._manifest, num_tensors, num_blocks, self._device)
+        self._kv_inputs = {
+            f"kv.{layer}": self._kv[place] for group in self._groups for place, layer in enumerate(group.layers)
+        }
+
+    @torch.inference_mode()
+    def _measure(self, num_tokens: int) -> int:
+        """Bytes that a step of so many tokens takes, of prompts as long as can be whose logprobs are asked for."""
+        longest = self._manifest.max_seq_len
+        num_tokens = min(num_tokens, longest * self._max_batch_size)
+        lengths = [min(longest, num_tokens - start) for start in range(0, num_tokens, longest)]
+        steps = [SequenceStep(slot, 0, (0,) * length, sample=False) for slot, length in enumerate(lengths)]
+        plan, free = StepPlan(0, tuple(steps)), free_memory(self._device)
+        try:
+            return peak_memory(
+                lambda: self._run(make_inputs(plan, lengths, [False] * len(steps), self._tables, self._device)),
+                self._device,
+            )
+        except torch.OutOfMemoryError:
+            planned = self._manifest.memory.get("activations", 0) / self._manifest.max_num_tokens
+            fits = min(num_tokens // 2, int(0.7 * free / max(1, planned)))
+            raise CapacityError(
+                f"A step of {num_tokens} tokens does not fit into the {free / 2**30:.1f} GiB that the weights leave of "
+                f"{self._device}; lower --max_num_tokens to {max(1, fits)}."
+            ) from None
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Flight:
@@ -112,7 +159,14 @@ class Worker:
             found = self._recorded.run(plan, logit_counts, is_chosen)
             if found is not None:
                 return found
-        return self._run(make_inputs(plan, logit_counts, is_chosen, self._tables, self._device))
+        try:
+            return self._run(make_inputs(plan, logit_counts, is_chosen, self._tables, self._device))
+        except torch.OutOfMemoryError:
+            raise CapacityError(
+                f"A step of {plan.num_tokens} tokens found no memory on {self._device}; lower "
+                f"--kv_cache_free_memory_fraction or set --kv_cache_max_bytes to "
+                f"{sum(kv.nbytes for kv in self._kv) * 3 // 4}."
+            ) from None
 
     def _run(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits of the wanted rows, [R, vocab_size], and the token chosen for each."""
