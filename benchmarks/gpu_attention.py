@@ -1,9 +1,9 @@
 """Times slipstream/kernels/triton/attention.py on this GPU: python benchmarks/gpu_attention.py [section ...] [--all]
 
-Sections: check rope decode prefill mixed latent; all if none is named. Kernels are compiled in parallel first, then
-each call is recorded into a CUDA graph and replayed over inputs that no cache holds. A line has the floor (KV bytes at
-copy bandwidth, or the product at PEAK), what the plan takes, and the best three of the variants; --all adds a line for
-each of them. `128x64 w8 s3 /4` is a tile of 128 rows and 64 keys, 8 warps, 3 stages, 4 splits.
+Sections: check rope decode prefill mixed latent eight_bits; all if none is named. Kernels are compiled in parallel
+first, then each call is recorded into a CUDA graph and replayed over inputs that no cache holds. A line has the floor
+(KV bytes at copy bandwidth, or the product at PEAK), what the plan takes, and the best three of the variants; --all
+adds a line for each of them. `128x64 w8 s3 /4` is a tile of 128 rows and 64 keys, 8 warps, 3 stages, 4 splits.
 """
 
 import argparse
@@ -49,6 +49,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     soft_cap: float = 0.0
     has_slopes_and_sinks: bool = False
+    kv_dtype: torch.dtype | None = None  # of a cache in 8 bits
 
     @property
     def num_tokens(self) -> int:
@@ -85,7 +86,7 @@ class Inputs:
         num_heads, num_kv_heads = case.heads
         lens = [rows + past for rows, past in case.chunks]
         counts = [-(-length // block_size) for length in lens]
-        token_bytes = case.num_planes * num_kv_heads * case.head_dim * dtype.itemsize
+        token_bytes = case.num_planes * num_kv_heads * case.head_dim * (case.kv_dtype or dtype).itemsize
         self.copies = max(1, min(64, -(-COLD_BYTES // (sum(lens) * token_bytes))))
         if poison:
             self.copies = 1
@@ -100,6 +101,10 @@ class Inputs:
             for sequence, length in enumerate(lens):
                 if length % block_size:
                     self.kv[:, self.tables[0, sequence, length // block_size], length % block_size :] = float("nan")
+        self.scales = None
+        if case.kv_dtype is not None:
+            self.kv = self.kv.mul_(40).clamp_(-127, 127).round_().nan_to_num_(nan=127).to(case.kv_dtype)
+            self.scales = torch.rand(case.num_planes, num_kv_heads, device=DEVICE) / 50 + 0.02
         q_shape = (self.copies, case.num_tokens, num_heads * case.head_dim)
         self.q = torch.empty(q_shape, dtype=dtype, device=DEVICE).normal_()
         starts = list(itertools.accumulate((rows for rows, _ in case.chunks), initial=0))
@@ -116,7 +121,7 @@ class Inputs:
     def arguments(self, copy: int) -> tuple[Any, ...]:
         case = self.case
         return (
-            self.q[copy], self.kv, self.starts, self.lens, self.tables[copy], self.slopes, self.sinks, None,
+            self.q[copy], self.kv, self.starts, self.lens, self.tables[copy], self.slopes, self.sinks, self.scales,
             case.head_dim**-0.5, case.window, case.soft_cap, case.value_dim or case.head_dim,
         )  # fmt: skip
 
@@ -276,6 +281,11 @@ def checks() -> list[Case]:
         Case("all options", (), (8, 2), window=700, soft_cap=20.0, has_slopes_and_sinks=True),
         Case("latent 16", (), (16, 1), head_dim=576, value_dim=512, num_planes=1),
         Case("latent 128", (), (128, 1), head_dim=576, value_dim=512, num_planes=1),
+        Case("fp8", (), (8, 2), kv_dtype=torch.float8_e4m3fn),
+        Case("int8", (), (8, 2), kv_dtype=torch.int8),
+        Case("fp8, fp32", (), (8, 2), dtype=torch.float32, kv_dtype=torch.float8_e4m3fn),
+        Case("fp8, page 64", (), (8, 2), block_size=64, kv_dtype=torch.float8_e4m3fn),
+        Case("fp8 latent", (), (16, 1), head_dim=576, value_dim=512, num_planes=1, kv_dtype=torch.float8_e4m3fn),
     ]
 
 
@@ -289,6 +299,7 @@ def check(case: Case) -> str:
             inputs = Inputs(replace(case, chunks=tuple(chunks)), poison=True)
             arguments = inputs.arguments(0)
             exact = [x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments]
+            exact[1] = arguments[1].float()
             expected = paged.attention.reference(*exact)
             for num_splits in (0, 5):
                 launches = inputs.case.plan()
@@ -369,6 +380,21 @@ def latent() -> list[Case]:
     return found
 
 
+def eight_bits() -> list[Case]:
+    """Half the bytes: a tile of 128 keys has as many on their way as one of 64 in 16 bits."""
+    few = [Tile(16, 64, 4, 4), Tile(16, 128, 4, 2), Tile(16, 128, 4, 3), Tile(16, 128, 8, 2), Tile(16, 32, 4, 4)]
+    many = [Tile(128, 128, 8, 2), Tile(64, 64, 4, 3), Tile(64, 128, 4, 2)]
+    found = []
+    for name, kv_dtype in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
+        case = Case(name, (), kv_dtype=kv_dtype)
+        for batch, length, heads in ((1, 384, (64, 8)), (1, 4096, (32, 8)), (8, 4096, (32, 8)), (64, 1024, (64, 8))):
+            one = replace(case, name=f"{name} {batch} x {length}, {heads[0]}/{heads[1]}", heads=heads)
+            found.append(replace(one, chunks=((1, length - 1),) * batch).with_tiles(few, splits=batch == 1))
+        prompt = replace(case, name=f"{name} prompt 2048, 32/8", chunks=((2048, 0),))
+        found.append(prompt.with_tiles(many))
+    return found
+
+
 def rope_kv_write(bandwidth: float) -> None:
     """The fused op against its reference, which is a dozen launches; both kinds of heads of the 8B shape."""
     op, num_blocks = rope.rope_kv_write, 2048
@@ -392,7 +418,7 @@ def rope_kv_write(bandwidth: float) -> None:
         print(f"rope_kv_write {num_tokens:5d} tokens: floor {floor_us:5.1f} | {ours}", flush=True)
 
 
-SECTIONS = {"decode": decode, "prefill": prefill, "mixed": mixed, "latent": latent}
+SECTIONS = {"decode": decode, "prefill": prefill, "mixed": mixed, "latent": latent, "eight_bits": eight_bits}
 
 if __name__ == "__main__":
     main()
