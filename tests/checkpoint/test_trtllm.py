@@ -115,15 +115,32 @@ def test_an_fp8_folder_stays_fp8(tmp_path: Path) -> None:
             linear.weight.data = part
             linear.register_forward_pre_hook(lambda _, inputs: (activations(inputs[0]),))
     for layer in range(3):
-        tensors[f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"] = torch.ones(1)
+        tensors[f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"] = torch.full((1,), 1.5 + layer)
     save_file(tensors, folder / "rank0.safetensors")
 
     checkpoint = open_checkpoint(resolve(folder))
+    assert checkpoint.kv_cache.dtype == "float8_e4m3fn"
+    assert [scales.tolist() for scales in checkpoint.kv_cache.scales.values()] == [
+        [[1.5 + layer] * 2] * 2 for layer in range(3)
+    ]
     config = BuildConfig(max_batch_size=2, max_num_tokens=32, kv_cache_dtype=checkpoint.dtype)
     build(checkpoint, tmp_path / "engine", config)
     logits = GraphRunner(tmp_path / "engine").logits(TOKEN_IDS)
     torch.testing.assert_close(logits, logits_of(reference), atol=2e-2, rtol=0)
     assert open_engine(tmp_path / "engine").graph.count_ops()["linear_fp8"] == 4 * 3
+
+
+def test_scales_of_an_int8_cache_are_those_of_all_ranks(tmp_path: Path) -> None:
+    folder = write_as_tensorrt_llm(
+        write_model(tmp_path / "hf", "llama"), tmp_path / "two", tp_size=2, quantization={"kv_cache_quant_algo": "INT8"}
+    )
+    names = [f"transformer.layers.{layer}.attention.kv_cache_scaling_factor" for layer in range(3)]
+    for rank in range(2):
+        change(folder, lambda t: t.update({name: torch.full((1,), 0.1) for name in names}), rank=rank)
+    cache = open_checkpoint(resolve(folder)).kv_cache
+    assert cache.dtype == "int8"
+    assert all(torch.equal(scales, torch.full((2, 2), 0.1)) for scales in cache.scales.values())
+    assert len(cache.scales) == 3
 
 
 def test_fp8_of_two_ranks_is_put_together_packed(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from slipstream.engine.folder import open_engine
 from slipstream.engine.manifest import Manifest
 from slipstream.errors import CapacityError
 from slipstream.runtime.engine import start_engine
-from slipstream.runtime.worker.memory import count_blocks
+from slipstream.runtime.worker.memory import check_kv_dtype, count_blocks
 from slipstream.runtime.worker.weights import copy_through, load_weights
 from slipstream.runtime.worker.worker import Worker
 from tests.runtime.fake_worker import make_request
@@ -46,6 +46,16 @@ def test_the_pool_is_a_part_of_what_is_left(manifest: Manifest) -> None:
     assert blocks(manifest, 200 * block, max_bytes=10 * block + 1) == 10
     assert blocks(manifest, 200 * block, max_bytes=10 * block, max_tokens=33) == 4
     assert blocks(replace(manifest, max_seq_len=32, max_batch_size=2), 200 * block) == 5  # no more than can be used
+
+
+def test_fp8_is_refused_by_a_gpu_without_it(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    check_kv_dtype(manifest, GPU)
+    check_kv_dtype(replace(manifest, kv_dtype="int8"), GPU)
+    narrow = replace(manifest, kv_dtype="float8_e4m3fn")
+    check_kv_dtype(narrow, torch.device("cpu"))
+    with pytest.raises(CapacityError, match=r"capability 8\.9 .* cuda has 8\.0; build with --kv_cache_dtype float32"):
+        check_kv_dtype(narrow, GPU)
 
 
 def test_what_does_not_fit_names_a_value_that_does(manifest: Manifest) -> None:
