@@ -18,8 +18,9 @@ def _cos_sin_shapes(positions_T: Tensor, inv_freq_F: Tensor, scale: float) -> tu
 @op("rope_cos_sin(Tensor positions, Tensor inv_freq, float scale) -> (Tensor, Tensor)", shapes=_cos_sin_shapes)
 def rope_cos_sin(positions_T: Tensor, inv_freq_F: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The step's angles, once for all layers; float32, one column a frequency (head_dim / 2 of them)."""
-    angles_TF = positions_T.float()[:, None] * inv_freq_F
-    return angles_TF.cos() * scale, angles_TF.sin() * scale
+    angles_TF = positions_T[:, None] * inv_freq_F
+    cos_TF, sin_TF = angles_TF.cos(), angles_TF.sin()
+    return (cos_TF, sin_TF) if scale == 1 else (cos_TF.mul_(scale), sin_TF.mul_(scale))
 
 
 @op("far_cos_sin(Tensor positions, Tensor inv_freq, float scale) -> (Tensor, Tensor)", shapes=_cos_sin_shapes)

@@ -33,8 +33,10 @@ def head_linear(x_TX: Tensor, weight_ND: Tensor, num_heads: int, is_transposed: 
     """
     weight_HND = weight_ND.unflatten(0, (num_heads, -1))
     x_HTX = x_TX.unflatten(1, (num_heads, -1)).transpose(0, 1)
-    y_HTY = torch.bmm(x_HTX, weight_HND if is_transposed else weight_HND.transpose(1, 2))
-    return y_HTY.transpose(0, 1).flatten(1)
+    weight_HXY = weight_HND if is_transposed else weight_HND.transpose(1, 2)
+    y_THY = x_TX.new_empty(x_TX.shape[0], num_heads, weight_HXY.shape[2])
+    torch.bmm(x_HTX, weight_HXY, out=y_THY.transpose(0, 1))  # in place: a result by heads would be copied
+    return y_THY.flatten(1)
 
 
 def _join_heads_shapes(x_TX: Tensor, y_TY: Tensor, num_heads: int) -> Tensor:
