@@ -47,7 +47,7 @@ def main(capability: int) -> None:
 
     JITFunction.run = compile_only
     attention.num_processors = lambda device: 132
-    for call in (attend, attend_with_everything, attend_latent, place, sample, route):
+    for call in (attend, attend_with_everything, attend_latent, attend_streaming, place, sample, route):
         call()
     keep_in_8_bits(torch.int8)
     if capability >= 89:
@@ -67,6 +67,12 @@ def attend_with_everything() -> None:
         200, 20, head_dim=80, window=100, soft_cap=30.0, alibi_slopes_H=torch.ones(32), sinks_H=torch.ones(32),
         block_size=64,
     )  # fmt: skip
+
+
+def attend_streaming() -> None:
+    for num_tokens in (1, 2048):
+        sink_q_TX = torch.empty(num_tokens, 32 * 128, dtype=torch.bfloat16)
+        _attend(num_tokens, 1, window=1024, sink_q_TX=sink_q_TX, sink_tokens=4)
 
 
 def attend_latent() -> None:

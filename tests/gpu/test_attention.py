@@ -210,6 +210,75 @@ def test_padding_is_neither_read_nor_written(device: torch.device, chunks: list[
     check(make(device, chunks, padding=3))
 
 
+def make_streaming(
+    device: torch.device, chunks: list[tuple[int, int]], sink_tokens: int, window: int, **options: Any
+) -> tuple[Tensor, int, tuple[Any, ...]]:
+    """The query for sinks, how many these are, and attention's arguments; blocks that no row sees belong to others."""
+    arguments = list(make(device, chunks, **options))
+    arguments[9] = window
+    q, kv, tables, block_size = arguments[0], arguments[1], arguments[4], arguments[1].shape[2]
+    first = -(-sink_tokens // block_size)
+    for sequence, (_, past) in enumerate(chunks):
+        for index in range(first, max(first, (past + 1 - (window - sink_tokens)) // block_size)):
+            kv[:, tables[sequence, index]] = math.nan if kv.dtype.is_floating_point else 127
+            tables[sequence, index] = 0
+    return torch.randn(q.shape, device=device).to(q.dtype), sink_tokens, tuple(arguments)
+
+
+def naive_streaming(sink_q: Tensor, sink_tokens: int, arguments: tuple[Any, ...]) -> Tensor:
+    """Row by row."""
+    q, kv, query_starts, kv_lens, tables, _, _, kv_scales, scale, window, soft_cap, value_dim = arguments
+    (_, _, block_size, num_kv_heads, head_dim), num_heads = kv.shape, q.shape[1] // kv.shape[4]
+    out = q.new_zeros(len(q), num_heads, value_dim, dtype=torch.float64)
+    for sequence, kv_len in enumerate(kv_lens.tolist()):
+        first, end = query_starts[sequence : sequence + 2].tolist()
+        for row in range(first, end):
+            places = torch.arange(kv_len - (end - row) + 1, device=q.device)
+            places = places[(places < sink_tokens) | (places >= len(places) - (window - sink_tokens))]
+            found = kv[:, tables[sequence, places // block_size], places % block_size].double()
+            found = found if kv_scales is None else found * kv_scales.double()[:, None, :, None]
+            k_LHD, v_LHD = found.repeat_interleave(num_heads // num_kv_heads, 2)
+            as_it_is, for_sinks = (
+                torch.einsum("hd,lhd->lh", each[row].double().view(num_heads, head_dim), k_LHD) for each in (q, sink_q)
+            )
+            scores = torch.where((places < sink_tokens)[:, None], for_sinks, as_it_is) * scale
+            if soft_cap:
+                scores = soft_cap * torch.tanh(scores / soft_cap)
+            out[row] = torch.einsum("lh,lhd->hd", scores.softmax(0), v_LHD[..., :value_dim])
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 20, "sink_tokens": 4},
+        {"window": 70, "sink_tokens": 37, "soft_cap": 2.0, "head_dim": 48},
+        {"window": 5, "sink_tokens": 4, "kv_dtype": torch.int8, "dtype": HALF},
+        {"window": 40, "sink_tokens": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("name", ["generation", "one long", "mixed"])
+def test_sinks_and_newest_tokens(device: torch.device, name: str, options: dict[str, Any], num_splits: int) -> None:
+    few = tiles.Launch(tiles.Tile(16, 32, 4, 2), num_splits, max_rows=16)
+    many = tiles.Launch(tiles.Tile(64, 16, 4, 2), num_splits, min_rows=17)
+    sink_q, sink_tokens, arguments = make_streaming(device, BATCHES[name], **options)
+    launches = (tiles.Launch(few.tile, num_splits),) if name != "mixed" else (few, many)
+    actual = tiles.attention(*arguments, launches=launches, sink_q_TX=sink_q, sink_tokens=sink_tokens)
+    expected = naive_streaming(sink_q, sink_tokens, arguments)
+    tolerance = TOLERANCE[arguments[0].dtype]
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_rows_of_very_small_scores(device: torch.device) -> None:
+    """A tile whose keys a row does not see leaves no trace of a score of 0 in its softmax."""
+    arguments = list(make(device, [(40, 60)], window=3))
+    arguments[0] = -200 * torch.ones_like(arguments[0])
+    arguments[1] = arguments[1].nan_to_num().abs() + 1
+    check(tuple(arguments), (tiles.Launch(tiles.Tile(64, 16, 4, 2), 1),))
+
+
 def test_no_tokens(device: torch.device) -> None:
     arguments = make(device, [(0, 5)])
     assert tiles.attention(*arguments).shape == (0, 128)

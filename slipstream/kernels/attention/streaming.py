@@ -16,7 +16,7 @@ from torch import Tensor
 from slipstream.kernels.attention.cache import to_numbers
 from slipstream.kernels.attention.paged import attention
 from slipstream.kernels.fits import need, need_same_dtype, need_shape
-from slipstream.kernels.registry import op
+from slipstream.kernels.registry import kernel, on_gpu, op
 
 
 def _place_shapes(positions_T: Tensor, window: int) -> Tensor:
@@ -115,3 +115,16 @@ def _scores(q_QX: Tensor, k_KLD: Tensor) -> Tensor:
     num_kv_heads, _, head_dim = k_KLD.shape
     q_KGQD = q_QX.view(q_QX.shape[0], num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     return torch.matmul(q_KGQD.flatten(1, 2), k_KLD.transpose(1, 2)).unflatten(1, q_KGQD.shape[1:3])
+
+
+@kernel(streaming_attention, "triton", on_gpu)
+def streaming_attention_triton(
+    q_TX: Tensor, sink_q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
+    kv_scales_PK: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int, sink_tokens: int,
+) -> Tensor:  # fmt: skip
+    from slipstream.kernels.triton.attention import attention as in_tiles
+
+    return in_tiles(
+        q_TX, kv_PNBKD, query_starts, kv_lens, block_tables_SB, None, None, kv_scales_PK,
+        scale, window, soft_cap, value_dim, sink_q_TX=sink_q_TX, sink_tokens=sink_tokens,
+    )  # fmt: skip

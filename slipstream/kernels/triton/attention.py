@@ -104,6 +104,16 @@ def _exact_for_8_bits(q):
 
 
 @triton.jit
+def _load_query(
+    base, offsets, is_row, kv_scales, START: tl.constexpr, WIDTH: tl.constexpr, USED: tl.constexpr
+):  # fmt: skip
+    q = _load(base, offsets, is_row, START, WIDTH, USED, True)
+    if kv_scales is not None:
+        q = _exact_for_8_bits(q)
+    return q
+
+
+@triton.jit
 def _finite(maximum):
     """For rows that have seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) is NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
@@ -111,7 +121,7 @@ def _finite(maximum):
 
 @triton.jit(do_not_specialize=["num_sequences", "num_splits", "table_stride", "window"])
 def _attend(
-    q, kv, out, partial_sums, partial_stats, query_starts, kv_lens, block_tables, alibi_slopes, sinks,
+    q, sink_q, kv, out, partial_sums, partial_stats, query_starts, kv_lens, block_tables, alibi_slopes, sinks,
     kv_scales, num_sequences, num_splits, window, scale, soft_cap,
     q_stride, out_stride, plane_stride, page_stride, token_stride, head_stride, table_stride, scale_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -119,6 +129,7 @@ def _attend(
     KEYS_ARE_VALUES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     FIRST_PHASE: tl.constexpr, IS_SPLIT: tl.constexpr, MAX_ROWS: tl.constexpr, MIN_ROWS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr,
+    SINK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One tile, one KV head, one split. Scores are in units of log2."""
     index = tl.program_id(0) // NUM_KV_HEADS
@@ -157,18 +168,15 @@ def _attend(
     tokens, heads = first_token + rows // GROUP, kv_head * GROUP + rows % GROUP
     positions = kv_len - num_rows // GROUP + rows // GROUP
     q_offsets = tokens * q_stride + heads * HEAD_DIM
-    q_main = _load(q, q_offsets, is_row, 0, MAIN, HEAD_DIM, True)
+    q_main = _load_query(q, q_offsets, is_row, kv_scales, 0, MAIN, HEAD_DIM)
     if REST:
-        q_rest = _load(q, q_offsets, is_row, MAIN, REST, HEAD_DIM, True)
+        q_rest = _load_query(q, q_offsets, is_row, kv_scales, MAIN, REST, HEAD_DIM)
     if HAS_SLOPES:
         slopes = tl.load(alibi_slopes + heads, mask=is_row, other=0.0) * LOG2_E
     log2_scale = scale * LOG2_E
     if kv_scales is not None:  # of 8 bits: they take part as they are stored, and the scales once, in the end
         log2_scale *= tl.load(kv_scales + kv_head)
         value_scale = tl.load(kv_scales + scale_stride + kv_head)
-        q_main = _exact_for_8_bits(q_main)
-        if REST:
-            q_rest = _exact_for_8_bits(q_rest)
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -180,10 +188,18 @@ def _attend(
     table = block_tables + sequence * table_stride
     IS_ONE_PAGE: tl.constexpr = BLOCK_SIZE % KEYS == 0
     # Phase 1 has the keys that all rows see and needs no masks; 0 those before it, at a window's start; 2 those after.
-    for PHASE in tl.static_range(FIRST_PHASE, 3):
+    # Phase 3 has the first tokens of the text, if they are sinks, which the others then leave out.
+    for PHASE in tl.static_range(FIRST_PHASE, 4 if SINK_TOKENS else 3):
         end = end_key
+        if PHASE == 3:
+            begin, end = 0, tl.minimum(last_position + 1, SINK_TOKENS)
+            if IS_SPLIT:
+                end = tl.where(split == 0, end, 0)
+            q_main = _load_query(sink_q, q_offsets, is_row, kv_scales, 0, MAIN, HEAD_DIM)
+            if REST:
+                q_rest = _load_query(sink_q, q_offsets, is_row, kv_scales, MAIN, REST, HEAD_DIM)
         if PHASE == 0:
-            hidden = tl.maximum(last_position - window + 1 - begin, 0)
+            hidden = tl.maximum(tl.maximum(last_position - window + 1, SINK_TOKENS) - begin, 0)
             end = tl.minimum(begin + tl.cdiv(hidden, KEYS) * KEYS, end_key)
         if PHASE == 1:
             seen = tl.minimum(first_position + 1, end_key) - begin
@@ -216,14 +232,15 @@ def _attend(
                 factor = 1.0
             if PHASE != 1:
                 is_seen = keys[None, :] <= positions[:, None]
-                if HAS_WINDOW:
+                if HAS_WINDOW and PHASE != 3:
                     is_seen &= keys[None, :] > positions[:, None] - window
+                if SINK_TOKENS:
+                    is_seen &= (keys < SINK_TOKENS)[None, :] == (PHASE == 3)
                 scores = tl.where(is_seen, scores, float("-inf"))
             new_maximum = tl.maximum(maximum, tl.max(scores, 1) * factor)
-            if PHASE != 1:
-                new_maximum = _finite(new_maximum)
-            probs = tl.exp2(scores * factor - new_maximum[:, None])
-            decay = tl.exp2(maximum - new_maximum)
+            shift = new_maximum if PHASE == 1 else _finite(new_maximum)
+            probs = tl.exp2(scores * factor - shift[:, None])
+            decay = tl.exp2(maximum - shift)
             maximum = new_maximum
             total = total * decay + tl.sum(probs, 1)
             probs = probs.to(q_main.dtype)
@@ -343,9 +360,12 @@ def attention(
     q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
     alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, kv_scales_PK: Tensor | None,
     scale: float, window: int, soft_cap: float, value_dim: int,
-    launches: tuple[Launch, ...] | None = None,
+    launches: tuple[Launch, ...] | None = None, sink_q_TX: Tensor | None = None, sink_tokens: int = 0,
 ) -> Tensor:  # fmt: skip
-    """As the op (kernels/attention/paged.py). launches: instead of those that the shapes suggest, to measure others."""
+    """As the op (kernels/attention/paged.py). launches: instead of those that the shapes suggest, to measure others.
+
+    sink_q, sink_tokens: as in kernels/attention/streaming.py, where they count among the window's tokens.
+    """
     _, _, block_size, num_kv_heads, head_dim = kv_PNBKD.shape
     num_heads = q_TX.shape[1] // head_dim
     out_TX = q_TX.new_empty(q_TX.shape[0], num_heads * value_dim)
@@ -354,18 +374,20 @@ def attention(
             q_TX.shape[0], len(kv_lens), num_kv_heads, num_heads // num_kv_heads, block_tables_SB.shape[1] * block_size,
             head_dim, q_TX.element_size(), num_processors(q_TX.device),
         )  # fmt: skip
+    if q_TX.stride(1) != 1 or sink_q_TX is not None:
+        q_TX, sink_q_TX = q_TX.contiguous(), None if sink_q_TX is None else sink_q_TX.contiguous()
     for launch in launches if q_TX.numel() else ():
         _run(
-            launch, out_TX, q_TX if q_TX.stride(1) == 1 else q_TX.contiguous(), kv_PNBKD, query_starts, kv_lens,
-            block_tables_SB, alibi_slopes_H, sinks_H, kv_scales_PK, scale, window, soft_cap, value_dim,
+            launch, out_TX, q_TX, sink_q_TX, kv_PNBKD, query_starts, kv_lens, block_tables_SB, alibi_slopes_H, sinks_H,
+            kv_scales_PK, scale, window - sink_tokens, soft_cap, value_dim, sink_tokens,
         )  # fmt: skip
     return out_TX
 
 
 def _run(
-    launch: Launch, out_TX: Tensor, q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor,
-    block_tables_SB: Tensor, alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, kv_scales_PK: Tensor | None,
-    scale: float, window: int, soft_cap: float, value_dim: int,
+    launch: Launch, out_TX: Tensor, q_TX: Tensor, sink_q_TX: Tensor | None, kv_PNBKD: Tensor, query_starts: Tensor,
+    kv_lens: Tensor, block_tables_SB: Tensor, alibi_slopes_H: Tensor | None, sinks_H: Tensor | None,
+    kv_scales_PK: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int, sink_tokens: int,
 ) -> None:  # fmt: skip
     num_planes, _, block_size, num_kv_heads, head_dim = kv_PNBKD.shape
     num_tokens, num_sequences = q_TX.shape[0], len(kv_lens)
@@ -382,14 +404,14 @@ def _run(
     # Short tiles meet their whole past and a few masked keys in one loop: to start another costs more than masks.
     first_phase = 2 if tile.rows < 64 else 1 - (window > 0)
     _attend[num_tiles * num_kv_heads, num_splits](
-        q_TX, kv_PNBKD, out_TX, sums, stats, query_starts, kv_lens, block_tables_SB, alibi_slopes_H, sinks_H,
+        q_TX, sink_q_TX, kv_PNBKD, out_TX, sums, stats, query_starts, kv_lens, block_tables_SB, alibi_slopes_H, sinks_H,
         kv_scales_PK, num_sequences, num_splits, window, scale, soft_cap,
         q_TX.stride(0), out_TX.stride(0), kv_PNBKD.stride(0) * (num_planes - 1), *kv_PNBKD.stride()[1:4],
         block_tables_SB.stride(0), (num_planes - 1) * num_kv_heads,
         num_kv_heads, group, head_dim, value_dim, main, rest, value_main, value_rest,
         num_planes == 1 and value_dim == main, block_size, tile.rows, tile.keys,
         first_phase, num_splits > 1, launch.max_rows, launch.min_rows,
-        window > 0, soft_cap != 0, alibi_slopes_H is not None, sinks_H is not None,
+        window > 0, soft_cap != 0, alibi_slopes_H is not None, sinks_H is not None, sink_tokens,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if num_splits > 1:
