@@ -74,6 +74,13 @@ def rope_pairs(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     return torch.stack([first * cos - second * sin, second * cos + first * sin], 3).flatten(1)
 
 
+@kernel(rope_pairs, "triton", on_gpu)
+def rope_pairs_triton(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    from slipstream.kernels.triton import rope as rotation
+
+    return rotation.rope_pairs(x_TX, cos_TF, sin_TF)
+
+
 def _rope_write_shapes(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor,
     kv_scales: Tensor | None = None,

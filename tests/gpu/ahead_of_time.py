@@ -111,6 +111,7 @@ def place() -> None:
     _place(torch.bfloat16, None)
     angles = torch.empty(3, 64)
     rope.rope(torch.empty(3, 6144, dtype=torch.bfloat16)[:, :4096], angles, angles, 128)
+    rope.rope_pairs(torch.empty(3, 4096, dtype=torch.bfloat16), angles, angles)
 
 
 def _place(kv_dtype: torch.dtype, kv_scales: torch.Tensor | None) -> None:

@@ -46,9 +46,19 @@ def test_greedy_tokens_are_those_of_the_cpu(model_type: str, tmp_path: Path) -> 
     assert found["cuda"] == found["cpu"]
 
 
+def test_sinks_are_kept_as_on_the_cpu(tmp_path: Path) -> None:
+    model = write_random_model(tmp_path / "model", model_file("llama").TINY, seed=6)
+    asked, sampling = prompts(12, seed=7), SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+    found = {}
+    for device in ("cpu", "cuda"):
+        with LLM(model, device=device, max_attention_window_size=30, sink_token_length=3, **LIMITS) as llm:
+            found[device] = tokens(llm, asked, sampling)
+    assert found["cuda"] == found["cpu"]
+
+
 @pytest.mark.parametrize("name", ["fp8", "int8"])
 def test_caches_of_8_bits_hold_what_they_hold_on_the_cpu(name: str, tmp_path: Path) -> None:
-    """With sinks too, which the reference computes. A number between two steps may round either way."""
+    """With sinks too. A number between two steps may round either way."""
     model = write_calibrated(tmp_path / "model", name)
     for options in ({}, {"max_attention_window_size": 40, "sink_token_length": 2}):
         found = {}

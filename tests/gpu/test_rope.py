@@ -76,6 +76,14 @@ def test_heads_of_any_size(device: torch.device, heads: tuple[int, int], head_di
     check("rope_kv_write", step.q, step.k, step.v, step.cos, step.sin, step.kv, step.slots, kv=step.kv)
 
 
+@pytest.mark.parametrize("heads", [(1, 1), (71, 1)], ids=str)
+@pytest.mark.parametrize("head_dim", [8, 64, 24])
+def test_pairs_of_neighbours(device: torch.device, heads: tuple[int, int], head_dim: int) -> None:
+    for num_tokens in NUM_TOKENS:
+        step = Step(device, num_tokens, heads=heads, head_dim=head_dim, num_frequencies=head_dim // 2)
+        check("rope_pairs", step.q, step.cos, step.sin)
+
+
 def test_one_plane_takes_keys_alone(device: torch.device) -> None:
     step = Step(device, 3, heads=(4, 1), head_dim=576, num_planes=1)
     check("kv_write", step.k, None, step.kv, step.slots, kv=step.kv)

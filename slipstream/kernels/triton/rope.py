@@ -28,11 +28,11 @@ def _stored(x, scale, dtype: tl.constexpr):
 def _place_heads(
     x, out, scales, cos, sin, first_head, out_head_stride,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_FREQUENCIES: tl.constexpr,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, ARE_NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     """Heads first_head to first_head + HEADS of one token; the first 2 · NUM_FREQUENCIES numbers rotated, the rest not.
 
-    PAIRS and REST are the numbers of both, as powers of two.
+    PAIRS and REST are the numbers of both, as powers of two. ARE_NEIGHBOURS: pairs are 0 and 1, 2 and 3, and so on.
     """
     heads = (first_head + tl.arange(0, HEADS))[:, None]
     scale = None
@@ -43,14 +43,16 @@ def _place_heads(
         is_inside = (heads < NUM_HEADS) & (columns < NUM_FREQUENCIES)
         cosines = tl.load(cos + columns, mask=columns < NUM_FREQUENCIES, other=0.0)
         sines = tl.load(sin + columns, mask=columns < NUM_FREQUENCIES, other=0.0)
-        pointers = x + heads * HEAD_DIM + columns
+        step: tl.constexpr = 2 if ARE_NEIGHBOURS else 1
+        distance: tl.constexpr = 1 if ARE_NEIGHBOURS else NUM_FREQUENCIES
+        pointers = x + heads * HEAD_DIM + columns * step
         first = tl.load(pointers, mask=is_inside, other=0.0).to(tl.float32)
-        second = tl.load(pointers + NUM_FREQUENCIES, mask=is_inside, other=0.0).to(tl.float32)
-        targets = out + heads * out_head_stride + columns
+        second = tl.load(pointers + distance, mask=is_inside, other=0.0).to(tl.float32)
+        targets = out + heads * out_head_stride + columns * step
         dtype = out.dtype.element_ty
         tl.store(targets, _stored(first * cosines - second * sines, scale, dtype), mask=is_inside)
         turned = _stored(second * cosines + first * sines, scale, dtype)
-        tl.store(targets + NUM_FREQUENCIES, turned, mask=is_inside)
+        tl.store(targets + distance, turned, mask=is_inside)
     if REST:
         columns = 2 * NUM_FREQUENCIES + tl.arange(0, REST)[None, :]
         is_inside = (heads < NUM_HEADS) & (columns < HEAD_DIM)
@@ -65,7 +67,7 @@ def _place(
     q_stride, k_stride, v_stride, angle_stride, out_stride, plane_stride, page_stride, token_stride, head_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_FREQUENCIES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, ALL: tl.constexpr,
-    Q_PARTS: tl.constexpr, KV_PARTS: tl.constexpr,
+    Q_PARTS: tl.constexpr, KV_PARTS: tl.constexpr, ARE_NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     """Q_PARTS programs a token for queries, KV_PARTS for keys, as many for values. ALL: HEAD_DIM as a power of two."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -76,7 +78,7 @@ def _place(
         if Q_PARTS:
             _place_heads(
                 q + token * q_stride, out + token * out_stride, None, cos, sin, part * HEADS, HEAD_DIM,
-                NUM_HEADS, HEAD_DIM, NUM_FREQUENCIES, HEADS, PAIRS, REST,
+                NUM_HEADS, HEAD_DIM, NUM_FREQUENCIES, HEADS, PAIRS, REST, ARE_NEIGHBOURS,
             )  # fmt: skip
     elif KV_PARTS:
         slot = tl.load(slots + token)
@@ -85,18 +87,25 @@ def _place(
         if part < KV_PARTS:
             _place_heads(
                 k + token * k_stride, page, k_scales, cos, sin, part * HEADS, head_stride,
-                NUM_KV_HEADS, HEAD_DIM, NUM_FREQUENCIES, HEADS, PAIRS, REST,
+                NUM_KV_HEADS, HEAD_DIM, NUM_FREQUENCIES, HEADS, PAIRS, REST, ARE_NEIGHBOURS,
             )  # fmt: skip
         elif v is not None:
             _place_heads(
                 v + token * v_stride, page + plane_stride, v_scales, cos, sin, (part - KV_PARTS) * HEADS, head_stride,
-                NUM_KV_HEADS, HEAD_DIM, 0, HEADS, PAIRS, ALL,
+                NUM_KV_HEADS, HEAD_DIM, 0, HEADS, PAIRS, ALL, ARE_NEIGHBOURS,
             )  # fmt: skip
 
 
 def rope(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, head_dim: int) -> Tensor:
     out_TX = torch.empty(x_TX.shape, dtype=x_TX.dtype, device=x_TX.device)
     _launch(x_TX, None, None, cos_TF, sin_TF, out_TX, None, None, None, head_dim)
+    return out_TX
+
+
+def rope_pairs(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    out_TX = torch.empty(x_TX.shape, dtype=x_TX.dtype, device=x_TX.device)
+    head_dim = 2 * cos_TF.shape[1]
+    _launch(x_TX, None, None, cos_TF, sin_TF, out_TX, None, None, None, head_dim, are_neighbours=True)
     return out_TX
 
 
@@ -118,6 +127,7 @@ def rope_kv_write(
 def _launch(
     q: Tensor | None, k: Tensor | None, v: Tensor | None, cos: Tensor | None, sin: Tensor | None,
     out: Tensor | None, kv: Tensor | None, slots: Tensor | None, kv_scales: Tensor | None, head_dim: int,
+    are_neighbours: bool = False,
 ) -> None:  # fmt: skip
     q, k, v, cos, sin = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (q, k, v, cos, sin))
     some = q if q is not None else k
@@ -138,6 +148,6 @@ def _launch(
         *(0 if x is None else x.stride(0) for x in (q, k, v, cos, out)),
         *((0, 0, 0, 0) if kv is None else kv.stride()[:4]),
         num_heads, num_kv_heads, head_dim, num_frequencies, block_size, heads, pairs,
-        triton.next_power_of_2(rest) if rest else 0, whole, parts, kv_parts,
+        triton.next_power_of_2(rest) if rest else 0, whole, parts, kv_parts, are_neighbours,
         num_warps=max(1, heads * whole // _NUMBERS_A_PROGRAM),
     )  # fmt: skip
