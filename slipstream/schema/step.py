@@ -35,7 +35,7 @@ class SequenceStep(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockCopy:
-    """Copy the first num_tokens of a KV block, in all layers of its group, before the step runs."""
+    """Copy a KV block, in all layers of its group, before the step runs; its first num_tokens are what matters."""
 
     source: int
     target: int

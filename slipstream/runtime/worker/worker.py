@@ -117,8 +117,8 @@ class Worker:
         for sequence in plan.sequences:
             if sequence.new is not None:
                 self._sampler.add(sequence.slot, sequence.new, sequence.output_token_ids)
-        for copy in plan.copies:
-            self._copy(copy)
+        if plan.copies:
+            self._copy(plan.copies)
         # A prompt whose logprobs were asked for needs the logits of every token; the others only of their last.
         wants_all_rows = [self._sampler.asks_prompt_logprobs(sequence.slot) for sequence in plan.sequences]
         counts = rows_wanted(plan, wants_all_rows)
@@ -139,15 +139,13 @@ class Worker:
     @torch.inference_mode()
     def collect(self, flight: Flight) -> StepResult:
         """What a step has sampled, and the prompt logprobs asked for. Steps are collected in their order."""
-        drawn = iter(self._sampler.finish(flight.draw))
-        chunks = flight.logits_RV.split(flight.logit_counts)
-        results = []
-        for sequence, chunk, is_asked in zip(flight.plan.sequences, chunks, flight.wants_all_rows, strict=True):
-            result = next(drawn) if sequence.sample else SequenceResult()
-            if is_asked:
-                prompt_logprobs = self._sampler.prompt_logprobs(sequence.slot, sequence.start, chunk)
-                result = result._replace(prompt_logprobs=prompt_logprobs)
-            results.append(result)
+        drawn, sequences = iter(self._sampler.finish(flight.draw)), flight.plan.sequences
+        results = [next(drawn) if sequence.sample else SequenceResult() for sequence in sequences]
+        ends = list(accumulate(flight.logit_counts))
+        for index in [index for index, is_asked in enumerate(flight.wants_all_rows) if is_asked]:
+            chunk_TV = flight.logits_RV[ends[index] - flight.logit_counts[index] : ends[index]]
+            found = self._sampler.prompt_logprobs(sequences[index].slot, sequences[index].start, chunk_TV)
+            results[index] = results[index]._replace(prompt_logprobs=found)
         return StepResult(tuple(results))
 
     def can_run_ahead(self, flight: Flight) -> bool:
@@ -177,6 +175,10 @@ class Worker:
             logits_RV = logits_RV[inputs["step.logit_rows"]]
         return logits_RV, slots.choose(logits_RV, inputs["row_slots"], inputs["row_positions"])
 
-    def _copy(self, copy: BlockCopy) -> None:
-        for kv_2NBKD in self._kv:
-            kv_2NBKD[:, copy.target, : copy.num_tokens] = kv_2NBKD[:, copy.source, : copy.num_tokens]
+    def _copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Whole blocks, all at once: what is beyond a copy's tokens is overwritten before anything sees it."""
+        sources_C = on_device([copy.source for copy in copies], torch.int64, self._device)
+        targets_C = on_device([copy.target for copy in copies], torch.int64, self._device)
+        for kv_PNBKD in self._kv:
+            pages_PNBKD = kv_PNBKD.view(torch.int8) if kv_PNBKD.itemsize == 1 else kv_PNBKD  # FP8 cannot be indexed
+            pages_PNBKD[:, targets_C] = pages_PNBKD[:, sources_C]
