@@ -39,8 +39,8 @@ class Case:
     tiles: tuple[Tiles, ...]
 
 
-def row(rows: int, columns: int, warps: int = 4, early: bool = False) -> Tiles:
-    return Tiles(rows, columns, 0, warps, is_early=early)
+def row(rows: int, columns: int, warps: int = 4) -> Tiles:
+    return Tiles(rows, columns, 0, warps)
 
 
 def swapped(rows: int, columns: int, splits: int = 1, warps: int = 4, stages: int = 4) -> Tiles:
@@ -49,22 +49,19 @@ def swapped(rows: int, columns: int, splits: int = 1, warps: int = 4, stages: in
 
 TILES = {
     ("bf16", 1): (
-        row(8, 1024), row(4, 1024), row(2, 1024), row(4, 1024, early=True), row(2, 2048, warps=8),
-        Tiles(16, 256, stages=5),
+        row(8, 1024), row(4, 1024), row(2, 1024), row(2, 2048, warps=8), Tiles(16, 256, stages=5),
     ),
     ("bf16", 8): (
         Tiles(16, 256, stages=5), Tiles(32, 256, stages=4), swapped(64, 128), swapped(64, 128, splits=2),
-        swapped(64, 128)._replace(is_early=True),
     ),
     ("bf16", 64): (
         Tiles(64, 128), Tiles(32, 128, stages=5), Tiles(64, 128, stages=3), Tiles(64, 64, stages=6),
     ),
     ("fp8", 1): (
-        row(4, 2048), row(2, 2048), row(4, 2048, early=True), row(2, 4096, warps=8), swapped(64, 256),
+        row(4, 2048), row(2, 2048), row(2, 4096, warps=8), swapped(64, 256),
     ),
     ("fp8", 8): (
         Tiles(16, 512, stages=4), Tiles(32, 256, stages=5), swapped(64, 256), swapped(64, 256, splits=2),
-        swapped(64, 256)._replace(is_early=True),
     ),
     ("fp8", 64): (
         Tiles(64, 256), Tiles(32, 256, stages=4), swapped(64, 256), swapped(64, 256, splits=2),
@@ -171,7 +168,7 @@ def libraries(case: Case) -> dict[str, Call]:
 def describe(tiles: Tiles) -> str:
     how = "row" if tiles.splits == 0 else "swap" if tiles.is_swapped else "dot"
     split = f"/{tiles.splits}" if tiles.splits > 1 else ""
-    return f"{how} {tiles.rows}x{tiles.columns}{split} w{tiles.warps} s{tiles.stages}{' pdl' * tiles.is_early}"
+    return f"{how} {tiles.rows}x{tiles.columns}{split} w{tiles.warps} s{tiles.stages}"
 
 
 def seconds(call: Call, x_MK: Tensor, weights: list[Weight]) -> float:

@@ -7,6 +7,7 @@ row: medians of several runs, through LLM.generate with token ids, greedy, 128 t
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import tempfile
@@ -22,6 +23,7 @@ from slipstream import LLM, SamplingParams
 from slipstream.build import build
 from slipstream.checkpoint.folder import Checkpoint
 from slipstream.checkpoint.layouts import renamed
+from slipstream.engine.choices import ROW_BUCKETS
 from slipstream.models import read_config
 from slipstream.schema.build import BuildConfig
 from slipstream.schema.format import WeightFormat
@@ -151,6 +153,14 @@ def generate_seconds(llm: LLM, count: int, num_in: int, num_out: int, times: int
     return median_seconds(call, times)
 
 
+def print_choices(engine: Path) -> None:
+    """The kernels that were measured to be fastest, by rows."""
+    for key, names in json.loads((engine / "model.cache").read_text())["kernels"].items():
+        if len(set(names)) > 1:
+            chosen = ", ".join(f"{rows} {name}" for rows, name in zip(ROW_BUCKETS, names, strict=True))
+            print(f"  {key[:100]}: {chosen}")
+
+
 def decode(llm: LLM, bandwidth: float, times: int) -> None:
     weights = step_bytes(llm)
     print("| batch | tok/s | ms a step | floor ms | of the floor |\n| --- | --- | --- | --- | --- |")
@@ -194,7 +204,7 @@ def profile(llm: LLM) -> None:
         events.sort(key=lambda each: -each.self_device_time_total)
         total = sum(each.self_device_time_total for each in events)
         print(f"batch {batch}: {total / 1e3:.1f} ms on the GPU")
-        for each in events[:16]:
+        for each in events[:20]:
             part = 100 * each.self_device_time_total / total
             each_us = each.self_device_time_total / each.count
             print(f"  {part:5.1f} %  {each.count:6d} x {each_us:8.1f} us  {each.key[:90]}")
@@ -231,6 +241,7 @@ def main() -> None:
             print(f"open to first token {time.perf_counter() - start:.1f} s, {opened:.1f} of them opening", flush=True)
             weights = llm.manifest.memory["weights"]
             print(f"weights {weights / 1e9:.2f} GB, GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+            print_choices(engine)
             calls = {
                 "decode": lambda: decode(llm, bandwidth, arguments.times),
                 "prefill": lambda: prefill(llm, arguments.times),

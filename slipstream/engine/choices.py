@@ -9,7 +9,7 @@ from slipstream.engine.bounded_json import read_json
 from slipstream.engine.graph import Node, TensorType
 from slipstream.errors import SlipstreamError
 
-ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # a step of more rows takes the choice of the last bucket
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # a larger step takes the last one's choice
 
 
 def bucket_of(num_rows: int) -> int:

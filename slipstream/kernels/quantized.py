@@ -173,6 +173,28 @@ def add_rms_norm_quantize_triton(
     return rows.norm(x_TH, residual_TH, weight_H, None, eps, weight_offset=weight_offset, how=how)
 
 
+@kernel(layer_norm_quantize, "triton", on_gpu_with_fp8)
+def layer_norm_quantize_triton(
+    x_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float, input_scale: float, input_group_size: int,
+    dtype: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from slipstream.kernels.triton import rows
+
+    how = rows.Quantized(input_scale, input_group_size, dtype)
+    return rows.norm(x_TH, None, weight_H, bias_H, eps, is_layer=True, how=how)[:2]
+
+
+@kernel(add_layer_norm_quantize, "triton", on_gpu_with_fp8)
+def add_layer_norm_quantize_triton(
+    x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float, input_scale: float,
+    input_group_size: int, dtype: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from slipstream.kernels.triton import rows
+
+    how = rows.Quantized(input_scale, input_group_size, dtype)
+    return rows.norm(x_TH, residual_TH, weight_H, bias_H, eps, is_layer=True, how=how)
+
+
 @kernel(silu_and_mul_quantize, "triton", on_gpu_with_fp8)
 def silu_and_mul_quantize_triton(
     x_TI2: Tensor, input_scale: float, input_group_size: int, dtype: str
@@ -190,3 +212,13 @@ def gelu_and_mul_quantize_triton(
 
     name, how = "gelu_tanh" if approximate else "gelu", rows.Quantized(input_scale, input_group_size, dtype)
     return rows.activate(x_TI2, name, is_gated=True, how=how)
+
+
+@kernel(gelu_quantize, "triton", on_gpu_with_fp8)
+def gelu_quantize_triton(
+    x_TI: Tensor, approximate: bool, input_scale: float, input_group_size: int, dtype: str
+) -> tuple[Tensor, Tensor]:
+    from slipstream.kernels.triton import rows
+
+    name, how = "gelu_tanh" if approximate else "gelu", rows.Quantized(input_scale, input_group_size, dtype)
+    return rows.activate(x_TI, name, is_gated=False, how=how)

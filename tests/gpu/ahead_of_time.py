@@ -15,7 +15,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from slipstream.kernels.sampling import SlotTable
-from slipstream.kernels.triton import attention, experts, linear, rope, router, sampling
+from slipstream.kernels.triton import attention, experts, linear, rope, router, rows, sampling
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
@@ -46,8 +46,10 @@ def main(capability: int) -> None:
         assert kernel.metadata.shared <= SHARED_BYTES[capability], self.__name__
 
     JITFunction.run = compile_only
+    for module in (attention, linear, rope, rows):
+        module.starts_early = lambda device: capability >= 90
     attention.num_processors = lambda device: 132
-    for call in (attend, attend_with_everything, attend_latent, attend_streaming, place, sample, route):
+    for call in (attend, attend_with_everything, attend_latent, attend_streaming, place, sample, route, norm):
         call()
     keep_in_8_bits(torch.int8)
     if capability >= 89:
@@ -130,6 +132,12 @@ def sample() -> None:
         logits = torch.empty(num_rows, 128256, dtype=dtype)
         sampling.choose(logits, slots, positions, table.numbers, table.last_token)
     sampling.fill_pending(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), table.last_token)
+
+
+def norm() -> None:
+    x_TH, weight_H = torch.empty(3, 4096, dtype=torch.bfloat16), torch.empty(4096, dtype=torch.bfloat16)
+    rows.norm(x_TH, x_TH, weight_H, None, 1e-5)
+    rows.activate(x_TH, "silu", is_gated=True, how=rows.Quantized(0.0, 0, "int8"))
 
 
 def multiply(has_fp8: bool) -> None:

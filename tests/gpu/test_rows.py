@@ -70,7 +70,11 @@ def test_quantized(size: int, rounded: str, static: float, group_size: int, devi
     calls: dict[str, tuple[Any, ...]] = {
         "rms_norm_quantize": (x, weight, 1e-5, 0.0, *how),
         "add_rms_norm_quantize": (x, residual, weight, 1e-5, 0.0, *how),
+        "layer_norm_quantize": (x, weight, None, 1e-5, *how),
+        "add_layer_norm_quantize": (x, residual, weight, weight, 1e-5, *how),
         "silu_and_mul_quantize": (gated, *how),
+        "gelu_quantize": (x, False, *how),
+        "quantize_w8a8" if rounded == "int8" else "quantize_fp8": (x, static, group_size),
         "gelu_and_mul_quantize": (gated, True, *how),
     }
     dtype, step = ROUNDED[rounded]

@@ -10,12 +10,13 @@ and 576 numbers in 1,024 would be half zeros.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from slipstream.kernels.triton.launch import num_processors, starts_early, wait_for_previous
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are of base 2
 
@@ -129,7 +130,7 @@ def _attend(
     KEYS_ARE_VALUES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     FIRST_PHASE: tl.constexpr, IS_SPLIT: tl.constexpr, MAX_ROWS: tl.constexpr, MIN_ROWS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr,
-    SINK_TOKENS: tl.constexpr,
+    SINK_TOKENS: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile, one KV head, one split. Scores are in units of log2."""
     index = tl.program_id(0) // NUM_KV_HEADS
@@ -141,15 +142,17 @@ def _attend(
         sequence, tiles_after = 0, index
         if num_sequences > 1:
             sequence, tiles_after = _find_tile(index, query_starts, num_sequences, GROUP, ROWS, MIN_ROWS)
-        if sequence < 0:
-            return
-    first_token = tl.load(query_starts + sequence)
-    num_rows = ((tl.load(query_starts + sequence + 1) - first_token) * GROUP).to(tl.int32)
+    is_one = sequence >= 0
+    first_token = tl.load(query_starts + sequence, mask=is_one, other=0)
+    num_rows = ((tl.load(query_starts + sequence + 1, mask=is_one, other=0) - first_token) * GROUP).to(tl.int32)
     first_row = (tl.cdiv(num_rows, ROWS) - 1 - tiles_after) * ROWS
-    if first_row < 0 or (MAX_ROWS and num_rows > MAX_ROWS) or (MIN_ROWS and num_rows < MIN_ROWS):
-        return
+    is_one &= first_row >= 0
+    if MAX_ROWS:
+        is_one &= num_rows <= MAX_ROWS
+    if MIN_ROWS:
+        is_one &= num_rows >= MIN_ROWS
 
-    kv_len = tl.load(kv_lens + sequence).to(tl.int32)
+    kv_len = tl.load(kv_lens + sequence, mask=is_one, other=0).to(tl.int32)
     first_position, last_position, first_key = _seen_by_tile(
         first_row, num_rows, kv_len, window, GROUP, ROWS, BLOCK_SIZE, HAS_WINDOW
     )
@@ -159,9 +162,15 @@ def _attend(
         split_keys = tl.cdiv(tl.cdiv(end_key - first_key, KEYS), num_splits) * KEYS
         num_parts = tl.cdiv(end_key - first_key, split_keys)
         begin = first_key + split * split_keys
-        if begin >= end_key:
-            return
+        is_one &= begin < end_key
         end_key = tl.minimum(begin + split_keys, end_key)
+
+    keys_of_head = kv + kv_head * head_stride
+    values_of_head = keys_of_head + plane_stride
+    table = block_tables + sequence * table_stride
+    wait_for_previous(IS_EARLY)
+    if not is_one:
+        return
 
     rows = first_row + tl.arange(0, ROWS)
     is_row = rows < num_rows
@@ -183,9 +192,6 @@ def _attend(
     sum_main = tl.zeros([ROWS, VALUE_MAIN], tl.float32)
     sum_rest = tl.zeros([ROWS, VALUE_REST if VALUE_REST else 16], tl.float32)
 
-    keys_of_head = kv + kv_head * head_stride
-    values_of_head = keys_of_head + plane_stride
-    table = block_tables + sequence * table_stride
     IS_ONE_PAGE: tl.constexpr = BLOCK_SIZE % KEYS == 0
     # Phase 1 has the keys that all rows see and needs no masks; 0 those before it, at a window's start; 2 those after.
     # Phase 3 has the first tokens of the text, if they are sinks, which the others then leave out.
@@ -288,6 +294,7 @@ def _merge(
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MAX_PARTS: tl.constexpr, PARTS: tl.constexpr,
     MAX_ROWS: tl.constexpr, MIN_ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row: what its splits found, weighed by their maxima and totals, and the sink. Rows of one part are done."""
     partial_row = tl.program_id(0).to(tl.int64)
@@ -304,11 +311,12 @@ def _merge(
         first_token = tl.load(query_starts + sequence)
         row = ((token - first_token) * GROUP + head % GROUP).to(tl.int32)
     num_rows = ((tl.load(query_starts + sequence + 1) - first_token) * GROUP).to(tl.int32)
+    kv_len = tl.load(kv_lens + sequence).to(tl.int32)
+    wait_for_previous(IS_EARLY)
     if row >= num_rows:
         return
     if (MAX_ROWS and num_rows > MAX_ROWS) or (MIN_ROWS and num_rows < MIN_ROWS):
         return
-    kv_len = tl.load(kv_lens + sequence).to(tl.int32)
     _, last_position, first_key = _seen_by_tile(
         row // ROWS * ROWS, num_rows, kv_len, window, GROUP, ROWS, BLOCK_SIZE, HAS_WINDOW
     )
@@ -392,7 +400,7 @@ def _run(
     num_planes, _, block_size, num_kv_heads, head_dim = kv_PNBKD.shape
     num_tokens, num_sequences = q_TX.shape[0], len(kv_lens)
     group = q_TX.shape[1] // head_dim // num_kv_heads
-    tile, num_splits = launch.tile, launch.num_splits
+    tile, num_splits, is_early = launch.tile, launch.num_splits, starts_early(q_TX.device)
     main, rest = _powers_of_two(head_dim)
     value_main, value_rest = _powers_of_two(value_dim)
     num_tiles = num_sequences if launch.max_rows else _most_tiles(launch, num_tokens, num_sequences, group)
@@ -411,8 +419,8 @@ def _run(
         num_kv_heads, group, head_dim, value_dim, main, rest, value_main, value_rest,
         num_planes == 1 and value_dim == main, block_size, tile.rows, tile.keys,
         first_phase, num_splits > 1, launch.max_rows, launch.min_rows,
-        window > 0, soft_cap != 0, alibi_slopes_H is not None, sinks_H is not None, sink_tokens,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        window > 0, soft_cap != 0, alibi_slopes_H is not None, sinks_H is not None, sink_tokens, is_early,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=is_early,
     )  # fmt: skip
     if num_splits > 1:
         width = triton.next_power_of_2(value_dim)
@@ -421,8 +429,8 @@ def _run(
             out_TX, sums, stats, query_starts, kv_lens, sinks_H, num_sequences, num_splits, window, out_TX.stride(0),
             num_kv_heads, group, value_dim, width, block_size, tile.rows, tile.keys,
             max_parts, min(max_parts, max(1, 4096 // width)),
-            launch.max_rows, launch.min_rows, window > 0, sinks_H is not None,
-            num_warps=4,
+            launch.max_rows, launch.min_rows, window > 0, sinks_H is not None, is_early,
+            num_warps=4, launch_pdl=is_early,
         )  # fmt: skip
 
 
@@ -472,7 +480,9 @@ def _few_rows(num_rows: int, head_dim: int, item_size: int) -> Tile:
         return Tile(rows, 32, rows // 4, 2)
     if head_dim > 256:
         return Tile(rows, 32, 8 if rows == 64 else 4, 2)
-    return Tile(rows, 32 if head_dim > 128 else 64, 4, 3)
+    if head_dim > 128:
+        return Tile(rows, 32, 4, 3)
+    return Tile(rows, 128, 4, 2) if rows == 16 else Tile(rows, 64, 4, 3)
 
 
 def _many_rows(num_rows: int, head_dim: int, item_size: int) -> Tile:
@@ -486,8 +496,3 @@ def _many_rows(num_rows: int, head_dim: int, item_size: int) -> Tile:
     if num_rows < 1024:
         return Tile(64, 64, 4, 3)
     return Tile(128, 64, 8, 3)
-
-
-@cache
-def num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8

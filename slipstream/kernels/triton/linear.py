@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda as tl_cuda
+
+from slipstream.kernels.triton.launch import prefetch, starts_early, wait_for_previous
 
 
 class Tiles(NamedTuple):
@@ -26,7 +27,6 @@ class Tiles(NamedTuple):
     warps: int = 4
     stages: int = 4  # tiles in flight
     is_swapped: bool = False  # W on the left of the tensor cores' product: Hopper's wgmma wants 64 rows there
-    is_early: bool = False  # launched while the kernel before it ends (programmatic dependent launch)
 
 
 class Weight(NamedTuple):
@@ -62,12 +62,55 @@ def _nibble(words, x, index: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(start_N, num_words: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr):
-    """The first tile on its way into L2, where W is there before x."""
-    lines = tl.arange(0, COLUMNS // VECTOR // 8) * VECTOR * 8  # of 128 bytes
-    pointers = start_N + tl.minimum(lines, num_words - 1)[None, :]
-    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-    tl.inline_asm_elementwise(asm, "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
+def _row_part(
+    w, first, x_K, x_scale_G, scale_NG, zero_NG, scale_rows_N,
+    K: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, PER_WORD: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_EVEN: tl.constexpr,
+):  # fmt: skip
+    """Sums [ROWS, COLUMNS / VECTOR] of the products of words w, from word `first` of the rows, and x."""
+    words = first + tl.arange(0, COLUMNS)
+    if PER_WORD > 1:
+        columns = words[:, None] * PER_WORD + tl.arange(0, PER_WORD)[None, :]
+        x = _load(x_K + columns, columns < K, IS_EVEN).to(tl.float32)
+        even, odd = tl.split(tl.reshape(x, (COLUMNS, 2, 2, 2)))
+        x_04, x_26 = tl.split(even)
+        x_15, x_37 = tl.split(odd)
+        x_0, x_4 = tl.split(x_04)
+        x_1, x_5 = tl.split(x_15)
+        x_2, x_6 = tl.split(x_26)
+        x_3, x_7 = tl.split(x_37)
+        high = w >> 12
+        per_word = _nibble(w, x_0, 0)
+        per_word += _nibble(w, x_1, 1)
+        per_word += _nibble(w, x_2, 2)
+        per_word += _nibble(w, x_3, 3)
+        per_word += _nibble(w, x_4, 4)
+        per_word += _nibble(high, x_5, 2)
+        per_word += _nibble(high, x_6, 3)
+        per_word += _nibble(high, x_7, 4)
+        x = ((x_0 + x_1) + (x_2 + x_3)) + ((x_4 + x_5) + (x_6 + x_7))
+    else:
+        x = _load(x_K + words, words < K, IS_EVEN).to(tl.float32)
+        per_word = w.to(tl.float32) * x[None, :]
+    part = tl.sum(tl.reshape(per_word, (ROWS, COLUMNS // VECTOR, VECTOR)), 2)
+    columns = (first + tl.arange(0, COLUMNS // VECTOR) * VECTOR) * PER_WORD
+    inside = columns < K
+    group = columns // GROUP if GROUP else columns * 0
+    if PER_WORD > 1 or zero_NG is not None:
+        x_part = tl.sum(tl.reshape(x, (COLUMNS // VECTOR, VECTOR)), 1)
+        zero = tl.full((ROWS, COLUMNS // VECTOR), 8, tl.float32)
+        if zero_NG is not None:
+            zero = tl.load(zero_NG + scale_rows_N + group[None, :], mask=inside[None, :], other=0).to(tl.float32)
+        if PER_WORD > 1:
+            part = part * (2.0**85) - zero * x_part[None, :]
+        else:
+            part -= zero * x_part[None, :]
+    if GROUP:
+        scale = tl.load(scale_NG + scale_rows_N + group[None, :], mask=inside[None, :], other=0.0)
+        part *= scale.to(tl.float32)
+    if X_GROUP:
+        part *= tl.load(x_scale_G + columns // X_GROUP, mask=inside, other=0.0)[None, :]
+    return part
 
 
 @triton.jit
@@ -81,60 +124,23 @@ def _row(
     A word is a column of W, or PER_WORD = 8 columns of 4 bits. COLUMNS counts words.
     """
     num_words: tl.constexpr = K // PER_WORD
-    steps: tl.constexpr = (num_words + COLUMNS - 1) // COLUMNS
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start_N = w_NK + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * num_words
     scale_rows_N = tl.minimum(rows, N - 1)[:, None] * num_groups
-    sums = tl.zeros((ROWS, COLUMNS // VECTOR), tl.float32)
-    if IS_EARLY:
-        _prefetch(start_N, num_words, ROWS, COLUMNS, VECTOR)
-        tl_cuda.gdc_wait()
-        tl_cuda.gdc_launch_dependents()
-    for index in tl.range(0, steps, num_stages=1):
-        words = index * COLUMNS + tl.arange(0, COLUMNS)
+    words = tl.arange(0, COLUMNS)
+    w = _load(start_N + words[None, :], (words < num_words)[None, :], IS_EVEN)  # on its way while x is being made
+    wait_for_previous(IS_EARLY)
+    sums = _row_part(
+        w, 0, x_K, x_scale_G, scale_NG, zero_NG, scale_rows_N,
+        K, GROUP, X_GROUP, PER_WORD, VECTOR, ROWS, COLUMNS, IS_EVEN,
+    )  # fmt: skip
+    for first in tl.range(COLUMNS, num_words, COLUMNS, num_stages=1):
+        words = first + tl.arange(0, COLUMNS)
         w = _load(start_N + words[None, :], (words < num_words)[None, :], IS_EVEN)
-        if PER_WORD > 1:
-            columns = words[:, None] * PER_WORD + tl.arange(0, PER_WORD)[None, :]
-            x = _load(x_K + columns, columns < K, IS_EVEN).to(tl.float32)
-            even, odd = tl.split(tl.reshape(x, (COLUMNS, 2, 2, 2)))
-            x_04, x_26 = tl.split(even)
-            x_15, x_37 = tl.split(odd)
-            x_0, x_4 = tl.split(x_04)
-            x_1, x_5 = tl.split(x_15)
-            x_2, x_6 = tl.split(x_26)
-            x_3, x_7 = tl.split(x_37)
-            high = w >> 12
-            per_word = _nibble(w, x_0, 0)
-            per_word += _nibble(w, x_1, 1)
-            per_word += _nibble(w, x_2, 2)
-            per_word += _nibble(w, x_3, 3)
-            per_word += _nibble(w, x_4, 4)
-            per_word += _nibble(high, x_5, 2)
-            per_word += _nibble(high, x_6, 3)
-            per_word += _nibble(high, x_7, 4)
-            x = ((x_0 + x_1) + (x_2 + x_3)) + ((x_4 + x_5) + (x_6 + x_7))
-        else:
-            x = _load(x_K + words, words < K, IS_EVEN).to(tl.float32)
-            per_word = w.to(tl.float32) * x[None, :]
-        part = tl.sum(tl.reshape(per_word, (ROWS, COLUMNS // VECTOR, VECTOR)), 2)
-        columns = (index * COLUMNS + tl.arange(0, COLUMNS // VECTOR) * VECTOR) * PER_WORD
-        inside = columns < K
-        group = columns // GROUP if GROUP else columns * 0
-        if PER_WORD > 1 or zero_NG is not None:
-            x_part = tl.sum(tl.reshape(x, (COLUMNS // VECTOR, VECTOR)), 1)
-            zero = tl.full((ROWS, COLUMNS // VECTOR), 8, tl.float32)
-            if zero_NG is not None:
-                zero = tl.load(zero_NG + scale_rows_N + group[None, :], mask=inside[None, :], other=0).to(tl.float32)
-            if PER_WORD > 1:
-                part = part * (2.0**85) - zero * x_part[None, :]
-            else:
-                part -= zero * x_part[None, :]
-        if GROUP:
-            scale = tl.load(scale_NG + scale_rows_N + group[None, :], mask=inside[None, :], other=0.0)
-            part *= scale.to(tl.float32)
-        if X_GROUP:
-            part *= tl.load(x_scale_G + columns // X_GROUP, mask=inside, other=0.0)[None, :]
-        sums += part
+        sums += _row_part(
+            w, first, x_K, x_scale_G, scale_NG, zero_NG, scale_rows_N,
+            K, GROUP, X_GROUP, PER_WORD, VECTOR, ROWS, COLUMNS, IS_EVEN,
+        )  # fmt: skip
     y = tl.sum(sums, 1)
     if scale_NG is not None and not GROUP:
         y *= tl.load(scale_NG + rows, mask=rows < N).to(tl.float32)
@@ -236,6 +242,14 @@ def products(
 
 
 @triton.jit
+def _prefetch(w_rows, first, num_words, AHEAD: tl.constexpr):
+    """AHEAD words of each row, as far as there are."""
+    per_line: tl.constexpr = 1024 // w_rows.dtype.element_ty.primitive_bitwidth  # of 128 bytes
+    words = tl.minimum(first + tl.arange(0, AHEAD // per_line) * per_line, num_words - 1)
+    prefetch(w_rows[:, None] + words[None, :])
+
+
+@triton.jit
 def _rows(
     x_MK, x_scale_MG, w_NK, scale_NG, zero_NG, bias_N, y_MN, parts_SMN, arrived, M, N, num_groups, x_groups,
     K: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, PER_WORD: tl.constexpr,
@@ -252,11 +266,11 @@ def _rows(
     x_scale_rows = None if x_scale_MG is None else x_scale_MG + m * x_groups
     scale_rows = None if scale_NG is None else scale_NG + inside_n * num_groups
     zero_rows = None if zero_NG is None else zero_NG + inside_n * num_groups
-    if IS_EARLY:
-        tl_cuda.gdc_launch_dependents()
-        tl_cuda.gdc_wait()
-
     steps: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
+    if IS_EARLY:
+        words: tl.constexpr = BLOCK_K // PER_WORD
+        _prefetch(w_rows, split * steps * words, K // PER_WORD, max(128, 2 * words))
+    wait_for_previous(IS_EARLY)
     y = products(
         x_rows, m < M, x_scale_rows, w_rows, scale_rows, zero_rows, split * steps, steps,
         K, GROUP, X_GROUP, PER_WORD, BLOCK_K, STAGES, IS_EVEN, IS_SWAPPED,
@@ -367,7 +381,8 @@ def product(
     tiles = tiles or choose_tiles(num_rows, num_out, group, x_MK.dtype, weight.packed.dtype)
     num_groups = weight.scale_NG.shape[1] if weight.scale_NG is not None else 1
     y_MN = x_MK.new_empty(num_rows, num_out, dtype=dtype)
-    launch = {"num_warps": tiles.warps, "num_stages": tiles.stages, "launch_pdl": tiles.is_early}
+    is_early = starts_early(x_MK.device)
+    launch = {"num_warps": tiles.warps, "num_stages": tiles.stages, "launch_pdl": is_early}
     words = weight.packed
     if tiles.splits == 0:
         if words.dtype == torch.uint8:
@@ -375,7 +390,7 @@ def product(
         _row[(triton.cdiv(num_out, tiles.rows),)](
             x_MK, weight.x_scale_MG, words, weight.scale_NG, weight.zero_NG, bias_N, y_MN, num_out, num_groups,
             num_columns, group, x_group, num_columns // words.shape[1], 16 // words.itemsize, tiles.rows,
-            tiles.columns, words.shape[1] % tiles.columns == 0, tiles.is_early, **launch,
+            tiles.columns, words.shape[1] % tiles.columns == 0, is_early, **launch,
         )  # fmt: skip
         return y_MN
     block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
@@ -392,7 +407,7 @@ def product(
         x_MK, weight.x_scale_MG, words, weight.scale_NG, weight.zero_NG, bias_N, y_MN,
         parts_SMN, arrived, num_rows, num_out, num_groups, x_groups, num_columns, group, x_group,
         num_columns // words.shape[1], block_m, tiles.rows, block_k, tiles.splits, tiles.stages,
-        num_columns % (block_k * tiles.splits) == 0, tiles.is_swapped, tiles.is_early, **launch,
+        num_columns % (block_k * tiles.splits) == 0, tiles.is_swapped, is_early, **launch,
     )  # fmt: skip
     return y_MN
 
@@ -407,14 +422,20 @@ def choose_tiles(num_rows: int, num_out: int, group: int, x_type: torch.dtype, p
     columns, is_narrow = 256 // x_type.itemsize, num_out < 6144
     if num_rows == 1 and packed_type == torch.uint8:
         return Tiles(8, 512, splits=0)
+    if num_rows == 1 and packed_type.itemsize == 2:
+        return Tiles(2, 2048, splits=0, warps=8)
     if num_rows == 1:
-        return Tiles(4, 2048 // packed_type.itemsize, splits=0)
+        return Tiles(4, 2048, splits=0)
     if num_rows <= 16 and group:
         return Tiles(32, group, splits=2 if is_narrow else 1, stages=6)
     if num_rows <= 16 and packed_type != x_type:
         return Tiles(32, 256)
     if num_rows <= 16:
-        return Tiles(64, columns, splits=2 if is_narrow else 1, is_swapped=True)
+        return Tiles(64, columns, splits=4 if is_narrow else 1, is_swapped=True)
+    if num_rows <= 64 and x_type.itemsize == 1 and not group:
+        if is_narrow:
+            return Tiles(32, 256, stages=5)
+        return Tiles(64, 256, is_swapped=True) if num_out < 16384 else Tiles(64, 128, stages=6)
     if num_rows <= 64:
         return Tiles(32 if is_narrow else 64, columns)
     return Tiles(128, columns // 2, warps=8, stages=3)

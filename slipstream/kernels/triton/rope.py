@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slipstream.kernels.triton.launch import starts_early, wait_for_previous
 from slipstream.kernels.triton.rows import nearest_even
 
 _NUMBERS_A_PROGRAM = 512
@@ -67,9 +68,10 @@ def _place(
     q_stride, k_stride, v_stride, angle_stride, out_stride, plane_stride, page_stride, token_stride, head_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_FREQUENCIES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, ALL: tl.constexpr,
-    Q_PARTS: tl.constexpr, KV_PARTS: tl.constexpr, ARE_NEIGHBOURS: tl.constexpr,
+    Q_PARTS: tl.constexpr, KV_PARTS: tl.constexpr, ARE_NEIGHBOURS: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """Q_PARTS programs a token for queries, KV_PARTS for keys, as many for values. ALL: HEAD_DIM as a power of two."""
+    wait_for_previous(IS_EARLY)
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if NUM_FREQUENCIES:
         cos += token * angle_stride
@@ -141,6 +143,7 @@ def _launch(
     whole = triton.next_power_of_2(head_dim)
     heads = max(1, _NUMBERS_A_PROGRAM // whole)
     parts, kv_parts = triton.cdiv(num_heads, heads), triton.cdiv(num_kv_heads, heads)
+    is_early = starts_early(some.device)
     pairs, rest = triton.next_power_of_2(max(1, num_frequencies)), head_dim - 2 * num_frequencies
     _place[len(some), parts + num_planes * kv_parts](
         q, k, v if num_planes == 2 else None, cos, sin, out, kv, slots,
@@ -148,6 +151,6 @@ def _launch(
         *(0 if x is None else x.stride(0) for x in (q, k, v, cos, out)),
         *((0, 0, 0, 0) if kv is None else kv.stride()[:4]),
         num_heads, num_kv_heads, head_dim, num_frequencies, block_size, heads, pairs,
-        triton.next_power_of_2(rest) if rest else 0, whole, parts, kv_parts, are_neighbours,
-        num_warps=max(1, heads * whole // _NUMBERS_A_PROGRAM),
+        triton.next_power_of_2(rest) if rest else 0, whole, parts, kv_parts, are_neighbours, is_early,
+        num_warps=max(1, heads * whole // _NUMBERS_A_PROGRAM), launch_pdl=is_early,
     )  # fmt: skip

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slipstream.kernels.triton.launch import starts_early, wait_for_previous
+
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 SMALLEST_AMAX = tl.constexpr(1e-12)  # of a row of zeros, as in kernels/linear/groups.py
 
@@ -61,6 +63,7 @@ def _norm(
     static_scale,
     BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, IS_LAYER: tl.constexpr,
     HAS_OFFSET: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, IS_STATIC: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """`size` columns of a row; num_groups such lie side by side in a row of x (the heads of queries and keys)."""
     place = tl.program_id(0).to(tl.int64)
@@ -68,6 +71,8 @@ def _norm(
     columns = tl.arange(0, BLOCK)
     is_inside = columns < size
     dtype = x.dtype.element_ty
+    scale = tl.load(weight + columns, mask=is_inside, other=0.0).to(tl.float32)
+    wait_for_previous(IS_EARLY)
     value = tl.load(x + row * x_stride + group * size + columns, mask=is_inside, other=0.0)
     if HAS_RESIDUAL:
         added = tl.load(residual + row * residual_stride + columns, mask=is_inside, other=0.0)
@@ -77,7 +82,6 @@ def _norm(
     if IS_LAYER:
         value = tl.where(is_inside, value - tl.sum(value, 0) / size, 0.0)
     normed = value * tl.rsqrt(tl.sum(value * value, 0) / size + eps)
-    scale = tl.load(weight + columns, mask=is_inside, other=0.0).to(tl.float32)
     if HAS_OFFSET:
         scale += weight_offset
     elif not IS_LAYER:
@@ -112,9 +116,10 @@ def _activate(x, ACTIVATION: tl.constexpr):
 def _activation(
     x, out, scales, x_stride, size, static_scale,
     BLOCK: tl.constexpr, IS_GATED: tl.constexpr, ACTIVATION: tl.constexpr, GROUP: tl.constexpr,
-    LARGEST: tl.constexpr, IS_STATIC: tl.constexpr,
+    LARGEST: tl.constexpr, IS_STATIC: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """A row without quantization is cut into blocks of columns; with it, a program has the whole row."""
+    wait_for_previous(IS_EARLY)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < size
@@ -147,7 +152,7 @@ def norm(
             x_TN.stride(0), 0 if residual_TH is None else residual_TH.stride(0), size, num_groups, eps, weight_offset,
             0.0 if how is None else how.input_scale,
             BLOCK=block, HAS_RESIDUAL=residual_TH is not None, HAS_BIAS=bias_H is not None, IS_LAYER=is_layer,
-            HAS_OFFSET=bool(weight_offset), **options(block), num_warps=_num_warps(block),
+            HAS_OFFSET=bool(weight_offset), **options(block), num_warps=_num_warps(block), **_early(x_TN.device),
         )  # fmt: skip
     return out, scales, total
 
@@ -162,6 +167,7 @@ def activate(x_TX: Tensor, name: str, *, is_gated: bool, how: Quantized | None =
         _activation[(x_TX.shape[0], triton.cdiv(size, block))](
             x_TX, out, scales, x_TX.stride(0), size, 0.0 if how is None else how.input_scale,
             BLOCK=block, IS_GATED=is_gated, ACTIVATION=name, **options(block), num_warps=_num_warps(block),
+            **_early(x_TX.device),
         )  # fmt: skip
     return out, scales
 
@@ -195,4 +201,9 @@ def _with_dense_rows(x_TX: Tensor) -> Tensor:
 
 
 def _num_warps(block: int) -> int:
-    return min(16, max(1, block // 512))
+    return min(32, max(1, block // 512))
+
+
+def _early(device: torch.device) -> dict[str, bool]:
+    is_early = starts_early(device)
+    return {"IS_EARLY": is_early, "launch_pdl": is_early}
