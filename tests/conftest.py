@@ -12,6 +12,8 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: tests/gpu runs kernels in its interpreter
+# Compiled kernels outlive the session, unlike the engines below.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,6 +16,7 @@ import torch
 import slipstream
 from slipstream.build import build, resolve_limits
 from slipstream.build.extensions import digest_of_sources
+from slipstream.build.kept import cache_folder, keep_compiled_kernels
 from slipstream.build.tune import describe_device, tune
 from slipstream.checkpoint import Source, open_checkpoint
 from slipstream.engine.choices import Choices, load_choices
@@ -27,12 +28,6 @@ from slipstream.schema.build import BuildConfig
 KEPT_PER_MODEL = 3
 # Folders of the package whose code shapes an engine.
 _BUILD_FOLDERS = ("kernels", "layers", "models", "checkpoint", "build", "engine", "schema", "text")
-
-
-def cache_folder() -> Path:
-    """$SLIPSTREAM_CACHE, or the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slipstream"
-    return Path(os.environ.get("SLIPSTREAM_CACHE") or default)
 
 
 def cached_engine(
@@ -64,6 +59,8 @@ def cached_engine(
 def device_for(requested: str) -> torch.device:
     """ "auto" is the GPU where there is one. Raises UsageError for a device that is not here."""
     has_gpu = torch.cuda.is_available()
+    if has_gpu and requested != "cpu":
+        keep_compiled_kernels()
     if requested == "auto":
         return torch.device("cuda" if has_gpu else "cpu")
     here = ["auto", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count() if has_gpu else 0))]

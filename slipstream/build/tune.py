@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slipstream.build.kept import keep_compiled_kernels
 from slipstream.engine.choices import ROW_BUCKETS, Choices, key_of
 from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.kernels.registry import Kernel, Op, known_ops
@@ -59,6 +60,8 @@ def tune(
     known: choices measured on this device before, which are not measured again.
     measure: False leaves each other op with its newest candidate.
     """
+    if device.type == "cuda":
+        keep_compiled_kernels()
     plain = [pattern for name in disabled_plugins for pattern in PLUGINS[name]]
     kernels: dict[str, list[str]] = {}
     todo: dict[str, Node] = {}

@@ -1,5 +1,6 @@
 """cached_engine: two builds of one model at once do not meet, and leave one engine."""
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from slipstream.build import cache
+from slipstream.build.kept import keep_compiled_kernels
 from slipstream.checkpoint import resolve
 from slipstream.errors import BuildError
 from slipstream.schema.build import BuildConfig
@@ -51,3 +53,18 @@ def test_a_cache_that_cannot_be_written_names_the_variable(
     monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path / "file"))
     with pytest.raises(BuildError, match="set SLIPSTREAM_CACHE"):
         cached(tiny_model)
+
+
+def test_compiled_kernels_are_kept_beside_the_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+    keep_compiled_kernels()
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    keep_compiled_kernels()
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton") and (tmp_path / "triton").is_dir()
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path / "file"))
+    keep_compiled_kernels()  # cannot write there: Triton takes its own place
+    assert "TRITON_CACHE_DIR" not in os.environ
