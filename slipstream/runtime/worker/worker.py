@@ -23,6 +23,8 @@ from slipstream.schema.build import MAX_RECORDED_TOKENS
 from slipstream.schema.kv import KVGroup
 from slipstream.schema.step import BlockCopy, SequenceResult, SequenceStep, StepPlan, StepResult
 
+CUBLAS_WORKSPACES = 64 << 20  # cuBLAS and cuBLASLt, 32 MiB each on an H100: once more for the stream of recordings
+
 
 @dataclass(frozen=True)
 class Flight:
@@ -73,7 +75,8 @@ class Worker:
         peak = self._measure(max_num_tokens)
         if self._recorded is not None:
             # A quarter more, for what an allocator loses between steps of several sizes.
-            self._recorded.reserve(self._measure(min(max_num_tokens, MAX_RECORDED_TOKENS)) * 5 // 4)
+            largest = self._measure(min(max_num_tokens, MAX_RECORDED_TOKENS)) * 5 // 4
+            self._recorded.reserve(largest + CUBLAS_WORKSPACES)
         self._kv, self._kv_inputs = [], {}
         torch.cuda.empty_cache()
         return max(0, free_memory(self._device) - peak)
