@@ -46,7 +46,7 @@ def main(capability: int) -> None:
         assert kernel.metadata.shared <= SHARED_BYTES[capability], self.__name__
 
     JITFunction.run = compile_only
-    for module in (attention, linear, rope, rows):
+    for module in (attention, experts, linear, rope, router, rows):
         module.starts_early = lambda device: capability >= 90
     attention.num_processors = lambda device: 132
     for call in (attend, attend_with_everything, attend_latent, attend_streaming, place, sample, route, norm):

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slipstream.kernels.triton.launch import starts_early, wait_for_previous
 from slipstream.kernels.triton.linear import Tiles, Weight, choose_tiles, products, supports, whole_group
 
 _FEW_PAIRS = 128
@@ -47,9 +48,10 @@ class _Routes(NamedTuple):
 @triton.jit
 def _sort(
     ids_P, order_P, tiles_N3, num_tiles, num_pairs,
-    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program e puts its expert's pairs, in their order, behind those of the experts before, and cuts its tiles."""
+    wait_for_previous(IS_EARLY)
     expert = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     counts = tl.zeros((EXPERTS,), tl.int32)
@@ -110,12 +112,13 @@ def _gate_and_up(
     ids_P, order_P, tiles_N3, num_tiles, num_pairs, alpha, limit, up_offset, width, num_groups, x_groups,
     TOP_K: tl.constexpr, FEW: tl.constexpr, HAS_LIMIT: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
     X_GROUP: tl.constexpr, PER_WORD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, IS_EVEN: tl.constexpr, IS_SWAPPED: tl.constexpr,
+    STAGES: tl.constexpr, IS_EVEN: tl.constexpr, IS_SWAPPED: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile by BLOCK_N rows of weights, every second of them the gate's: one product makes both.
 
     up_distance: words from gate to up. Chosen pointers would lose their alignment, and with it wide loads.
     """
+    wait_for_previous(IS_EARLY)
     expert, pairs, is_pair = _tile(
         tl.program_id(0), ids_P, order_P, tiles_N3, num_tiles, num_pairs, FEW, BLOCK_M
     )  # fmt: skip
@@ -153,9 +156,10 @@ def _down(
     ids_P, order_P, tiles_N3, num_tiles, num_pairs, hidden_size, num_groups, x_groups,
     FEW: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, PER_WORD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    IS_EVEN: tl.constexpr, IS_SWAPPED: tl.constexpr,
+    IS_EVEN: tl.constexpr, IS_SWAPPED: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile by BLOCK_N rows of down, over a split's part of the columns."""
+    wait_for_previous(IS_EARLY)
     expert, pairs, is_pair = _tile(
         tl.program_id(0), ids_P, order_P, tiles_N3, num_tiles, num_pairs, FEW, BLOCK_M
     )  # fmt: skip
@@ -184,9 +188,10 @@ def _down(
 @triton.jit
 def _sum(
     parts_SPH, shares_P, out_TH, num_pairs, hidden_size,
-    TOP_K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    TOP_K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """A token's experts by their shares, always in the same order."""
+    wait_for_previous(IS_EARLY)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < hidden_size
@@ -243,9 +248,10 @@ def experts(
         *routes[:4], num_pairs, hidden_size, *_num_groups(down, hidden_scale_PG),
         FEW=few, BLOCK_M=plan.pairs, SPLITS=tiles.splits, **how,
     )  # fmt: skip
-    block = min(512, triton.next_power_of_2(hidden_size))
+    block, is_early = min(512, triton.next_power_of_2(hidden_size)), starts_early(out_TH.device)
     _sum[num_tokens, triton.cdiv(hidden_size, block)](
-        parts_SPH, shares_TK.contiguous(), out_TH, num_pairs, hidden_size, top_k, tiles.splits, block, num_warps=4
+        parts_SPH, shares_TK.contiguous(), out_TH, num_pairs, hidden_size, top_k, tiles.splits, block, is_early,
+        num_warps=4, launch_pdl=is_early,
     )  # fmt: skip
     return out_TH
 
@@ -281,9 +287,11 @@ def _route(ids_TK: Tensor, num_experts: int, block: int) -> _Routes:
     order_P = ids_P.new_empty(num_pairs, dtype=torch.int32)
     tiles_N3 = ids_P.new_empty(most_tiles, 3, dtype=torch.int32)
     num_tiles = ids_P.new_empty(1, dtype=torch.int32)
+    is_early = starts_early(ids_TK.device)
     _sort[(num_experts,)](
         ids_P, order_P, tiles_N3, num_tiles, num_pairs,
-        max(2, triton.next_power_of_2(num_experts)), block, min(1024, triton.next_power_of_2(num_pairs)),
+        max(2, triton.next_power_of_2(num_experts)), block, min(1024, triton.next_power_of_2(num_pairs)), is_early,
+        launch_pdl=is_early,
     )  # fmt: skip
     return _Routes(ids_P, order_P, tiles_N3, num_tiles, most_tiles)
 
@@ -292,14 +300,14 @@ def _words(weights: tuple[Weight, ...], tiles: Tiles, num_columns: int) -> tuple
     """Packed weights as their tiles are read, and how."""
     group, x_group = (whole_group(size, num_columns) for size in (weights[0].group_size, weights[0].x_group_size))
     block_k = min(tiles.columns, group or tiles.columns, x_group or tiles.columns)
-    words = [weight.packed for weight in weights]
+    words, is_early = [weight.packed for weight in weights], starts_early(weights[0].packed.device)
     if words[0].dtype == torch.uint8 and block_k >= 64:  # a product on tensor cores sums 16 columns or more
         words = [each.view(torch.int16) for each in words]
     return words, {
         "K": num_columns, "GROUP": group, "X_GROUP": x_group, "PER_WORD": num_columns // words[0].shape[2],
         "BLOCK_N": tiles.rows, "BLOCK_K": block_k, "STAGES": tiles.stages,
         "IS_EVEN": num_columns % (block_k * max(1, tiles.splits)) == 0, "IS_SWAPPED": tiles.is_swapped,
-        "num_warps": tiles.warps, "num_stages": tiles.stages,
+        "IS_EARLY": is_early, "num_warps": tiles.warps, "num_stages": tiles.stages, "launch_pdl": is_early,
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slipstream.kernels.triton.launch import starts_early, wait_for_previous
 from slipstream.kernels.triton.linear import Weight, product, supports
 
 
@@ -13,12 +14,13 @@ def _choose(
     logits_TE, correction_E, shares_TK, ids_TK, factor,
     NUM_GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr, IS_SIGMOID: tl.constexpr,
-    IS_NORMALIZED: tl.constexpr,
+    IS_NORMALIZED: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """A token's experts, the first of equal ones. GROUPS, SIZE, SLOTS: powers of two for groups, their experts, TOP_K.
 
     A row of NaN chooses experts that there are, by shares of NaN.
     """
+    wait_for_previous(IS_EARLY)
     token = tl.program_id(0).to(tl.int64)
     groups, members = tl.arange(0, GROUPS), tl.arange(0, SIZE)
     experts = groups[:, None] * GROUP_SIZE + members[None, :]
@@ -91,10 +93,10 @@ def _route(
     shares_TK = logits_TE.new_empty(num_tokens, top_k)
     ids_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64)
     if num_tokens:
-        group_size = num_experts // num_groups
+        group_size, is_early = num_experts // num_groups, starts_early(logits_TE.device)
         _choose[(num_tokens,)](
             logits_TE, correction_E, shares_TK, ids_TK, factor, num_groups, group_size, top_groups, top_k,
             *map(triton.next_power_of_2, (num_groups, group_size, top_k)), correction_E is not None, is_normalized,
-            num_warps=1 if num_experts <= 128 else 4,
+            is_early, num_warps=1 if num_experts <= 128 else 4, launch_pdl=is_early,
         )  # fmt: skip
     return shares_TK, ids_TK
