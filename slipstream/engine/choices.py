@@ -2,6 +2,7 @@
 
 import json
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def bucket_of(num_rows: int) -> int:
     return min(bisect_left(ROW_BUCKETS, num_rows), len(ROW_BUCKETS) - 1)
 
 
-def key_of(node: Node, types: dict[str, TensorType]) -> str:
+def key_of(node: Node, types: Mapping[str, TensorType]) -> str:
     """What a measurement depends on: the op and what its inputs look like."""
     return f"{node.op}({', '.join('-' if name is None else str(types[name]) for name in node.inputs)})"
 

@@ -4,15 +4,15 @@ The source is generated from the checked graph with names of our own making (v0,
 file is executed, and only registered ops can be called. On a GPU the function's calls are what a CUDA graph records.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from slipstream.engine.choices import ROW_BUCKETS, Choices, bucket_of, key_of
-from slipstream.engine.graph import Graph, Node
-from slipstream.kernels.registry import Op, known_ops
+from slipstream.engine.graph import Graph, Node, TensorType
+from slipstream.kernels.registry import Kernel, known_ops
 
 StepFunction = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 
@@ -60,7 +60,7 @@ class _Writer:
 
     def _call(self, index: int, node: Node) -> str:
         op = self._ops[node.op]
-        self.scope[f"k{index}"] = self._kernel(op, node)
+        self.scope[f"k{index}"] = self._kernel(node)
         arguments = ["None" if name is None else self._names[name] for name in node.inputs]
         if any(argument.kind == "Tensor[]" for argument in op.arguments):
             arguments = [f"[{', '.join(arguments)}]"]
@@ -75,15 +75,25 @@ class _Writer:
             return call
         return f"{left.removesuffix(', ')} = {call}" if op.num_outputs == 1 else f"{left}= {call}"
 
-    def _kernel(self, op: Op, node: Node) -> Callable[..., Any]:
-        """The measured choice by rows, or else the newest candidate that runs here."""
-        dtype = getattr(torch, self._graph.types[node.outputs[0]].dtype, None) if node.outputs else None
-        candidates = op.candidates(self._device, dtype or torch.float32)
-        chosen = self._choices.kernels.get(key_of(node, self._graph.types), [])
-        if len(chosen) != len(ROW_BUCKETS) or not set(chosen) <= set(candidates):
-            chosen = [list(candidates)[-1]] * len(ROW_BUCKETS)
-        self.can_be_recorded &= all(candidates[name].can_be_recorded for name in chosen)
-        functions = [candidates[name].function for name in chosen]
+    def _kernel(self, node: Node) -> Callable[..., Any]:
+        chosen = chosen_kernels(node, self._graph.types, self._choices, self._device)
+        self.can_be_recorded &= all(kernel.can_be_recorded for kernel in chosen)
+        functions = [kernel.function for kernel in chosen]
         if len(set(functions)) == 1:
             return functions[0]
         return lambda x, *rest: functions[bucket_of(x.shape[0])](x, *rest)
+
+
+def candidates_of(node: Node, types: Mapping[str, TensorType], device: torch.device) -> dict[str, Kernel]:
+    """Every way to compute a node on this device, by name."""
+    dtype = getattr(torch, types[node.outputs[0]].dtype) if node.outputs else torch.float32
+    return known_ops()[node.op].candidates(device, dtype)
+
+
+def chosen_kernels(node: Node, types: Mapping[str, TensorType], choices: Choices, device: torch.device) -> list[Kernel]:
+    """For each of ROW_BUCKETS the measured choice, or else the newest candidate that runs here."""
+    candidates = candidates_of(node, types, device)
+    names = choices.kernels.get(key_of(node, types), [])
+    if len(names) != len(ROW_BUCKETS) or not set(names) <= set(candidates):
+        names = [list(candidates)[-1]] * len(ROW_BUCKETS)
+    return [candidates[name] for name in names]
