@@ -12,6 +12,7 @@ STAGES = {
     "capture": "Capturing the model",
     "tune": "Measuring kernels",
     "write": "Writing the engine",
+    "bench": "Timing the ops",
     "convert": "Writing the checkpoint",
     "generate": "Generating",
 }

@@ -12,21 +12,30 @@ A verb is a module in this folder that holds a function of its own name, written
 
 There is no list of verbs to keep: the folder is walked (names with a leading underscore are not verbs), and only the
 verb that was called is imported. For `slipstream --help` all are, so a verb imports heavy things inside its function.
+A folder inside is a group, whose verbs are called after its name: cli/bench/kernels.py is `slipstream bench kernels`.
 """
 
 import io
 import os
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from slipstream.cli._errors import plain_errors
 
 
 def verbs() -> list[str]:
-    """The names of all verbs, without importing one."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    """The names of all verbs ("build", "bench kernels"), without importing one."""
+    return sorted(_verbs_in(__path__, ""))
+
+
+def _verbs_in(folders: Iterable[str], before: str) -> Iterator[str]:
+    for module in pkgutil.iter_modules(folders):
+        if module.ispkg:
+            yield from _verbs_in([f"{folder}/{module.name}" for folder in folders], f"{module.name} ")
+        elif not module.name.startswith("_"):
+            yield before + module.name
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,5 +51,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from slipstream.cli._app import make_app  # after plain_errors, so that Ctrl-C during imports is quiet, too
 
         known = verbs()
-        called = [verb for verb in arguments[:1] if verb in known]
+        called = [verb for verb in known if verb.split() == arguments[: len(verb.split())]]
         make_app(called or known)(args=arguments, prog_name="slipstream")

@@ -60,19 +60,31 @@ class VerbCommand(TyperCommand):
 
 def make_app(verbs: Iterable[str]) -> typer.Typer:
     """A typer app that knows these verbs; their modules are imported."""
+    app = _group("Build, run and serve large language models.")
+    app.callback()(_slipstream)
+    groups: dict[str, typer.Typer] = {}
+    for verb in verbs:
+        module = import_module(f"slipstream.cli.{verb.replace(' ', '.')}")
+        group, _, name = verb.rpartition(" ")
+        if group and group not in groups:
+            groups[group] = _group(import_module(f"slipstream.cli.{group}").__doc__ or "")
+            app.add_typer(groups[group], name=group)
+        function = getattr(module, name)
+        text, epilog = _split_example(function.__doc__ or "")
+        groups.get(group, app).command(name, cls=VerbCommand, help=text, epilog=epilog)(function)
+    return app
+
+
+def _group(text: str) -> typer.Typer:
     app = typer.Typer(
-        help="Build, run and serve large language models.",
+        help=text,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(_slipstream)
-    for verb in verbs:
-        function = getattr(import_module(f"slipstream.cli.{verb}"), verb)
-        text, epilog = _split_example(function.__doc__ or "")
-        app.command(verb, cls=VerbCommand, help=text, epilog=epilog)(function)
+    app.callback()(lambda: None)  # else typer would make a lone verb the group itself
     return app
 
 

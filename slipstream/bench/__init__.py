@@ -1,0 +1,1 @@
+"""What `slipstream bench` measures, one kind of measurement a file."""

@@ -1,0 +1,1 @@
+"""Measure: what a machine can do, and what of that an engine makes use of."""
