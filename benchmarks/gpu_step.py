@@ -1,6 +1,6 @@
 """Decode, prefill and throughput of an engine on one GPU, beside the time that its bytes alone take.
 
-    python benchmarks/gpu_step.py --shape llama-3-8b --format bf16 [--parts decode,prefill,throughput,profile]
+    python benchmarks/gpu_step.py --shape llama-3-8b --format bf16 [--parts decode,prefill,throughput,idle,profile]
 
 The model has random weights of the real shapes. First what the card can do (reads, copies, a matrix product), then each
 row: medians of several runs, through LLM.generate with token ids, greedy, 128 tokens in and 256 out.
@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +166,9 @@ def decode(llm: LLM, bandwidth: float, times: int) -> None:
     weights = step_bytes(llm)
     print("| batch | tok/s | ms a step | floor ms | of the floor |\n| --- | --- | --- | --- | --- |")
     for batch in (1, 8, 64):
-        one = generate_seconds(llm, batch, 128, 1, times)
+        half = generate_seconds(llm, batch, 128, 129, times)  # what comes before, and ramps up, is in both
         whole = generate_seconds(llm, batch, 128, 257, times)
-        step = (whole - one) / 256
+        step = (whole - half) / 128
         floor = (weights + batch * kv_bytes(llm, 256)) / bandwidth
         row = f"{batch} | {batch / step:,.0f} | {1e3 * step:.2f} | {1e3 * floor:.2f} | {100 * floor / step:.0f} %"
         print(f"| {row} |", flush=True)
@@ -191,6 +192,32 @@ def prefill(llm: LLM, times: int) -> None:
 def throughput(llm: LLM) -> None:
     seconds = generate_seconds(llm, 256, 512, 128, 1)
     print(f"256 requests 512→128 at once: {256 * 128 / seconds:,.0f} out tok/s", flush=True)
+
+
+def idle(llm: LLM) -> None:
+    """The time between the end of a recorded step and the start of the next, which the GPU has nothing to do."""
+    replay = torch.cuda.CUDAGraph.replay
+    for batch in (1, 64, 256):
+        generate_seconds(llm, batch, 128, 65, 1)
+        pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+        def timed(graph: torch.cuda.CUDAGraph, pairs: list[Any] = pairs) -> None:
+            pairs.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            pairs[-1][0].record()
+            replay(graph)
+            pairs[-1][1].record()
+
+        torch.cuda.CUDAGraph.replay = timed
+        generate_seconds(llm, batch, 128, 65, 1)
+        torch.cuda.CUDAGraph.replay = replay
+        torch.cuda.synchronize()
+        last = pairs[-48:]
+        busy = [start.elapsed_time(end) for start, end in last]
+        gaps = [before[1].elapsed_time(after[0]) for before, after in pairwise(last)]
+        share = 100 * sum(gaps) / (sum(gaps) + sum(busy))
+        middle, most = 1e3 * statistics.median(gaps), 1e3 * max(gaps)
+        print(f"batch {batch}: a step {statistics.median(busy):.2f} ms, idle {share:.1f} %", end=", ")
+        print(f"gaps of {middle:.0f} us at the median, {most:.0f} at most", flush=True)
 
 
 def profile(llm: LLM) -> None:
@@ -246,6 +273,7 @@ def main() -> None:
                 "decode": lambda: decode(llm, bandwidth, arguments.times),
                 "prefill": lambda: prefill(llm, arguments.times),
                 "throughput": lambda: throughput(llm),
+                "idle": lambda: idle(llm),
                 "profile": lambda: profile(llm),
             }
             for part in arguments.parts.split(","):

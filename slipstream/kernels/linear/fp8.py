@@ -66,12 +66,13 @@ def linear_fp8_cublas(
     x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
     input_group_size: int, dtype: str,
 ) -> Tensor:  # fmt: skip
-    """Scales by row; or by 128 columns, which cuBLASLt takes on Hopper alone and reads column by column."""
+    """Scales by row; or by 128 columns, which cuBLASLt takes on Hopper alone and reads 16 bytes of a column at once."""
     num_out, num_columns = packed_NK.shape
     is_taken = len(x_MK) > 0 and num_columns % 128 == num_out % 16 == 0 and dtype == "bfloat16"
     is_taken = is_taken and scale_NG.dtype == torch.float32 and (bias_N is None or bias_N.dtype == torch.bfloat16)
     if group_size or input_group_size:
         is_taken = is_taken and group_size == input_group_size == 128 and bias_N is None and _multiplies_blocks()
+        is_taken = is_taken and len(x_MK) % 4 == 0
     if not is_taken:
         return linear_fp8_triton(x_MK, x_scale_MG, packed_NK, scale_NG, bias_N, group_size, input_group_size, dtype)
     scales = x_scale_MG.t().contiguous().t(), scale_NG.t().contiguous()
