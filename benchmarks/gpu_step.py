@@ -26,6 +26,7 @@ from slipstream.checkpoint.folder import Checkpoint
 from slipstream.checkpoint.layouts import renamed
 from slipstream.engine.choices import ROW_BUCKETS
 from slipstream.models import read_config
+from slipstream.runtime.worker.worker import Worker
 from slipstream.schema.build import BuildConfig
 from slipstream.schema.format import WeightFormat
 
@@ -110,7 +111,7 @@ def checkpoint_of(shape: str, format: str) -> Checkpoint:
 
 def median_seconds(call: Callable[[], Any], times: int) -> float:
     call()
-    seconds = []
+    seconds = [0.0] * (times == 0)
     for _ in range(times):
         start = time.perf_counter()
         call()
@@ -186,7 +187,32 @@ def kv_bytes(llm: LLM, num_tokens: int) -> int:
 
 
 def prefill(llm: LLM, times: int) -> None:
-    print(f"prefill of 2,048 tokens: {1e3 * generate_seconds(llm, 1, 2048, 1, times):.1f} ms", flush=True)
+    """And what of it comes before the launch, in it, after it until the token is there, and after that."""
+    marks: list[float] = []
+    launch, collect = Worker.launch, Worker.collect
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_call(*arguments: Any) -> Any:
+            marks.append(time.perf_counter())
+            result = call(*arguments)
+            marks.append(time.perf_counter())
+            return result
+
+        return timed_call
+
+    Worker.launch, Worker.collect = timed(launch), timed(collect)
+    rows = []
+    for _ in range(times + 2):
+        marks.clear()
+        start = time.perf_counter()
+        generate_seconds(llm, 1, 2048, 1, 0)
+        whole = [start, *marks, time.perf_counter()]
+        rows.append([1e3 * (after - before) for before, after in pairwise(whole)])
+    Worker.launch, Worker.collect = launch, collect
+    before, launching, between, waiting, after = (statistics.median(column) for column in zip(*rows, strict=True))
+    total = statistics.median(map(sum, rows))
+    print(f"prefill of 2,048 tokens: {total:.1f} ms: {before:.1f} until the launch, {launching:.1f} launching, "
+          f"{between + waiting:.1f} until the token is there, {after:.1f} after", flush=True)  # fmt: skip
 
 
 def throughput(llm: LLM) -> None:
@@ -221,16 +247,15 @@ def idle(llm: LLM) -> None:
 
 
 def profile(llm: LLM) -> None:
-    """The kernels of some decode steps at batch 1 and 64, by time."""
-    for batch in (1, 64):
-        generate_seconds(llm, batch, 128, 16, 1)
-        activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities) as profiler:
-            generate_seconds(llm, batch, 128, 32, 1)
+    """The kernels of prompts, and of some decode steps at batch 1 and 64 with their prompts, by time."""
+    for batch, num_in, num_out in ((1, 2048, 1), (16, 512, 1), (1, 128, 32), (64, 128, 32)):
+        generate_seconds(llm, batch, num_in, num_out, 1)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            generate_seconds(llm, batch, num_in, num_out, 1)
         events = [each for each in profiler.key_averages() if each.self_device_time_total]
         events.sort(key=lambda each: -each.self_device_time_total)
         total = sum(each.self_device_time_total for each in events)
-        print(f"batch {batch}: {total / 1e3:.1f} ms on the GPU")
+        print(f"batch {batch}, {num_in} to {num_out}, twice: {total / 1e3:.1f} ms on the GPU")
         for each in events[:20]:
             part = 100 * each.self_device_time_total / total
             each_us = each.self_device_time_total / each.count

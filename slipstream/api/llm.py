@@ -401,6 +401,9 @@ class LLM:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not token_ids:
             raise RequestError("The prompt is empty; give at least one character or token id.")
+        # Most are plain and fine, which is quicker to find out for all at once.
+        if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < self.manifest.vocab_size:
+            return tuple(token_ids)
         return tuple(self._vocabulary_id("prompt token id", token_id) for token_id in token_ids)
 
     def _vocabulary_id(self, what: str, token_id: Any) -> int:

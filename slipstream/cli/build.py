@@ -3,6 +3,7 @@
 import resource
 import shutil
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ from slipstream.cli import _options as options
 from slipstream.cli._drawing import save_drawing
 from slipstream.cli._plan import print_fit, print_plan, this_machine
 from slipstream.cli._tables import human_bytes, print_passes, print_table
-from slipstream.errors import UsageError
+from slipstream.errors import CapacityError, UsageError
 from slipstream.progress import progress_bar
 from slipstream.schema.build import PLUGINS, BuildConfig
 
@@ -144,8 +145,22 @@ def build(
         save_drawing(Path(output_dir) / "graph.svg", plan.graph, f"{plan.manifest.name}, as the engine runs it")
     _print_report(report)
     print(f"{output_dir}: {human_bytes(_size(Path(output_dir)))}, built in {sum(report.seconds.values()):.1f} s")
+    if where.type == "cuda" and not fast_build:
+        _compile_kernels(Path(output_dir), str(where))
     if monitor_memory:
         print(f"at most {human_bytes(_peak_memory())} of memory")
+
+
+def _compile_kernels(engine: Path, device: str) -> None:
+    """Start the engine once: what Triton compiles is kept (build/kept.py), so that no later start here waits for it."""
+    from slipstream import LLM
+
+    start = time.perf_counter()
+    try:
+        with LLM(engine, device=device):
+            print(f"kernels compiled, steps recorded in {time.perf_counter() - start:.1f} s")
+    except CapacityError as error:  # a smaller KV cache or batch may do where it will run
+        print(f"note: kernels are compiled at the first start, since here it fails: {error}", file=sys.stderr)
 
 
 def _source(checkpoint_dir: Path | None, model: str | None, cls_file: Path | None, cls_name: str) -> "Source":

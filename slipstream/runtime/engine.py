@@ -117,6 +117,7 @@ def start_engine(
         max_seq_len=max_seq_len,
     )  # fmt: skip
     worker.allocate_kv(num_blocks)
+    worker.record(max_num_tokens)
     config = RuntimeConfig(
         num_blocks=num_blocks,
         kv_groups=groups,

@@ -99,7 +99,7 @@ class PenaltyTable:
             self._in_prompt_SV = torch.nn.functional.pad(self._in_prompt_SV, (0, 0, 0, num_new))
             self._output_counts_SV = torch.nn.functional.pad(self._output_counts_SV, (0, 0, 0, num_new))
         in_prompt_V, output_counts_V = self._in_prompt_SV[slot], self._output_counts_SV[slot]
-        in_prompt_V.zero_()[self._indices(state.request.prompt_token_ids)] = True
+        in_prompt_V.zero_().index_fill_(0, self._indices(state.request.prompt_token_ids), True)
         outputs = self._indices(state.output_token_ids)
         output_counts_V.zero_().index_add_(0, outputs, torch.ones_like(outputs, dtype=torch.int32))
 

@@ -76,6 +76,12 @@ def _seen_by_tile(
 
 
 @triton.jit
+def _split_keys(num_keys, num_splits, KEYS: tl.constexpr):
+    """Keys of a split: a share of all, but at least two tiles, since a part less is a part less to merge."""
+    return tl.maximum(tl.cdiv(tl.cdiv(num_keys, KEYS), num_splits), 2) * KEYS
+
+
+@triton.jit
 def _load(base, offsets, is_row, START: tl.constexpr, WIDTH: tl.constexpr, USED: tl.constexpr, IS_MASKED: tl.constexpr):
     """Numbers START to START + WIDTH of each row, of USED that there are; zeros for others, which are not read."""
     columns = START + tl.arange(0, WIDTH)
@@ -159,7 +165,7 @@ def _attend(
     begin, end_key = first_key, last_position + 1
     num_parts = 1
     if IS_SPLIT:
-        split_keys = tl.cdiv(tl.cdiv(end_key - first_key, KEYS), num_splits) * KEYS
+        split_keys = _split_keys(end_key - first_key, num_splits, KEYS)
         num_parts = tl.cdiv(end_key - first_key, split_keys)
         begin = first_key + split * split_keys
         is_one &= begin < end_key
@@ -321,7 +327,7 @@ def _merge(
         row // ROWS * ROWS, num_rows, kv_len, window, GROUP, ROWS, BLOCK_SIZE, HAS_WINDOW
     )
     num_keys = last_position + 1 - first_key
-    num_parts = tl.cdiv(num_keys, tl.cdiv(tl.cdiv(num_keys, KEYS), num_splits) * KEYS)
+    num_parts = tl.cdiv(num_keys, _split_keys(num_keys, num_splits, KEYS))
     if num_parts == 1:
         return
 

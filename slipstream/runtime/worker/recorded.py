@@ -1,7 +1,9 @@
-"""Recorded steps: a CUDA graph for each size of step, made when one is first needed and replayed with one launch.
+"""Recorded steps: a CUDA graph for each size of step, replayed with one launch.
 
-Sizes come from short lists, and a plan fills the next larger one in part (inputs.py: fill_inputs). Steps beyond the
-lists are long enough for their launches to hide behind the work; they run from Python.
+Sizes come from short lists, and a plan fills the next larger one in part (inputs.py: fill_inputs). Those of short texts
+are recorded when an engine starts (some hundredths of a second each), since a step that has to be recorded first is one
+that all requests wait for; those of longer texts when one is needed. Steps beyond the lists are long enough for their
+launches to hide behind the work; they run from Python.
 """
 
 import warnings
@@ -19,30 +21,9 @@ from slipstream.schema.build import MAX_RECORDED_TOKENS
 from slipstream.schema.step import StepPlan
 
 NUM_TOKENS = (
-    1,
-    2,
-    4,
-    8,
-    16,
-    24,
-    32,
-    40,
-    48,
-    56,
-    64,
-    80,
-    96,
-    112,
-    128,
-    160,
-    192,
-    224,
-    256,
-    320,
-    384,
-    448,
+    *(1, 2, 4, 8), *range(16, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 512, 64),
     MAX_RECORDED_TOKENS,
-)
+)  # fmt: skip
 
 FEWEST_TOKENS = 1024  # a sequence: tables of recorded steps have room for so many at least
 
@@ -81,6 +62,14 @@ class RecordedSteps:
             torch.empty(num_bytes, dtype=torch.uint8, device=self._device).zero_()
         self._reserve = graph
 
+    def record_short(self, num_groups: int, max_num_tokens: int) -> None:
+        """All sizes of short texts, the largest first: the others find room in what it leaves of the pool."""
+        useful = [size for size in NUM_TOKENS if size // 2 < max_num_tokens]
+        for num_tokens in reversed(useful):
+            sizes = self._sizes(num_tokens, 1, num_groups)
+            if sizes not in self._recordings:
+                self._recordings[sizes] = self._record(sizes)
+
     def run(
         self, plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool]
     ) -> tuple[Tensor, Tensor] | None:
@@ -104,13 +93,16 @@ class RecordedSteps:
     def _sizes_for(self, exact: StepSizes) -> StepSizes | None:
         if exact.num_tokens > MAX_RECORDED_TOKENS:
             return None
-        num_tokens = NUM_TOKENS[bisect_left(NUM_TOKENS, exact.num_tokens)]
+        sizes = self._sizes(exact.num_tokens, exact.table_width, exact.num_groups)
+        return sizes if exact.num_rows <= sizes.num_rows else None  # more where prompt logprobs are asked for
+
+    def _sizes(self, num_tokens: int, table_width: int, num_groups: int) -> StepSizes:
+        """The recorded size that serves steps of so many tokens and tables so wide."""
+        num_tokens = NUM_TOKENS[bisect_left(NUM_TOKENS, num_tokens)]
         num_sequences = min(num_tokens, self._max_batch_size)
-        if exact.num_rows > num_sequences:  # prompt logprobs
-            return None
         # Short texts share a width, so that a request does not wait for a recording each time its text doubles.
-        width = 1 << (max(exact.table_width, -(-FEWEST_TOKENS // self._tables.tokens_per_block)) - 1).bit_length()
-        return StepSizes(num_tokens, num_sequences, num_sequences, width, exact.num_groups)
+        width = 1 << (max(table_width, -(-FEWEST_TOKENS // self._tables.tokens_per_block)) - 1).bit_length()
+        return StepSizes(num_tokens, num_sequences, num_sequences, width, num_groups)
 
     def _record(self, sizes: StepSizes) -> Recording | None:
         """A step without sequences is run once, for what kernels do at their first call, and then recorded.

@@ -91,6 +91,12 @@ class Worker:
         }
 
     @torch.inference_mode()
+    def record(self, max_num_tokens: int) -> None:
+        """On a GPU, the steps that most requests will meet. The KV cache is there."""
+        if self._recorded is not None:
+            self._recorded.record_short(len(self._groups), max_num_tokens)
+
+    @torch.inference_mode()
     def _measure(self, num_tokens: int) -> int:
         """Bytes that a step of so many tokens takes, of prompts as long as can be whose logprobs are asked for."""
         longest = self._manifest.max_seq_len
