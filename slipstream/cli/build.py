@@ -153,7 +153,7 @@ def build(
 
 def _compile_kernels(engine: Path, device: str) -> None:
     """Start the engine once: what Triton compiles is kept (build/kept.py), so that no later start here waits for it."""
-    from slipstream import LLM
+    from slipstream.api.llm import LLM
 
     start = time.perf_counter()
     try:
