@@ -25,7 +25,7 @@ from slipstream.build.cache import cached_engine, device_for, tuned_choices
 from slipstream.build.extensions import import_plugin
 from slipstream.checkpoint import OwnModel, resolve
 from slipstream.engine.folder import TOKENIZER_FOLDER, open_engine
-from slipstream.errors import CapacityError, EngineError, ModelError, RequestError
+from slipstream.errors import CapacityError, EngineError, ModelError, RequestError, UsageError
 from slipstream.progress import Stopwatch, progress_bar
 from slipstream.runtime.engine import start_engine
 from slipstream.runtime.loop import EngineLoop
@@ -66,6 +66,7 @@ class LLM:
         enable_chunked_prefill: bool = True,
         capacity_scheduler_policy: str = "guaranteed_no_evict",
         queue_policy: str = "fifo",
+        deterministic: bool = False,
         chat_template: str | None = None,
         model_cls_file: str | Path | None = None,
         model_cls_name: str = "Model",
@@ -85,6 +86,8 @@ class LLM:
         them); it narrows what the model has, and older blocks are freed. sink_token_length: of these, the first tokens
         of a sequence, which stay in sight (StreamingLLM); max_seq_len may then be more than the model's own.
         capacity_scheduler_policy: guaranteed_no_evict, max_utilization or static_batch. queue_policy: fifo or priority.
+        deterministic: each request's tokens and logprobs are to the last bit those that it gets alone, whatever runs
+        beside it and however its prompt is cut up. On a GPU alone; slower, most for long prompts.
         chat_template: a jinja template that replaces the model's own.
         model_cls_file: a model file of your own (docs/adding/model.md), run as Python; model_cls_name: the class in it.
         extra_passes: rewrites of your own, "module:name" each (docs/adding/pass.md). plugins: modules to import first,
@@ -95,12 +98,18 @@ class LLM:
         check_options({
             "tokenizer": tokenizer, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "device": device,
             "enable_block_reuse": enable_block_reuse, "enable_chunked_prefill": enable_chunked_prefill,
+            "deterministic": deterministic,
             "max_attention_window_size": max_attention_window_size, "sink_token_length": sink_token_length,
             "chat_template": chat_template, "model_cls_file": model_cls_file, "model_cls_name": model_cls_name,
             "disabled_passes": disabled_passes, "extra_passes": extra_passes, "plugins": plugins,
             "show_progress": show_progress,
         })  # fmt: skip
         where = device_for(device)
+        if deterministic and where.type == "cpu":
+            raise UsageError(
+                "deterministic needs a GPU (on a CPU a library's products sum in an order that depends on the batch); "
+                "leave it out."
+            )
         capacity = _choice(CapacityPolicy, "capacity_scheduler_policy", capacity_scheduler_policy)
         order = _choice(QueuePolicy, "queue_policy", queue_policy)
         limits = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "max_seq_len": max_seq_len}
@@ -142,6 +151,7 @@ class LLM:
             queue_policy=order,
             enable_block_reuse=enable_block_reuse,
             enable_chunked_prefill=enable_chunked_prefill,
+            deterministic=deterministic,
         )  # fmt: skip
         self.runtime_config = engine.config
         watch.lap("load the weights, reserve the KV cache")

@@ -47,6 +47,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "device": (_is_name, "a string, such as 'auto'"),
     "enable_block_reuse": (_is_switch, "True or False"),
     "enable_chunked_prefill": (_is_switch, "True or False"),
+    "deterministic": (_is_switch, "True or False"),
     "max_attention_window_size": (_is_window, "a whole number of at least 1, or a list of them, such as 1024"),
     "sink_token_length": (lambda value: type(value) is int and value >= 0, "a whole number of at least 0, such as 4"),
     "chat_template": (_is_text, "the text of a template, not its file: Path(…).read_text()"),

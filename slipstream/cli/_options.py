@@ -62,6 +62,10 @@ SinkTokens = Annotated[
 ]
 BlockReuse = Annotated[bool, typer.Option(help="Prompts that begin alike share their KV blocks.")]
 ChunkedContext = Annotated[bool, typer.Option(help="Long prompts are computed piece by piece, beside other work.")]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="A text never depends on what runs beside it; GPU only, and slower."),
+]
 CapacityPolicy = Annotated[
     str, typer.Option(help="When a waiting request may start: guaranteed_no_evict, max_utilization or static_batch.")
 ]

@@ -97,6 +97,7 @@ def run(
     kv_cache_enable_block_reuse: options.BlockReuse = True,
     enable_chunked_context: options.ChunkedContext = True,
     capacity_scheduler_policy: options.CapacityPolicy = "guaranteed_no_evict",
+    deterministic: options.Deterministic = False,
     plugin: options.Plugin = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Say on stderr where the time went.")] = False,
 ) -> None:
@@ -161,6 +162,7 @@ def run(
         enable_block_reuse=kv_cache_enable_block_reuse,
         enable_chunked_prefill=enable_chunked_context,
         capacity_scheduler_policy=capacity_scheduler_policy,
+        deterministic=deterministic,
         chat_template=template,
         model_cls_file=model_cls_file,
         model_cls_name=model_cls_name,

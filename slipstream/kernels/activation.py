@@ -12,12 +12,12 @@ def _like_first(x: Tensor, *_: object, **__: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@op("silu(Tensor x) -> Tensor", shapes=_like_first)
+@op("silu(Tensor x) -> Tensor", shapes=_like_first, is_row_by_row=True)
 def silu(x: Tensor) -> Tensor:
     return functional.silu(x)
 
 
-@op("gelu(Tensor x, bool approximate) -> Tensor", shapes=_like_first)
+@op("gelu(Tensor x, bool approximate) -> Tensor", shapes=_like_first, is_row_by_row=True)
 def gelu(x: Tensor, approximate: bool) -> Tensor:
     return functional.gelu(x, approximate="tanh" if approximate else "none")
 
@@ -43,14 +43,14 @@ def gelu_and_mul(x_TI2: Tensor, approximate: bool) -> Tensor:
     return gelu.reference(gate_TI, approximate).mul_(up_TI)
 
 
-@kernel(silu_and_mul, "triton", on_gpu)
+@kernel(silu_and_mul, "triton", on_gpu, is_row_by_row=True)
 def silu_and_mul_triton(x_TI2: Tensor) -> Tensor:
     from slipstream.kernels.triton import rows
 
     return rows.activate(x_TI2, "silu", is_gated=True)[0]
 
 
-@kernel(gelu_and_mul, "triton", on_gpu)
+@kernel(gelu_and_mul, "triton", on_gpu, is_row_by_row=True)
 def gelu_and_mul_triton(x_TI2: Tensor, approximate: bool) -> Tensor:
     from slipstream.kernels.triton import rows
 

@@ -14,12 +14,12 @@ def _sum_shapes(x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
 
-@op("add(Tensor x, Tensor y) -> Tensor", shapes=_sum_shapes)
+@op("add(Tensor x, Tensor y) -> Tensor", shapes=_sum_shapes, is_row_by_row=True)
 def add(x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
 
-@op("mul(Tensor x, Tensor y) -> Tensor", shapes=_sum_shapes)
+@op("mul(Tensor x, Tensor y) -> Tensor", shapes=_sum_shapes, is_row_by_row=True)
 def mul(x: Tensor, y: Tensor) -> Tensor:
     return x * y
 
@@ -29,13 +29,13 @@ def _like_first(x: Tensor, *_: object, **__: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@op("scale(Tensor x, float factor) -> Tensor", shapes=_like_first)
+@op("scale(Tensor x, float factor) -> Tensor", shapes=_like_first, is_row_by_row=True)
 def scale(x: Tensor, factor: float) -> Tensor:
     """x times a number known at build time, rounded to x's dtype first, as Hugging Face's Gemma does."""
     return x * torch.tensor(factor, dtype=x.dtype)
 
 
-@op("soft_cap(Tensor x, float cap) -> Tensor", shapes=_like_first)
+@op("soft_cap(Tensor x, float cap) -> Tensor", shapes=_like_first, is_row_by_row=True)
 def soft_cap(x: Tensor, cap: float) -> Tensor:
     """cap · tanh(x / cap): near x where x is small, never beyond cap (arXiv:2408.00118)."""
     return torch.tanh(x / cap).mul_(cap)
@@ -53,7 +53,7 @@ def _split_shapes(x_TN: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return [x_TN.new_empty(num_tokens, size) for size in sizes]
 
 
-@op("split(Tensor x, int[] sizes) -> Tensor[]", shapes=_split_shapes)
+@op("split(Tensor x, int[] sizes) -> Tensor[]", shapes=_split_shapes, is_row_by_row=True)
 def split(x_TN: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Column ranges of x as views: whoever reads them must honour the row stride."""
     return list(torch.split(x_TN, list(sizes), dim=1))
@@ -64,6 +64,6 @@ def _select_shapes(x_TH: Tensor, rows_R: Tensor) -> Tensor:
     return x_TH.new_empty(num_rows, num_columns)
 
 
-@op("select_rows(Tensor x, Tensor rows) -> Tensor", shapes=_select_shapes)
+@op("select_rows(Tensor x, Tensor rows) -> Tensor", shapes=_select_shapes, is_row_by_row=True)
 def select_rows(x_TH: Tensor, rows_R: Tensor) -> Tensor:
     return x_TH.index_select(0, rows_R)

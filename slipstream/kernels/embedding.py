@@ -14,6 +14,6 @@ def _shapes(weight_VH: Tensor, token_ids_T: Tensor) -> Tensor:
     return weight_VH.new_empty(num_tokens, hidden_size)
 
 
-@op("embedding(Tensor weight, Tensor token_ids) -> Tensor", shapes=_shapes)
+@op("embedding(Tensor weight, Tensor token_ids) -> Tensor", shapes=_shapes, is_row_by_row=True)
 def embedding(weight_VH: Tensor, token_ids_T: Tensor) -> Tensor:
     return functional.embedding(token_ids_T, weight_VH)

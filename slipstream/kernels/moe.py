@@ -58,11 +58,12 @@ def route_softmax(
 
 @kernel(route_softmax, "triton", on_gpu)
 def route_softmax_triton(
-    x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, top_k: int, is_normalized: bool
-) -> tuple[Tensor, Tensor]:
+    x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, top_k: int, is_normalized: bool,
+    is_batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     from slipstream.kernels.triton import router
 
-    return router.softmax(x_TH, weight_EH, bias_E, top_k, is_normalized)
+    return router.softmax(x_TH, weight_EH, bias_E, top_k, is_normalized, is_batch_invariant)
 
 
 def _sigmoid_shapes(
@@ -105,11 +106,13 @@ def route_sigmoid(
 @kernel(route_sigmoid, "triton", on_gpu)
 def route_sigmoid_triton(
     x_TH: Tensor, weight_EH: Tensor, correction_E: Tensor, top_k: int, num_groups: int, top_groups: int,
-    is_normalized: bool, factor: float,
+    is_normalized: bool, factor: float, is_batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from slipstream.kernels.triton import router
 
-    return router.sigmoid(x_TH, weight_EH, correction_E, top_k, num_groups, top_groups, is_normalized, factor)
+    return router.sigmoid(
+        x_TH, weight_EH, correction_E, top_k, num_groups, top_groups, is_normalized, factor, is_batch_invariant
+    )
 
 
 def need_routes(x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor) -> None:
@@ -167,13 +170,15 @@ def experts(
 def experts_triton(
     x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, gate_EIH: Tensor, up_EIH: Tensor, down_EHI: Tensor,
     gate_bias_EI: Tensor | None, up_bias_EI: Tensor | None, down_bias_EH: Tensor | None,
-    alpha: float, limit: float, up_offset: float,
+    alpha: float, limit: float, up_offset: float, is_batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     from slipstream.kernels.triton import experts as grouped
 
     weights = tuple(grouped.Weight(each) for each in (gate_EIH, up_EIH, down_EHI))
     biases, activation = (gate_bias_EI, up_bias_EI, down_bias_EH), grouped.Activation(alpha, limit, up_offset)
-    return grouped.experts(x_TH, shares_TK, ids_TK, weights, biases, activation)
+    return grouped.experts(
+        x_TH, shares_TK, ids_TK, weights, biases, activation, is_batch_invariant=is_batch_invariant
+    )  # fmt: skip
 
 
 Product = Callable[[int, Tensor], Tensor]  # of the rows that an expert has and the weight that it keeps

@@ -55,14 +55,14 @@ def add_rms_norm(
     return rms_norm.reference(total_TH, weight_H, eps, weight_offset), total_TH
 
 
-@kernel(rms_norm, "triton", on_gpu)
+@kernel(rms_norm, "triton", on_gpu, is_row_by_row=True)
 def rms_norm_triton(x_TN: Tensor, weight_H: Tensor, eps: float, weight_offset: float) -> Tensor:
     from slipstream.kernels.triton import rows
 
     return rows.norm(x_TN, None, weight_H, None, eps, weight_offset=weight_offset)[0]
 
 
-@kernel(add_rms_norm, "triton", on_gpu)
+@kernel(add_rms_norm, "triton", on_gpu, is_row_by_row=True)
 def add_rms_norm_triton(
     x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor]:
@@ -115,14 +115,14 @@ def add_layer_norm(
     return layer_norm.reference(total_TH, weight_H, bias_H, eps), total_TH
 
 
-@kernel(layer_norm, "triton", on_gpu)
+@kernel(layer_norm, "triton", on_gpu, is_row_by_row=True)
 def layer_norm_triton(x_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float) -> Tensor:
     from slipstream.kernels.triton import rows
 
     return rows.norm(x_TH, None, weight_H, bias_H, eps, is_layer=True)[0]
 
 
-@kernel(add_layer_norm, "triton", on_gpu)
+@kernel(add_layer_norm, "triton", on_gpu, is_row_by_row=True)
 def add_layer_norm_triton(
     x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ def _declare_triton(of: Op, kind: str) -> None:
         gate_zero: Tensor | None, up_packed: Tensor, up_scale: Tensor, up_zero: Tensor | None, down_packed: Tensor,
         down_scale: Tensor, down_zero: Tensor | None, gate_bias_EI: Tensor | None, up_bias_EI: Tensor | None,
         down_bias_EH: Tensor | None, alpha: float, limit: float, up_offset: float, group_size: int,
-        input_scale: float, input_group_size: int,
+        input_scale: float, input_group_size: int, is_batch_invariant: bool = False,
     ) -> Tensor:  # fmt: skip
         """Weights whose groups no tile can follow are widened before, which is slow but can be recorded."""
         from slipstream.kernels.triton import experts as grouped
@@ -116,6 +116,7 @@ def _declare_triton(of: Op, kind: str) -> None:
         return grouped.experts(
             x_TH, shares_TK, ids_TK, weights, (gate_bias_EI, up_bias_EI, down_bias_EH),
             grouped.Activation(alpha, limit, up_offset), partial(quantize, is_widened=is_widened),
+            is_batch_invariant=is_batch_invariant,
         )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def gelu_quantize(
     return _quantize(activation.gelu.reference(x_TI, approximate), input_scale, input_group_size, dtype)
 
 
-@kernel(rms_norm_quantize, "triton", on_gpu_with_fp8)
+@kernel(rms_norm_quantize, "triton", on_gpu_with_fp8, is_row_by_row=True)
 def rms_norm_quantize_triton(
     x_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float, input_scale: float, input_group_size: int,
     dtype: str,
@@ -162,7 +162,7 @@ def rms_norm_quantize_triton(
     return rows.norm(x_TH, None, weight_H, None, eps, weight_offset=weight_offset, how=how)[:2]
 
 
-@kernel(add_rms_norm_quantize, "triton", on_gpu_with_fp8)
+@kernel(add_rms_norm_quantize, "triton", on_gpu_with_fp8, is_row_by_row=True)
 def add_rms_norm_quantize_triton(
     x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float, input_scale: float,
     input_group_size: int, dtype: str,
@@ -173,7 +173,7 @@ def add_rms_norm_quantize_triton(
     return rows.norm(x_TH, residual_TH, weight_H, None, eps, weight_offset=weight_offset, how=how)
 
 
-@kernel(layer_norm_quantize, "triton", on_gpu_with_fp8)
+@kernel(layer_norm_quantize, "triton", on_gpu_with_fp8, is_row_by_row=True)
 def layer_norm_quantize_triton(
     x_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float, input_scale: float, input_group_size: int,
     dtype: str,
@@ -184,7 +184,7 @@ def layer_norm_quantize_triton(
     return rows.norm(x_TH, None, weight_H, bias_H, eps, is_layer=True, how=how)[:2]
 
 
-@kernel(add_layer_norm_quantize, "triton", on_gpu_with_fp8)
+@kernel(add_layer_norm_quantize, "triton", on_gpu_with_fp8, is_row_by_row=True)
 def add_layer_norm_quantize_triton(
     x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float, input_scale: float,
     input_group_size: int, dtype: str,
@@ -195,7 +195,7 @@ def add_layer_norm_quantize_triton(
     return rows.norm(x_TH, residual_TH, weight_H, bias_H, eps, is_layer=True, how=how)
 
 
-@kernel(silu_and_mul_quantize, "triton", on_gpu_with_fp8)
+@kernel(silu_and_mul_quantize, "triton", on_gpu_with_fp8, is_row_by_row=True)
 def silu_and_mul_quantize_triton(
     x_TI2: Tensor, input_scale: float, input_group_size: int, dtype: str
 ) -> tuple[Tensor, Tensor]:
@@ -204,7 +204,7 @@ def silu_and_mul_quantize_triton(
     return rows.activate(x_TI2, "silu", is_gated=True, how=rows.Quantized(input_scale, input_group_size, dtype))
 
 
-@kernel(gelu_and_mul_quantize, "triton", on_gpu_with_fp8)
+@kernel(gelu_and_mul_quantize, "triton", on_gpu_with_fp8, is_row_by_row=True)
 def gelu_and_mul_quantize_triton(
     x_TI2: Tensor, approximate: bool, input_scale: float, input_group_size: int, dtype: str
 ) -> tuple[Tensor, Tensor]:
@@ -214,7 +214,7 @@ def gelu_and_mul_quantize_triton(
     return rows.activate(x_TI2, name, is_gated=True, how=how)
 
 
-@kernel(gelu_quantize, "triton", on_gpu_with_fp8)
+@kernel(gelu_quantize, "triton", on_gpu_with_fp8, is_row_by_row=True)
 def gelu_quantize_triton(
     x_TI: Tensor, approximate: bool, input_scale: float, input_group_size: int, dtype: str
 ) -> tuple[Tensor, Tensor]:

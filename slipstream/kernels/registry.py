@@ -1,8 +1,10 @@
 """The only registry of the project: op() declares an op by schema and reference, kernel() adds a candidate to it."""
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +37,8 @@ class Kernel:
     function: Callable[..., Any]
     runs_on: Callable[[torch.device, torch.dtype], bool]
     can_be_recorded: bool = True  # into a CUDA graph: nothing on the host waits for what the device computes
+    # The same, where each row of the result is to the last bit what it would be among any other rows, or alone.
+    batch_invariant: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +51,7 @@ class Op:
     reference: Callable[..., Any]
     shapes: Callable[..., Any]  # same signature, on meta tensors: only shapes and dtypes matter
     reads_values: bool = False  # the reference waits for values, so it cannot be recorded
+    is_row_by_row: bool = False  # the reference computes no row in another way because of the others
     kernels: dict[str, Kernel] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,22 +72,29 @@ class Op:
     def candidates(self, device: torch.device, dtype: torch.dtype) -> dict[str, Kernel]:
         """Every way to compute this op there; "reference" is always one."""
         usable = {name: kernel for name, kernel in self.kernels.items() if kernel.runs_on(device, dtype)}
-        reference = Kernel("reference", self.reference, lambda _device, _dtype: True, not self.reads_values)
+        invariant = _batch_invariant(self.reference, self.is_row_by_row)
+        reference = Kernel("reference", self.reference, lambda _device, _dtype: True, not self.reads_values, invariant)
         return {"reference": reference, **usable}
 
 
 def op(
-    schema: str, shapes: Callable[..., Any] | None = None, *, reads_values: bool = False
+    schema: str,
+    shapes: Callable[..., Any] | None = None,
+    *,
+    reads_values: bool = False,
+    is_row_by_row: bool = False,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Declare an op by a torch schema; the decorated function is its reference.
 
     Tensor arguments come first, then attributes (numbers known at build time). `shapes` replaces the reference on
     meta tensors where the reference reads values, or takes what kernels would not (fits.py); reads_values: it reads
-    them on the host (a loop over sequences, say).
+    them on the host (a loop over sequences, say). is_row_by_row: no sum in the reference is taken in an order that
+    depends on the number of rows, as a library's products are; only such ops run where tokens must not depend on the
+    batch (`LLM(deterministic=True)`).
     """
 
     def register(reference: Callable[..., Any]) -> Op:
-        parsed = _parse(schema, reference, shapes or reference, reads_values)
+        parsed = _parse(schema, reference, shapes or reference, reads_values, is_row_by_row)
         _LIBRARY.define(schema)
         _LIBRARY.impl(parsed.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"slipstream::{parsed.name}", parsed.shapes, lib=_LIBRARY)
@@ -93,12 +105,16 @@ def op(
 
 
 def kernel(
-    of: Op, name: str, runs_on: Callable[[torch.device, torch.dtype], bool]
+    of: Op, name: str, runs_on: Callable[[torch.device, torch.dtype], bool], *, is_row_by_row: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add a candidate to an op: same arguments, same result within the op's tolerance."""
+    """Add a candidate to an op: same arguments, same result within the op's tolerance.
+
+    A function with a parameter is_batch_invariant besides can compute rows independently of each other, and is told.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        of.kernels[name] = Kernel(name, function, runs_on)
+        invariant = _batch_invariant(function, is_row_by_row)
+        of.kernels[name] = Kernel(name, function, runs_on, batch_invariant=invariant)
         return function
 
     return register
@@ -118,7 +134,15 @@ def known_ops() -> dict[str, Op]:
     return dict(_OPS)
 
 
-def _parse(schema: str, reference: Callable[..., Any], shapes: Callable[..., Any], reads_values: bool) -> Op:
+def _batch_invariant(function: Callable[..., Any], is_row_by_row: bool) -> Callable[..., Any] | None:
+    if "is_batch_invariant" in inspect.signature(function).parameters:
+        return partial(function, is_batch_invariant=True)
+    return function if is_row_by_row else None
+
+
+def _parse(
+    schema: str, reference: Callable[..., Any], shapes: Callable[..., Any], reads_values: bool, is_row_by_row: bool
+) -> Op:
     match = _SCHEMA.fullmatch(schema)
     if match is None:
         raise ValueError(f"not an op schema: {schema}")
@@ -130,4 +154,4 @@ def _parse(schema: str, reference: Callable[..., Any], shapes: Callable[..., Any
     assert order == sorted(order, reverse=True), f"{schema}: tensors come before attributes"
     returns = match["returns"]
     num_outputs = None if returns == "Tensor[]" else returns.count("Tensor")
-    return Op(match["name"], arguments, num_outputs, reference, shapes, reads_values)
+    return Op(match["name"], arguments, num_outputs, reference, shapes, reads_values, is_row_by_row)

@@ -15,7 +15,11 @@ def _cos_sin_shapes(positions_T: Tensor, inv_freq_F: Tensor, scale: float) -> tu
     return inv_freq_F.new_empty(num_tokens, num_frequencies), inv_freq_F.new_empty(num_tokens, num_frequencies)
 
 
-@op("rope_cos_sin(Tensor positions, Tensor inv_freq, float scale) -> (Tensor, Tensor)", shapes=_cos_sin_shapes)
+@op(
+    "rope_cos_sin(Tensor positions, Tensor inv_freq, float scale) -> (Tensor, Tensor)",
+    shapes=_cos_sin_shapes,
+    is_row_by_row=True,
+)
 def rope_cos_sin(positions_T: Tensor, inv_freq_F: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The step's angles, once for all layers; float32, one column a frequency (head_dim / 2 of them)."""
     angles_TF = positions_T[:, None] * inv_freq_F
@@ -23,7 +27,11 @@ def rope_cos_sin(positions_T: Tensor, inv_freq_F: Tensor, scale: float) -> tuple
     return (cos_TF, sin_TF) if scale == 1 else (cos_TF.mul_(scale), sin_TF.mul_(scale))
 
 
-@op("far_cos_sin(Tensor positions, Tensor inv_freq, float scale) -> (Tensor, Tensor)", shapes=_cos_sin_shapes)
+@op(
+    "far_cos_sin(Tensor positions, Tensor inv_freq, float scale) -> (Tensor, Tensor)",
+    shapes=_cos_sin_shapes,
+    is_row_by_row=True,
+)
 def far_cos_sin(positions_T: Tensor, inv_freq_F: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """rope_cos_sin by angles in float64: a million radians in float32 are wrong by up to 1/32."""
     angles_TF = positions_T.double()[:, None] * inv_freq_F
@@ -55,7 +63,7 @@ def rope(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, head_dim: int) -> Tensor:
     return out.flatten(1)
 
 
-@kernel(rope, "triton", on_gpu)
+@kernel(rope, "triton", on_gpu, is_row_by_row=True)
 def rope_triton(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, head_dim: int) -> Tensor:
     from slipstream.kernels.triton import rope as rotation
 
@@ -74,7 +82,7 @@ def rope_pairs(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     return torch.stack([first * cos - second * sin, second * cos + first * sin], 3).flatten(1)
 
 
-@kernel(rope_pairs, "triton", on_gpu)
+@kernel(rope_pairs, "triton", on_gpu, is_row_by_row=True)
 def rope_pairs_triton(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     from slipstream.kernels.triton import rope as rotation
 
@@ -105,7 +113,7 @@ def rope_kv_write(
     return rope.reference(q, cos, sin, head_dim)
 
 
-@kernel(rope_kv_write, "triton", on_gpu)
+@kernel(rope_kv_write, "triton", on_gpu, is_row_by_row=True)
 def rope_kv_write_triton(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor,
     kv_scales: Tensor | None = None,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from slipstream.schema.sampling import SamplingParams
 from slipstream.schema.step import PENDING
@@ -44,7 +45,9 @@ class SlotTable:
     its sequence starts, so a step's choices cost no copy.
     """
 
-    def __init__(self, num_slots: int, device: torch.device) -> None:
+    def __init__(self, num_slots: int, device: torch.device, *, is_batch_invariant: bool = False) -> None:
+        """is_batch_invariant: what a row draws depends to the last bit on that row alone (on a CPU it does anyway)."""
+        self._is_batch_invariant = is_batch_invariant
         # [S + 1, 8] in int64, floats by their bits: temperature, typical_p, top_p, min_p, top_k, seed, is_greedy, -.
         # The last row is of slot -1.
         self.numbers = torch.zeros((num_slots + 1, 8), dtype=torch.int64, device=device)
@@ -78,7 +81,9 @@ class SlotTable:
         if logits_RV.is_cuda:
             from slipstream.kernels.triton import sampling
 
-            return sampling.choose(logits_RV, slots_R, positions_R, self.numbers, self.last_token)
+            return sampling.choose(
+                logits_RV, slots_R, positions_R, self.numbers, self.last_token, self._is_batch_invariant
+            )
         numbers_RX = self.numbers[slots_R]
         token_ids_R = greedy(logits_RV)
         random_N = (numbers_RX[:, 6] == 0).nonzero()[:, 0]
@@ -201,7 +206,12 @@ def gather_logprobs(logits_RV: Tensor, token_ids_R: Tensor, num_top: int) -> tup
     Rank 1 is the most likely token: 1 + the number of tokens with a strictly greater logprob. K is num_top, or V where
     that is less. Among equal logprobs the lower id comes first, as in greedy.
     """
-    logprobs_RV = logits_RV.log_softmax(dim=1)
+    vocab_size = logits_RV.shape[1]
+    if vocab_size % 4:  # a GPU sums a row that begins between its words of 16 bytes in another order
+        padded_RX = functional.pad(logits_RV, (0, -vocab_size % 4), value=-torch.inf)
+        logprobs_RV = padded_RX.log_softmax(dim=1)[:, :vocab_size]
+    else:
+        logprobs_RV = logits_RV.log_softmax(dim=1)
     chosen_R1 = logprobs_RV.gather(1, token_ids_R[:, None])
     rank_R = 1 + (logprobs_RV > chosen_R1).sum(dim=1)
     # topk orders ties as it likes; sort its few columns by id, then, keeping that order among equals, by logprob.

@@ -93,6 +93,7 @@ def start_engine(
     queue_policy: QueuePolicy = QueuePolicy.FIFO,
     enable_chunked_prefill: bool = True,
     enable_block_reuse: bool = True,
+    deterministic: bool = False,
 ) -> Engine:
     """Load the weights, allocate the KV cache in what they leave and be ready.
 
@@ -100,7 +101,8 @@ def start_engine(
 
     max_attention_window_size: tokens that a token sees, one for each layer or repeated over them; it narrows what the
     model has. sink_token_length: of these, the first tokens of a sequence, which stay in sight (StreamingLLM,
-    arXiv:2309.17453); then max_seq_len may be more than the engine was built for.
+    arXiv:2309.17453); then max_seq_len may be more than the engine was built for. deterministic: a request's tokens and
+    logprobs are to the last bit those that it gets alone.
     """
     manifest = folder.manifest
     # Positions inside a window are all that a model with sinks ever meets: a sequence may go on for ever.
@@ -110,7 +112,7 @@ def start_engine(
     check_kv_dtype(manifest, device)
     max_batch_size = _lowered("max_batch_size", max_batch_size, manifest.max_batch_size)
     max_num_tokens = _lowered("max_num_tokens", max_num_tokens, manifest.max_num_tokens)
-    worker = Worker(folder, choices, groups, max_batch_size, device)
+    worker = Worker(folder, choices, groups, max_batch_size, device, is_deterministic=deterministic)
     num_blocks = count_blocks(
         manifest, groups, device, worker.memory_left(max_num_tokens),
         fraction=kv_cache_free_memory_fraction, max_tokens=kv_cache_max_tokens, max_bytes=kv_cache_max_bytes,

@@ -298,6 +298,7 @@ def forbid_builds(monkeypatch: pytest.MonkeyPatch) -> None:
         ("disabled_passes", "fuse_qkv", "is 'fuse_qkv'; it must be a list of names, such as ['fuse_qkv']"),
         ("extra_passes", [5], "is [5]; it must be a list of names"),
         ("enable_block_reuse", "no", "is 'no'; it must be True or False"),
+        ("deterministic", 1, "is 1; it must be True or False"),
         ("chat_template", Path("my.jinja"), "it must be the text of a template"),
         ("model_cls_file", 5, "is 5; it must be the path of a Python file"),
         ("device", None, "is None; it must be a string, such as 'auto'"),
@@ -310,6 +311,14 @@ def test_options_of_a_wrong_type_are_refused_before_the_build(
     with pytest.raises(SlipstreamError, match=f"^{option} is ") as caught:
         LLM(tiny_model, **{option: value})
     assert words in str(caught.value)
+
+
+def test_deterministic_runs_are_refused_on_a_cpu_before_the_build(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_builds(monkeypatch)
+    with pytest.raises(SlipstreamError, match=r"^deterministic needs a GPU .*; leave it out\.$"):
+        LLM(tiny_model, device="cpu", deterministic=True)
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused_before_the_build(

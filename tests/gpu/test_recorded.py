@@ -27,8 +27,11 @@ def graph_of(model_type: str, folder: Path) -> Graph:
 
 
 def can_be_recorded(graph: Graph) -> bool:
-    weights = {name: torch.empty(0) for name in graph.weights}
-    return compile_graph(graph, weights, Choices("", {}), GPU).can_be_recorded
+    """In deterministic runs, too: their kernels must be there, for one."""
+    weights, choices = {name: torch.empty(0) for name in graph.weights}, Choices("", {})
+    ordinary = compile_graph(graph, weights, choices, GPU)
+    deterministic = compile_graph(graph, weights, choices, GPU, is_batch_invariant=True)
+    return ordinary.can_be_recorded and deterministic.can_be_recorded
 
 
 @pytest.mark.parametrize("model_type", known_models())

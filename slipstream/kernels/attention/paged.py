@@ -47,7 +47,7 @@ def kv_write(
             page_SKD.view(torch.int8).index_copy_(0, slots_T, stored_TKD.view(torch.int8))
 
 
-@kernel(kv_write, "triton", on_gpu)
+@kernel(kv_write, "triton", on_gpu, is_row_by_row=True)
 def kv_write_triton(
     k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor, kv_scales_PK: Tensor | None = None
 ) -> None:
@@ -244,11 +244,11 @@ def _attend_flash(
 def attention_triton(
     q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
     alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, kv_scales_PK: Tensor | None,
-    scale: float, window: int, soft_cap: float, value_dim: int,
+    scale: float, window: int, soft_cap: float, value_dim: int, is_batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     from slipstream.kernels.triton.attention import attention as in_tiles
 
     return in_tiles(
         q_TX, kv_PNBKD, query_starts, kv_lens, block_tables_SB, alibi_slopes_H, sinks_H, kv_scales_PK,
-        scale, window, soft_cap, value_dim,
+        scale, window, soft_cap, value_dim, is_batch_invariant=is_batch_invariant,
     )  # fmt: skip

@@ -24,7 +24,7 @@ def _place_shapes(positions_T: Tensor, window: int) -> Tensor:
     return positions_T.new_empty(positions_T.shape)
 
 
-@op("place_in_window(Tensor positions, int window) -> Tensor", shapes=_place_shapes)
+@op("place_in_window(Tensor positions, int window) -> Tensor", shapes=_place_shapes, is_row_by_row=True)
 def place_in_window(positions_T: Tensor, window: int) -> Tensor:
     """Where a token at this position of the text stands in a cache of `window` tokens, when it is the newest."""
     return positions_T.clamp(max=window - 1)
@@ -121,10 +121,12 @@ def _scores(q_QX: Tensor, k_KLD: Tensor) -> Tensor:
 def streaming_attention_triton(
     q_TX: Tensor, sink_q_TX: Tensor, kv_PNBKD: Tensor, query_starts: Tensor, kv_lens: Tensor, block_tables_SB: Tensor,
     kv_scales_PK: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int, sink_tokens: int,
+    is_batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     from slipstream.kernels.triton.attention import attention as in_tiles
 
     return in_tiles(
         q_TX, kv_PNBKD, query_starts, kv_lens, block_tables_SB, None, None, kv_scales_PK,
         scale, window, soft_cap, value_dim, sink_q_TX=sink_q_TX, sink_tokens=sink_tokens,
+        is_batch_invariant=is_batch_invariant,
     )  # fmt: skip

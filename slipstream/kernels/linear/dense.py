@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.kernels.fits import need_floats, need_same_dtype, need_shape
+from slipstream.kernels.linear.groups import product
 from slipstream.kernels.registry import kernel, on_gpu, op
 
 
@@ -37,11 +38,15 @@ def linear_weight_first(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None =
 
 
 @kernel(linear, "triton", on_gpu)
-def linear_triton(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """For few rows; cuBLAS has no equal for many."""
+def linear_triton(
+    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, is_batch_invariant: bool = False
+) -> Tensor:
+    """For few rows; cuBLAS has no equal for many, but chooses the order of its sums by their number."""
     from slipstream.kernels.triton import linear as skinny
 
     weight = skinny.Weight(weight_NK)
-    if x_MK.shape[0] > 64 or not skinny.supports(x_MK, weight):
-        return functional.linear(x_MK, weight_NK, bias_N)
-    return skinny.product(x_MK, weight, bias_N, x_MK.dtype)
+    if skinny.supports(x_MK, weight) and (x_MK.shape[0] <= 64 or is_batch_invariant):
+        return skinny.product(x_MK, weight, bias_N, x_MK.dtype, is_batch_invariant=is_batch_invariant)
+    if is_batch_invariant:
+        return product(x_MK, weight_NK.float(), bias_N, x_MK.dtype, is_batch_invariant=True)
+    return functional.linear(x_MK, weight_NK, bias_N)

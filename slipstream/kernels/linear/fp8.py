@@ -38,7 +38,7 @@ def quantize_fp8(x_MK: Tensor, input_scale: float, input_group_size: int) -> tup
     return scaled_MK.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale_MG
 
 
-@kernel(quantize_fp8, "triton", on_gpu_with_fp8)
+@kernel(quantize_fp8, "triton", on_gpu_with_fp8, is_row_by_row=True)
 def quantize_fp8_triton(x_MK: Tensor, input_scale: float, input_group_size: int) -> tuple[Tensor, Tensor]:
     from slipstream.kernels.triton import rows
 
@@ -90,16 +90,16 @@ def _multiplies_blocks() -> bool:
 @kernel(linear_fp8, "triton", on_gpu_with_fp8)
 def linear_fp8_triton(
     x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
-    input_group_size: int, dtype: str,
+    input_group_size: int, dtype: str, is_batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     from slipstream.kernels.triton import linear as skinny
 
     weight = skinny.Weight(packed_NK, scale_NG, None, group_size, x_scale_MG, input_group_size)
     if not skinny.supports(x_MK, weight):
-        return linear_fp8.reference(
-            x_MK, x_scale_MG, packed_NK, scale_NG, bias_N, group_size, input_group_size, dtype
-        )  # fmt: skip
-    return skinny.product(x_MK, weight, bias_N, getattr(torch, dtype))
+        x_MK = dequantize(x_MK, x_scale_MG, None, input_group_size)
+        weight_NK = dequantize(packed_NK, scale_NG, None, group_size)
+        return product(x_MK, weight_NK, bias_N, getattr(torch, dtype), is_batch_invariant)
+    return skinny.product(x_MK, weight, bias_N, getattr(torch, dtype), is_batch_invariant=is_batch_invariant)
 
 
 def _a16_shapes(x_MK: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int) -> Tensor:
@@ -117,11 +117,13 @@ def linear_fp8a16(x_MK: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Ten
 
 @kernel(linear_fp8a16, "triton", on_gpu_with_fp8)
 def linear_fp8a16_triton(
-    x_MK: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int
-) -> Tensor:
+    x_MK: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
+    is_batch_invariant: bool = False,
+) -> Tensor:  # fmt: skip
     from slipstream.kernels.triton import linear as skinny
 
     weight = skinny.Weight(packed_NK, scale_NG, None, group_size)
     if not skinny.supports(x_MK, weight):
-        return linear_fp8a16.reference(x_MK, packed_NK, scale_NG, bias_N, group_size)
-    return skinny.product(x_MK, weight, bias_N, x_MK.dtype)
+        weight_NK = dequantize(packed_NK, scale_NG, None, group_size)
+        return product(x_MK, weight_NK, bias_N, x_MK.dtype, is_batch_invariant)
+    return skinny.product(x_MK, weight, bias_N, x_MK.dtype, is_batch_invariant=is_batch_invariant)

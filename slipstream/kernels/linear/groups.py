@@ -80,8 +80,15 @@ def quantized_linear_shapes(
     return y_MN
 
 
-def product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x Wᵀ + b of a dequantized weight, rounded to dtype once."""
+def product(
+    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, dtype: torch.dtype, is_batch_invariant: bool = False
+) -> Tensor:
+    """x Wᵀ + b of a weight in float32, rounded to dtype once."""
+    if is_batch_invariant:
+        from slipstream.kernels.triton import linear as skinny
+
+        weight = skinny.Weight(weight_NK)
+        return skinny.product(x_MK.float().contiguous(), weight, bias_N, dtype, is_batch_invariant=True)
     y_MN = x_MK.float() @ weight_NK.t()
     return (y_MN if bias_N is None else y_MN + bias_N.float()).to(dtype)
 

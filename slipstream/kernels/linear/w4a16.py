@@ -52,12 +52,13 @@ def linear_w4a16(
 @kernel(linear_w4a16, "triton", on_gpu)
 def linear_w4a16_triton(
     x_MK: Tensor, packed: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, order_K: Tensor | None,
-    bias_N: Tensor | None, group_size: int,
+    bias_N: Tensor | None, group_size: int, is_batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     from slipstream.kernels.triton import linear as skinny
 
-    weight = skinny.Weight(packed, scale_NG, zero_NG, group_size)
-    if not skinny.supports(x_MK, weight):
-        return linear_w4a16.reference(x_MK, packed, scale_NG, zero_NG, order_K, bias_N, group_size)
+    as_packed = skinny.Weight(packed, scale_NG, zero_NG, group_size)
+    if not skinny.supports(x_MK, as_packed):
+        weight_NK = weight(packed, scale_NG, zero_NG, order_K, group_size, x_MK.shape[1])
+        return product(x_MK, weight_NK, bias_N, x_MK.dtype, is_batch_invariant)
     ordered_MK = x_MK if order_K is None else x_MK.index_select(1, order_K)
-    return skinny.product(ordered_MK, weight, bias_N, x_MK.dtype)
+    return skinny.product(ordered_MK, as_packed, bias_N, x_MK.dtype, is_batch_invariant=is_batch_invariant)

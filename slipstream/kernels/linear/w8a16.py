@@ -26,12 +26,13 @@ def linear_w8a16(
 @kernel(linear_w8a16, "triton", on_gpu)
 def linear_w8a16_triton(
     x_MK: Tensor, packed_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, order_K: Tensor | None,
-    bias_N: Tensor | None, group_size: int,
+    bias_N: Tensor | None, group_size: int, is_batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     from slipstream.kernels.triton import linear as skinny
 
     weight = skinny.Weight(packed_NK, scale_NG, zero_NG, group_size)
     if not skinny.supports(x_MK, weight):
-        return linear_w8a16.reference(x_MK, packed_NK, scale_NG, zero_NG, order_K, bias_N, group_size)
+        weight_NK = dequantize(packed_NK, scale_NG, zero_NG, group_size, order_K)
+        return product(x_MK, weight_NK, bias_N, x_MK.dtype, is_batch_invariant)
     ordered_MK = x_MK if order_K is None else x_MK.index_select(1, order_K)
-    return skinny.product(ordered_MK, weight, bias_N, x_MK.dtype)
+    return skinny.product(ordered_MK, weight, bias_N, x_MK.dtype, is_batch_invariant=is_batch_invariant)

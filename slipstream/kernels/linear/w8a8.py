@@ -33,7 +33,7 @@ def quantize_w8a8(x_MK: Tensor, input_scale: float, input_group_size: int) -> tu
     return scaled_MK.round_().clamp_(-LARGEST - 1, LARGEST).to(torch.int8), scale_MG
 
 
-@kernel(quantize_w8a8, "triton", on_gpu)
+@kernel(quantize_w8a8, "triton", on_gpu, is_row_by_row=True)
 def quantize_w8a8_triton(x_MK: Tensor, input_scale: float, input_group_size: int) -> tuple[Tensor, Tensor]:
     from slipstream.kernels.triton import rows
 
@@ -59,13 +59,13 @@ def linear_w8a8(
 @kernel(linear_w8a8, "triton", on_gpu)
 def linear_w8a8_triton(
     x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
-    input_group_size: int, dtype: str,
+    input_group_size: int, dtype: str, is_batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     from slipstream.kernels.triton import linear as skinny
 
     weight = skinny.Weight(packed_NK, scale_NG, None, group_size, x_scale_MG, input_group_size)
     if not skinny.supports(x_MK, weight):
-        return linear_w8a8.reference(
-            x_MK, x_scale_MG, packed_NK, scale_NG, bias_N, group_size, input_group_size, dtype
-        )  # fmt: skip
-    return skinny.product(x_MK, weight, bias_N, getattr(torch, dtype))
+        x_MK = dequantize(x_MK, x_scale_MG, None, input_group_size)
+        weight_NK = dequantize(packed_NK, scale_NG, None, group_size)
+        return product(x_MK, weight_NK, bias_N, getattr(torch, dtype), is_batch_invariant)
+    return skinny.product(x_MK, weight, bias_N, getattr(torch, dtype), is_batch_invariant=is_batch_invariant)

@@ -63,15 +63,16 @@ def _find_tile(index, query_starts, num_sequences, GROUP: tl.constexpr, ROWS: tl
 @triton.jit
 def _seen_by_tile(
     first_row, num_rows, kv_len, window,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Positions of the tile's first and last token, and of the first key that a row of it sees, at a page's start."""
+    """Positions of the tile's first and last token, and where the keys that its rows see begin: a multiple of KEYS, so
+    that a row's keys are met in the same groups whichever rows share its tile."""
     past = kv_len - num_rows // GROUP
     first_position = past + first_row // GROUP
     last_position = past + (tl.minimum(first_row + ROWS, num_rows) - 1) // GROUP
     first_key = 0
     if HAS_WINDOW:
-        first_key = tl.maximum(first_position - window + 1, 0) // BLOCK_SIZE * BLOCK_SIZE
+        first_key = tl.maximum(first_position - window + 1, 0) // KEYS * KEYS
     return first_position, last_position, first_key
 
 
@@ -160,7 +161,7 @@ def _attend(
 
     kv_len = tl.load(kv_lens + sequence, mask=is_one, other=0).to(tl.int32)
     first_position, last_position, first_key = _seen_by_tile(
-        first_row, num_rows, kv_len, window, GROUP, ROWS, BLOCK_SIZE, HAS_WINDOW
+        first_row, num_rows, kv_len, window, GROUP, ROWS, KEYS, HAS_WINDOW
     )
     begin, end_key = first_key, last_position + 1
     num_parts = 1
@@ -225,6 +226,8 @@ def _attend(
         for start in range(begin, end, KEYS):
             keys = start + tl.arange(0, KEYS)
             is_key = keys < end
+            if HAS_WINDOW and PHASE != 3:  # pages before may be another sequence's by now
+                is_key &= keys > first_position - window
             key_offsets = pages * page_stride + keys % BLOCK_SIZE * token_stride
             if IS_ONE_PAGE:
                 pages = tl.load(table + (start + KEYS) // BLOCK_SIZE, mask=start + KEYS < end, other=0)
@@ -298,7 +301,7 @@ def _attend(
 def _merge(
     out, partial_sums, partial_stats, query_starts, kv_lens, sinks, num_sequences, num_splits, window, out_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MAX_PARTS: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, MAX_PARTS: tl.constexpr, PARTS: tl.constexpr,
     MAX_ROWS: tl.constexpr, MIN_ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -324,7 +327,7 @@ def _merge(
     if (MAX_ROWS and num_rows > MAX_ROWS) or (MIN_ROWS and num_rows < MIN_ROWS):
         return
     _, last_position, first_key = _seen_by_tile(
-        row // ROWS * ROWS, num_rows, kv_len, window, GROUP, ROWS, BLOCK_SIZE, HAS_WINDOW
+        row // ROWS * ROWS, num_rows, kv_len, window, GROUP, ROWS, KEYS, HAS_WINDOW
     )
     num_keys = last_position + 1 - first_key
     num_parts = tl.cdiv(num_keys, _split_keys(num_keys, num_splits, KEYS))
@@ -375,15 +378,19 @@ def attention(
     alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, kv_scales_PK: Tensor | None,
     scale: float, window: int, soft_cap: float, value_dim: int,
     launches: tuple[Launch, ...] | None = None, sink_q_TX: Tensor | None = None, sink_tokens: int = 0,
+    is_batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     """As the op (kernels/attention/paged.py). launches: instead of those that the shapes suggest, to measure others.
 
     sink_q, sink_tokens: as in kernels/attention/streaming.py, where they count among the window's tokens.
+    is_batch_invariant: prompts in the tiles of generation, nothing in splits, whose number depends on the batch.
     """
     _, _, block_size, num_kv_heads, head_dim = kv_PNBKD.shape
     num_heads = q_TX.shape[1] // head_dim
     out_TX = q_TX.new_empty(q_TX.shape[0], num_heads * value_dim)
-    if launches is None:
+    if is_batch_invariant:
+        launches = (Launch(_few_rows(min(32, num_heads // num_kv_heads), head_dim, q_TX.element_size()), 1),)
+    elif launches is None:
         launches = plan(
             q_TX.shape[0], len(kv_lens), num_kv_heads, num_heads // num_kv_heads, block_tables_SB.shape[1] * block_size,
             head_dim, q_TX.element_size(), num_processors(q_TX.device),
@@ -433,7 +440,7 @@ def _run(
         max_parts = triton.next_power_of_2(num_splits)
         _merge[(num_rows,)](
             out_TX, sums, stats, query_starts, kv_lens, sinks_H, num_sequences, num_splits, window, out_TX.stride(0),
-            num_kv_heads, group, value_dim, width, block_size, tile.rows, tile.keys,
+            num_kv_heads, group, value_dim, width, tile.rows, tile.keys,
             max_parts, min(max_parts, max(1, 4096 // width)),
             launch.max_rows, launch.min_rows, window > 0, sinks_H is not None, is_early,
             num_warps=4, launch_pdl=is_early,

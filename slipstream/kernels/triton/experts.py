@@ -14,7 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from slipstream.kernels.triton.launch import starts_early, wait_for_previous
-from slipstream.kernels.triton.linear import Tiles, Weight, choose_tiles, products, supports, whole_group
+from slipstream.kernels.triton.linear import (
+    INVARIANT_ROWS,
+    Tiles,
+    Weight,
+    choose_tiles,
+    products,
+    supports,
+    whole_group,
+)
 
 _FEW_PAIRS = 128
 
@@ -216,9 +224,12 @@ def _as_they_are(x_MK: Tensor) -> tuple[Tensor, None]:
 def experts(
     x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, weights: tuple[Weight, ...],
     biases: tuple[Tensor | None, ...], activation: Activation,
-    quantize: Quantize = _as_they_are, plan: Plan | None = None,
+    quantize: Quantize = _as_they_are, plan: Plan | None = None, is_batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
-    """As kernels/moe.py: experts. weights: gate, up, down stacked over the experts, dense or as can_multiply asks."""
+    """As kernels/moe.py: experts. weights: gate, up, down stacked over the experts, dense or as can_multiply asks.
+
+    is_batch_invariant: products are cut up in one way, whatever the number of tokens.
+    """
     (num_tokens, hidden_size), top_k = x_TH.shape, ids_TK.shape[1]
     out_TH = x_TH.new_empty(num_tokens, hidden_size)
     if not num_tokens:
@@ -226,7 +237,8 @@ def experts(
     gate, up, down = weights
     num_experts, width, num_pairs = *gate.packed.shape[:2], ids_TK.numel()
     x_TH, x_scale_TG = quantize(x_TH.contiguous())
-    plan = plan or choose_plan(num_pairs, num_experts, hidden_size, width, gate, x_TH.dtype)
+    planned_pairs = INVARIANT_ROWS * num_experts if is_batch_invariant else num_pairs
+    plan = plan or choose_plan(planned_pairs, num_experts, hidden_size, width, gate, x_TH.dtype)
     routes = _route(ids_TK, num_experts, plan.pairs)
     few = 0 if routes.order_P is not None else max(16, triton.next_power_of_2(num_pairs))
 
@@ -260,7 +272,7 @@ def can_multiply(x_TH: Tensor, weights: tuple[Weight, ...]) -> bool:
     """Of packed weights; dense ones always can be."""
     gate, _, down = weights
     hidden_PI = x_TH.new_empty(x_TH.shape[0], gate.packed.shape[1])
-    return supports(x_TH.new_empty(x_TH.shape), gate) and supports(hidden_PI, down)
+    return supports(x_TH, gate) and supports(hidden_PI, down)
 
 
 def choose_plan(
@@ -268,14 +280,12 @@ def choose_plan(
 ) -> Plan:
     """By shapes alone: tiles as large as an expert's pairs on average, weights as for a linear of as many rows."""
     rows, num_active = max(2, num_pairs // num_experts), min(num_pairs, num_experts)
-    if x_type == torch.float32:  # exact products run outside the tensor cores, from registers
-        return Plan(16, Tiles(32, 32, stages=2), Tiles(32, 32, stages=2))
 
     def tiles(num_out: int, num_in: int) -> Tiles:
         group = whole_group(weight.group_size, num_in)
         return choose_tiles(rows, num_active * num_out, group, x_type, weight.packed.dtype)
 
-    block = min(128, max(16, triton.next_power_of_2(rows)))
+    block = 16 if x_type == torch.float32 else min(128, max(16, triton.next_power_of_2(rows)))
     return Plan(block, tiles(2 * width, hidden_size)._replace(splits=1), tiles(hidden_size, width))
 
 

@@ -345,6 +345,7 @@ def _through_dense(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tenso
     return y_MN
 
 
+INVARIANT_ROWS = 64  # that tiles are chosen for where a row's sums must not depend on how many rows there are
 _MOST_SPLIT_TILES = 1 << 16
 _WIDE_BYTES = 128 << 20  # of a packed weight that are dense at a time
 
@@ -364,21 +365,26 @@ def supports(x_MK: Tensor, weight: Weight) -> bool:
         and num_columns % (32 if is_packed else 16) == 0
         and all(size >= 32 and size & (size - 1) == 0 for size in groups)
         and x_MK.shape[0] > 0
-        and x_MK.is_contiguous()
     )
 
 
 def product(
-    x_MK: Tensor, weight: Weight, bias_N: Tensor | None, dtype: torch.dtype, tiles: Tiles | None = None
-) -> Tensor:
-    """x Wᵀ + b in dtype, for what `supports` allows."""
+    x_MK: Tensor, weight: Weight, bias_N: Tensor | None, dtype: torch.dtype, tiles: Tiles | None = None,
+    is_batch_invariant: bool = False,
+) -> Tensor:  # fmt: skip
+    """x Wᵀ + b in dtype, for what `supports` allows, and for float32.
+
+    is_batch_invariant: the tiles, and so the order of each row's sums, are the same for any number of rows.
+    """
+    x_MK = x_MK.contiguous()
     num_rows, num_columns = x_MK.shape
     num_out = weight.packed.shape[0]
-    if tiles is None and num_rows > 256 and weight.x_scale_MG is None and weight.scale_NG is not None:
+    planned_rows = INVARIANT_ROWS if is_batch_invariant else num_rows
+    if tiles is None and planned_rows > 256 and weight.x_scale_MG is None and weight.scale_NG is not None:
         return _through_dense(x_MK, weight, bias_N)
     group = whole_group(weight.group_size, num_columns)
     x_group = whole_group(weight.x_group_size, num_columns)
-    tiles = tiles or choose_tiles(num_rows, num_out, group, x_MK.dtype, weight.packed.dtype)
+    tiles = tiles or choose_tiles(planned_rows, num_out, group, x_MK.dtype, weight.packed.dtype)
     num_groups = weight.scale_NG.shape[1] if weight.scale_NG is not None else 1
     y_MN = x_MK.new_empty(num_rows, num_out, dtype=dtype)
     is_early = starts_early(x_MK.device)
@@ -393,7 +399,7 @@ def product(
             tiles.columns, words.shape[1] % tiles.columns == 0, is_early, **launch,
         )  # fmt: skip
         return y_MN
-    block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
+    block_m = 16 if x_MK.dtype == torch.float32 else min(128, max(16, triton.next_power_of_2(planned_rows)))
     block_k = min(tiles.columns, group or tiles.columns, x_group or tiles.columns)
     if words.dtype == torch.uint8 and block_k >= 64:  # a product on tensor cores sums 16 columns or more
         words = words.view(torch.int16)
@@ -420,6 +426,8 @@ def whole_group(group_size: int, num_columns: int) -> int:
 def choose_tiles(num_rows: int, num_out: int, group: int, x_type: torch.dtype, packed_type: torch.dtype) -> Tiles:
     """Tiles by shape alone, those that were fastest on an H100 (benchmarks/gpu_linear.py)."""
     columns, is_narrow = 256 // x_type.itemsize, num_out < 6144
+    if x_type == torch.float32:  # exact products run outside the tensor cores, from registers
+        return Tiles(32, 32, stages=2)
     if num_rows == 1 and packed_type == torch.uint8:
         return Tiles(8, 512, splits=0)
     if num_rows == 1 and packed_type.itemsize == 2:

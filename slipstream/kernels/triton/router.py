@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slipstream.kernels.linear import groups
 from slipstream.kernels.triton.launch import starts_early, wait_for_previous
 from slipstream.kernels.triton.linear import Weight, product, supports
 
@@ -61,28 +62,28 @@ def _choose(
 
 
 def softmax(
-    x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, top_k: int, is_normalized: bool
-) -> tuple[Tensor, Tensor]:
+    x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, top_k: int, is_normalized: bool,
+    is_batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As kernels/moe.py: route_softmax."""
-    return _route(_logits(x_TH, weight_EH, bias_E), None, top_k, 1, 1, is_normalized, 1.0)
+    return _route(_logits(x_TH, weight_EH, bias_E, is_batch_invariant), None, top_k, 1, 1, is_normalized, 1.0)
 
 
 def sigmoid(
     x_TH: Tensor, weight_EH: Tensor, correction_E: Tensor, top_k: int, num_groups: int, top_groups: int,
-    is_normalized: bool, factor: float,
+    is_normalized: bool, factor: float, is_batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As kernels/moe.py: route_sigmoid."""
-    logits_TE = _logits(x_TH, weight_EH, None)
+    logits_TE = _logits(x_TH, weight_EH, None, is_batch_invariant)
     return _route(logits_TE, correction_E, top_k, num_groups, top_groups, is_normalized, factor)
 
 
-def _logits(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None) -> Tensor:
+def _logits(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, is_batch_invariant: bool) -> Tensor:
     """In float32: tensor cores sum products of 16 bits so."""
     weight = Weight(weight_EH)
     if x_TH.dtype == weight_EH.dtype and supports(x_TH, weight):
-        return product(x_TH, weight, bias_E, torch.float32)
-    logits_TE = x_TH.float() @ weight_EH.float().t()
-    return logits_TE if bias_E is None else logits_TE + bias_E.float()
+        return product(x_TH, weight, bias_E, torch.float32, is_batch_invariant=is_batch_invariant)
+    return groups.product(x_TH, weight_EH.float(), bias_E, torch.float32, is_batch_invariant)
 
 
 def _route(

@@ -332,11 +332,14 @@ def fill_pending(token_ids_T: Tensor, slots_T: Tensor, last_token_S: Tensor) -> 
     )
 
 
-def choose(logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor, numbers_SX: Tensor, last_token_S: Tensor) -> Tensor:
-    """numbers_SX: of kernels/sampling.py: SlotTable."""
+def choose(
+    logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor, numbers_SX: Tensor, last_token_S: Tensor,
+    is_batch_invariant: bool = False,
+) -> Tensor:  # fmt: skip
+    """numbers_SX: of kernels/sampling.py: SlotTable. is_batch_invariant: sums of masses in one order for any R."""
     num_rows, vocab_size = logits_RV.shape
     num_chunks = triton.cdiv(vocab_size, CHUNK)
-    chunks_a_part = _chunks_a_part(num_rows, num_chunks)
+    chunks_a_part = FEWEST_CHUNKS if is_batch_invariant else _chunks_a_part(num_rows, num_chunks)
     num_parts = triton.cdiv(num_chunks, chunks_a_part)
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slipstream.engine.choices import ROW_BUCKETS, Choices, bucket_of, key_of
 from slipstream.engine.graph import Graph, Node, TensorType
+from slipstream.errors import EngineError
 from slipstream.kernels.registry import Kernel, known_ops
 
 StepFunction = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
@@ -22,9 +23,19 @@ class CompiledGraph(NamedTuple):
     can_be_recorded: bool  # into a CUDA graph
 
 
-def compile_graph(graph: Graph, weights: dict[str, Tensor], choices: Choices, device: torch.device) -> CompiledGraph:
-    """A graph that engine/check.py has found to be sound, as a function."""
-    writer = _Writer(graph, weights, choices, device)
+def compile_graph(
+    graph: Graph,
+    weights: dict[str, Tensor],
+    choices: Choices,
+    device: torch.device,
+    *,
+    is_batch_invariant: bool = False,
+) -> CompiledGraph:
+    """A graph that engine/check.py has found to be sound, as a function.
+
+    is_batch_invariant: no row depends on what else is in a step. Raises EngineError where no kernel promises that.
+    """
+    writer = _Writer(graph, weights, choices, device, is_batch_invariant)
     source = writer.source()
     exec(compile(source, "<engine graph>", "exec"), writer.scope)
     # Without this entry the function and its globals are no cycle: dropping it frees the weights at once.
@@ -32,10 +43,18 @@ def compile_graph(graph: Graph, weights: dict[str, Tensor], choices: Choices, de
 
 
 class _Writer:
-    def __init__(self, graph: Graph, weights: dict[str, Tensor], choices: Choices, device: torch.device) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        weights: dict[str, Tensor],
+        choices: Choices,
+        device: torch.device,
+        is_batch_invariant: bool,
+    ) -> None:
         self.scope: dict[str, Any] = {}
         self.can_be_recorded = True  # until a kernel is chosen that cannot
         self._graph, self._choices, self._device = graph, choices, device
+        self._is_batch_invariant = is_batch_invariant
         self._ops = known_ops()
         self._names: dict[str, str] = {}
         for name in graph.inputs:
@@ -76,12 +95,25 @@ class _Writer:
         return f"{left.removesuffix(', ')} = {call}" if op.num_outputs == 1 else f"{left}= {call}"
 
     def _kernel(self, node: Node) -> Callable[..., Any]:
+        if self._is_batch_invariant:
+            return self._batch_invariant(node)
         chosen = chosen_kernels(node, self._graph.types, self._choices, self._device)
         self.can_be_recorded &= all(kernel.can_be_recorded for kernel in chosen)
         functions = [kernel.function for kernel in chosen]
         if len(set(functions)) == 1:
             return functions[0]
         return lambda x, *rest: functions[bucket_of(x.shape[0])](x, *rest)
+
+    def _batch_invariant(self, node: Node) -> Callable[..., Any]:
+        """The newest, for any number of rows: what was measured may change from one to the next."""
+        for kernel in reversed(candidates_of(node, self._graph.types, self._device).values()):
+            if kernel.batch_invariant is not None:
+                self.can_be_recorded &= kernel.can_be_recorded
+                return kernel.batch_invariant
+        raise EngineError(
+            f"deterministic needs kernels whose rows do not depend on each other, and {node.op} has none on "
+            f"{self._device}; leave it out."
+        )
 
 
 def candidates_of(node: Node, types: Mapping[str, TensorType], device: torch.device) -> dict[str, Kernel]:

@@ -25,11 +25,13 @@ _PROMPT_ROWS_AT_ONCE = 128
 class Sampler:
     """Chooses tokens for the sequences added to its slots. Not thread-safe; the worker owns it."""
 
-    def __init__(self, vocab_size: int, num_slots: int, device: torch.device | str) -> None:
+    def __init__(
+        self, vocab_size: int, num_slots: int, device: torch.device | str, *, is_batch_invariant: bool = False
+    ) -> None:
         self._device = torch.device(device)
         self._states: dict[int, SequenceState] = {}
         self._penalties = PenaltyTable(vocab_size, self._device)
-        self.slots = SlotTable(num_slots, self._device)
+        self.slots = SlotTable(num_slots, self._device, is_batch_invariant=is_batch_invariant)
 
     def add(self, slot: int, request: GenerateRequest, output_token_ids: tuple[int, ...] = ()) -> None:
         """Start (or, after a preemption, resume) a sequence; a slot in use is taken over."""

@@ -45,6 +45,8 @@ class Worker:
         groups: Sequence[KVGroup],
         max_batch_size: int,
         device: torch.device,
+        *,
+        is_deterministic: bool = False,
     ) -> None:
         """Weights are loaded; before the first step comes allocate_kv."""
         manifest = engine.manifest
@@ -56,9 +58,9 @@ class Worker:
         weights = load_weights(engine.weights, list(engine.graph.weights), device)
         self._kv: list[Tensor] = []
         self._kv_inputs: dict[str, Tensor] = {}
-        compiled = compile_graph(graph, weights, choices, device)
+        compiled = compile_graph(graph, weights, choices, device, is_batch_invariant=is_deterministic)
         self._graph = compiled.run
-        self._sampler = Sampler(manifest.vocab_size, max_batch_size, device)
+        self._sampler = Sampler(manifest.vocab_size, max_batch_size, device, is_batch_invariant=is_deterministic)
         self._tables = BlockTables(len(groups), max_batch_size, manifest.tokens_per_block)
         self._recorded: RecordedSteps | None = None
         if device.type == "cuda" and compiled.can_be_recorded:
