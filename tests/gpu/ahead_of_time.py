@@ -151,6 +151,8 @@ def multiply(has_fp8: bool) -> None:
             x_scale_MG = torch.empty(num_rows, 32 if group else 1) if x != wide else None
             weight = linear.Weight(weight_NK, scale_NG, None, group, x_scale_MG, group if x != wide else 0)
             linear.product(torch.empty(num_rows, 4096, dtype=x), weight, None, wide)
+    exact = linear.Weight(torch.empty(6144, 4096))
+    linear.product(torch.empty(3, 4096), exact, None, torch.float32, is_batch_invariant=True)
 
 
 def route() -> None:
