@@ -34,12 +34,6 @@ class Line:
     kernel: str  # the one that the engine runs
     seconds: dict[str, float]  # of one call, by candidate
     work: Work
-    floor: float  # seconds
-
-    @property
-    def fraction(self) -> float:
-        """Of the floor that the engine's kernel reaches."""
-        return self.floor / self.seconds[self.kernel]
 
 
 @dataclass(frozen=True)
@@ -61,6 +55,14 @@ class Report:
     machine: Machine
     lines: list[Line]
     totals: list[Total]
+
+    def floor(self, line: Line) -> float:
+        """Seconds that a call takes at least."""
+        return self.machine.floor(line.work)
+
+    def fraction(self, line: Line) -> float:
+        """Of the floor, that the engine's kernel reaches."""
+        return self.floor(line) / line.seconds[line.kernel]
 
 
 def bench_kernels(
@@ -97,9 +99,10 @@ def bench_kernels(
             progress(done, len(todo))
             if (num_rows, context) not in steps:
                 steps[num_rows, context] = make_step(engine.manifest, num_rows, context, device)
-            lines.append(_time(nodes, graph, choices, steps[num_rows, context], machine, device))
+            lines.append(_time(nodes, graph, choices, steps[num_rows, context], device))
+        machine = machine.at_best(measure_machine(engine.manifest.dtype, device))
     progress(len(todo), len(todo))
-    return Report(machine, lines, list(_totals(lines, rows, contexts)))
+    return Report(machine, lines, list(_totals(lines, machine, rows, contexts)))
 
 
 def _distinct(graph: Graph, patterns: Sequence[str]) -> list[list[Node]]:
@@ -119,9 +122,7 @@ def _reads_context(node: Node) -> bool:
     return "step.kv_lens" in node.inputs
 
 
-def _time(
-    nodes: Sequence[Node], graph: Graph, choices: Choices, step: Step, machine: Machine, device: torch.device
-) -> Line:
+def _time(nodes: Sequence[Node], graph: Graph, choices: Choices, step: Step, device: torch.device) -> Line:
     node = nodes[0]
     kinds = {name: graph.types[name] for name in node.inputs if name is not None}
     cold = {name: kind for name, kind in kinds.items() if name in graph.weights or name.startswith("kv.")}
@@ -136,7 +137,6 @@ def _time(
 
     inputs = [None if name is None else (warm | copies[0])[name] for name in node.inputs]
     outputs = [_shape_only(graph.types[name], step) for name in node.outputs]
-    work = work_of(node.op, inputs, outputs, node.attributes)
     num_rows = shape_of(graph.types[str(node.inputs[0])], step.sizes)[0]
     return Line(
         op=node.op,
@@ -146,8 +146,7 @@ def _time(
         context=step.context if _reads_context(node) else None,
         kernel=chosen_kernels(node, graph.types, choices, device)[bucket_of(num_rows)].name,
         seconds=seconds,
-        work=work,
-        floor=machine.floor(work),
+        work=work_of(node.op, inputs, outputs, node.attributes),
     )
 
 
@@ -168,11 +167,11 @@ def _shape_only(kind: TensorType, step: Step) -> Tensor:
     return torch.empty(shape_of(kind, step.sizes), dtype=getattr(torch, kind.dtype), device="meta")
 
 
-def _totals(lines: Sequence[Line], rows: Sequence[int], contexts: Sequence[int]) -> Iterator[Total]:
+def _totals(lines: Sequence[Line], machine: Machine, rows: Sequence[int], contexts: Sequence[int]) -> Iterator[Total]:
     if all(line.context is None for line in lines):
         contexts = contexts[:1]
     for num_rows in rows:
         for context in contexts:
             step = [each for each in lines if each.rows == num_rows and each.context in (None, context)]
             seconds = sum(each.times * each.seconds[each.kernel] for each in step)
-            yield Total(num_rows, context, seconds, sum(each.times * each.floor for each in step))
+            yield Total(num_rows, context, seconds, sum(each.times * machine.floor(each.work) for each in step))

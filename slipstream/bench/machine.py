@@ -1,7 +1,8 @@
 """What a device can do, measured: the bytes that it moves in a second and the products it computes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,6 +31,11 @@ class Machine:
         dtype = str(work.dtype).removeprefix("torch.")
         rate = self.products.get(dtype, next(iter(self.products.values())))
         return max(work.num_bytes / max(self.read, self.copy), work.flops / rate)
+
+    def at_best(self, again: Self) -> Self:
+        """Of two measurements, between which others may have come and gone, the faster in everything."""
+        products = {dtype: max(rate, again.products[dtype]) for dtype, rate in self.products.items()}
+        return replace(self, read=max(self.read, again.read), copy=max(self.copy, again.copy), products=products)
 
 
 def measure_machine(dtype: str, device: torch.device) -> Machine:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slipstream.bench.kernels import bench_kernels
-from slipstream.bench.machine import measure_machine
+from slipstream.bench.machine import Machine, measure_machine
 from slipstream.bench.step import make_step
 from slipstream.build import build, timing
 from slipstream.checkpoint import open_checkpoint, resolve
@@ -60,10 +60,10 @@ def check_all_nodes(model: Path, folder: Path) -> None:
             assert sum(line.times for line in step) == len(engine.graph.nodes)
             (total,) = [each for each in report.totals if (each.rows, each.context) == (rows, context)]
             assert total.seconds == pytest.approx(sum(line.times * line.seconds[line.kernel] for line in step))
-            assert total.floor == pytest.approx(sum(line.times * line.floor for line in step))
+            assert total.floor == pytest.approx(sum(line.times * report.floor(line) for line in step))
     for line in report.lines:
         assert all(0 < seconds < 60 for seconds in line.seconds.values())
-        assert line.floor == report.machine.floor(line.work)
+        assert report.fraction(line) == report.machine.floor(line.work) / line.seconds[line.kernel]
 
 
 def test_a_step_reads_each_weight_once_and_of_the_embedding_its_rows(llama: Engine) -> None:
@@ -123,6 +123,14 @@ def test_a_floor_is_what_takes_longer_bytes_or_products() -> None:
     assert slow == 1e12 / machine.products["float32"] == machine.floor(Work(0, 10**12, torch.int8))
     assert machine.floor(Work(10**9)) == 1e9 / max(machine.read, machine.copy)
     assert machine.floor(Work(10**9, 10**12, torch.float32)) == max(slow, machine.floor(Work(10**9)))
+
+
+def test_of_two_measurements_the_faster_counts() -> None:
+    once, again = (
+        Machine("m", 5.0, 2.0, {"float32": 7.0, "int8": 1.0}),
+        Machine("m", 4.0, 3.0, {"float32": 6.0, "int8": 9.0}),
+    )
+    assert once.at_best(again) == again.at_best(once) == Machine("m", 5.0, 3.0, {"float32": 7.0, "int8": 9.0})
 
 
 def test_times_are_seconds_of_a_call_and_cold_arguments_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def kernels(
         _write(json_file, engine, report)
     _print_machine(report.machine)
     for count in num_rows:
-        _print_lines(_title(count, manifest), [line for line in report.lines if line.rows == count])
+        _print_lines(_title(count, manifest), [_cells(line, report) for line in report.lines if line.rows == count])
     _print_totals(report.totals)
 
 
@@ -109,17 +109,16 @@ def _print_machine(machine: "Machine") -> None:
     print_table(machine.name, (), [*reads, *products])
 
 
-def _print_lines(title: str, lines: Iterable["Line"]) -> None:
+def _print_lines(title: str, rows: Sequence[Sequence[object]]) -> None:
     columns = ("op", "of", "context", "times", "kernel", "µs", "of the floor", "MB", "MFLOP", "others, µs")
-    print_table(title, columns, (_cells(line) for line in lines))
+    print_table(title, columns, rows)
 
 
-def _cells(line: "Line") -> tuple[object, ...]:
+def _cells(line: "Line", report: "Report") -> tuple[object, ...]:
     others = (f"{name} {_us(seconds)}" for name, seconds in line.seconds.items() if name != line.kernel)
-    return (
-        line.op, line.shapes, line.context or "", line.times, line.kernel, _us(line.seconds[line.kernel]),
-        f"{line.fraction:.0%}", f"{line.work.num_bytes / 1e6:.2f}", f"{line.work.flops / 1e6:.1f}", ", ".join(others),
-    )  # fmt: skip
+    time, fraction = _us(line.seconds[line.kernel]), f"{report.fraction(line):.0%}"
+    work = f"{line.work.num_bytes / 1e6:.2f}", f"{line.work.flops / 1e6:.1f}"
+    return line.op, line.shapes, line.context or "", line.times, line.kernel, time, fraction, *work, ", ".join(others)
 
 
 def _us(seconds: float) -> str:
@@ -139,7 +138,7 @@ def _write(path: Path, engine: "Engine", report: "Report") -> None:
         {
             "op": line.op, "shapes": line.shapes, "rows": line.rows, "context": line.context, "times": line.times,
             "kernel": line.kernel, "seconds": line.seconds, "bytes": line.work.num_bytes, "flops": line.work.flops,
-            "floor_seconds": line.floor, "fraction_of_floor": line.fraction,
+            "floor_seconds": report.floor(line), "fraction_of_floor": report.fraction(line),
         }
         for line in report.lines
     ]  # fmt: skip
