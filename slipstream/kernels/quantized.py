@@ -16,7 +16,8 @@ _QUANTIZE = {"int8": w8a8.quantize_w8a8, "float8_e4m3fn": fp8.quantize_fp8}
 _HOW = "float input_scale, int input_group_size, str dtype"
 
 
-def _quantize(x_TN: Tensor, input_scale: float, group_size: int, dtype: str) -> tuple[Tensor, Tensor]:
+def quantize_by_reference(x_TN: Tensor, input_scale: float, group_size: int, dtype: str) -> tuple[Tensor, Tensor]:
+    """x / scale in this dtype, and the scales float32 [T, G]."""
     quantized_TN, scale_TG = _QUANTIZE[dtype].reference(x_TN, input_scale, group_size)
     return quantized_TN, scale_TG
 
@@ -44,7 +45,7 @@ def rms_norm_quantize(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """rms_norm(x), and its scales float32 [T, G]."""
     normed_TH = norm.rms_norm.reference(x_TH, weight_H, eps, weight_offset)
-    return _quantize(normed_TH, input_scale, input_group_size, dtype)
+    return quantize_by_reference(normed_TH, input_scale, input_group_size, dtype)
 
 
 def _add_norm_shapes(
@@ -66,7 +67,7 @@ def add_rms_norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """rms_norm(x + residual), its scales, and x + residual as it is."""
     normed_TH, total_TH = norm.add_rms_norm.reference(x_TH, residual_TH, weight_H, eps, weight_offset)
-    return *_quantize(normed_TH, input_scale, input_group_size, dtype), total_TH
+    return *quantize_by_reference(normed_TH, input_scale, input_group_size, dtype), total_TH
 
 
 def _layer_norm_shapes(
@@ -86,7 +87,7 @@ def layer_norm_quantize(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """layer_norm(x), and its scales float32 [T, G]."""
     normed_TH = norm.layer_norm.reference(x_TH, weight_H, bias_H, eps)
-    return _quantize(normed_TH, input_scale, input_group_size, dtype)
+    return quantize_by_reference(normed_TH, input_scale, input_group_size, dtype)
 
 
 def _add_layer_norm_shapes(
@@ -108,7 +109,7 @@ def add_layer_norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """layer_norm(x + residual), its scales, and x + residual as it is."""
     normed_TH, total_TH = norm.add_layer_norm.reference(x_TH, residual_TH, weight_H, bias_H, eps)
-    return *_quantize(normed_TH, input_scale, input_group_size, dtype), total_TH
+    return *quantize_by_reference(normed_TH, input_scale, input_group_size, dtype), total_TH
 
 
 def _gated_shapes(x_TI2: Tensor, input_scale: float, input_group_size: int, dtype: str) -> tuple[Tensor, Tensor]:
@@ -120,7 +121,7 @@ def silu_and_mul_quantize(
     x_TI2: Tensor, input_scale: float, input_group_size: int, dtype: str
 ) -> tuple[Tensor, Tensor]:
     """silu_and_mul(x), and its scales float32 [T, G]."""
-    return _quantize(activation.silu_and_mul.reference(x_TI2), input_scale, input_group_size, dtype)
+    return quantize_by_reference(activation.silu_and_mul.reference(x_TI2), input_scale, input_group_size, dtype)
 
 
 def _gated_gelu_shapes(
@@ -134,7 +135,9 @@ def gelu_and_mul_quantize(
     x_TI2: Tensor, approximate: bool, input_scale: float, input_group_size: int, dtype: str
 ) -> tuple[Tensor, Tensor]:
     """gelu_and_mul(x), and its scales float32 [T, G]."""
-    return _quantize(activation.gelu_and_mul.reference(x_TI2, approximate), input_scale, input_group_size, dtype)
+    return quantize_by_reference(
+        activation.gelu_and_mul.reference(x_TI2, approximate), input_scale, input_group_size, dtype
+    )
 
 
 def _gelu_shapes(
@@ -148,7 +151,7 @@ def gelu_quantize(
     x_TI: Tensor, approximate: bool, input_scale: float, input_group_size: int, dtype: str
 ) -> tuple[Tensor, Tensor]:
     """gelu(x), and its scales float32 [T, G]."""
-    return _quantize(activation.gelu.reference(x_TI, approximate), input_scale, input_group_size, dtype)
+    return quantize_by_reference(activation.gelu.reference(x_TI, approximate), input_scale, input_group_size, dtype)
 
 
 @kernel(rms_norm_quantize, "triton", on_gpu_with_fp8, is_row_by_row=True)

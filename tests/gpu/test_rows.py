@@ -57,7 +57,7 @@ def test_gated_activations(num_rows: int, size: int, dtype: str, device: torch.d
         check("gelu_and_mul", (x, approximate), dtype)
 
 
-@pytest.mark.parametrize("group_size", [0, 32])
+@pytest.mark.parametrize("group_size", [0, 32, 24])
 @pytest.mark.parametrize("static", [0.0, 0.02])
 @pytest.mark.parametrize("rounded", ROUNDED)
 @pytest.mark.parametrize("size", [96, 128])

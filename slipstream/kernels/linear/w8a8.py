@@ -37,8 +37,6 @@ def quantize_w8a8(x_MK: Tensor, input_scale: float, input_group_size: int) -> tu
 def quantize_w8a8_triton(x_MK: Tensor, input_scale: float, input_group_size: int) -> tuple[Tensor, Tensor]:
     from slipstream.kernels.triton import rows
 
-    if input_group_size & (input_group_size - 1):  # tiles are powers of two
-        return quantize_w8a8.reference(x_MK, input_scale, input_group_size)
     return rows.quantize(x_MK, rows.Quantized(input_scale, input_group_size, "int8"))
 
 

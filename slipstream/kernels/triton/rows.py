@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slipstream.kernels.quantized import quantize_by_reference
 from slipstream.kernels.triton.launch import starts_early, wait_for_previous
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
@@ -25,6 +26,11 @@ class Quantized:
     input_scale: float
     group_size: int
     dtype: str
+
+    @property
+    def fits_tiles(self) -> bool:
+        """Tiles are powers of two; other groups are rounded by the reference, in a step of their own."""
+        return self.group_size & (self.group_size - 1) == 0
 
 
 @triton.jit
@@ -140,6 +146,10 @@ def norm(
     *, weight_offset: float = 0.0, is_layer: bool = False, how: Quantized | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(result, its scales, x + residual); what was not asked for is an empty tensor."""
+    if how is not None and not how.fits_tiles:
+        plain = norm(x_TN, residual_TH, weight_H, bias_H, eps, weight_offset=weight_offset, is_layer=is_layer)
+        normed_TN, _, total_TH = plain
+        return *quantize_by_reference(normed_TN, how.input_scale, how.group_size, how.dtype), total_TH
     size = weight_H.shape[0]
     num_groups = x_TN.shape[1] // size
     out, scales, options = _results(x_TN, x_TN.shape[1], how)
@@ -159,6 +169,9 @@ def norm(
 
 def activate(x_TX: Tensor, name: str, *, is_gated: bool, how: Quantized | None = None) -> tuple[Tensor, Tensor]:
     """(result, its scales). name: silu, gelu_tanh or gelu; gated: of the first half of each row, times the second."""
+    if how is not None and not how.fits_tiles:
+        plain_TX = activate(x_TX, name, is_gated=is_gated)[0]
+        return quantize_by_reference(plain_TX, how.input_scale, how.group_size, how.dtype)
     size = x_TX.shape[1] // 2 if is_gated else x_TX.shape[1]
     out, scales, options = _results(x_TX, size, how)
     x_TX = _with_dense_rows(x_TX)
