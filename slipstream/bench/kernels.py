@@ -11,8 +11,8 @@ from slipstream.bench.machine import Machine, measure_machine
 from slipstream.bench.step import Step, make_step
 from slipstream.build.timing import arguments_of, cold_copies, made_up, shape_of, time_kernels
 from slipstream.engine.choices import Choices, bucket_of, key_of
-from slipstream.engine.folder import Engine
 from slipstream.engine.graph import Graph, Node, TensorType
+from slipstream.engine.manifest import Manifest
 from slipstream.errors import UsageError
 from slipstream.kernels.costs import Work, work_of
 from slipstream.runtime.worker.graphs import candidates_of, chosen_kernels
@@ -66,7 +66,8 @@ class Report:
 
 
 def bench_kernels(
-    engine: Engine,
+    graph: Graph,
+    manifest: Manifest,
     choices: Choices,
     device: torch.device,
     *,
@@ -75,12 +76,12 @@ def bench_kernels(
     patterns: Sequence[str] = ("*",),
     progress: Progress = lambda done, total: None,
 ) -> Report:
-    """Time each op once for each number of rows, those that read the KV cache for each context too.
+    """Time each op once for each number of rows, those that read the KV cache for each context too; on made-up weights.
 
     rows: up to max_batch_size they are the next token of as many sequences, more are prompts (bench/step.py).
     Raises UsageError where no op fits the patterns.
     """
-    graph = with_groups(engine.graph, engine.manifest.kv_groups)
+    graph = with_groups(graph, manifest.kv_groups)
     groups = _distinct(graph, patterns)
     if device.type == "cpu":
         keep_freed_memory()  # as the worker does
@@ -93,14 +94,14 @@ def bench_kernels(
     lines: list[Line] = []
     with torch.inference_mode():
         progress(0, len(todo))
-        machine = measure_machine(engine.manifest.dtype, device)
+        machine = measure_machine(manifest.dtype, device)
         steps = {}
         for done, (nodes, num_rows, context) in enumerate(todo):
             progress(done, len(todo))
             if (num_rows, context) not in steps:
-                steps[num_rows, context] = make_step(engine.manifest, num_rows, context, device)
+                steps[num_rows, context] = make_step(manifest, num_rows, context, device)
             lines.append(_time(nodes, graph, choices, steps[num_rows, context], device))
-        machine = machine.at_best(measure_machine(engine.manifest.dtype, device))
+        machine = machine.at_best(measure_machine(manifest.dtype, device))
     progress(len(todo), len(todo))
     return Report(machine, lines, list(_totals(lines, machine, rows, contexts)))
 

@@ -53,7 +53,7 @@ def test_packed_weights_are_timed(name: str, tmp_path: Path) -> None:
 
 def check_all_nodes(model: Path, folder: Path) -> None:
     engine = engine_of(model, folder)
-    report = bench_kernels(engine, Choices("", {}), CPU, rows=[1, 3, 10], contexts=[4, 7])
+    report = bench_kernels(engine.graph, engine.manifest, Choices("", {}), CPU, rows=[1, 3, 10], contexts=[4, 7])
     for rows in (1, 3, 10):
         for context in (4, 7):
             step = [line for line in report.lines if line.rows == rows and line.context in (None, context)]
@@ -67,7 +67,7 @@ def check_all_nodes(model: Path, folder: Path) -> None:
 
 
 def test_a_step_reads_each_weight_once_and_of_the_embedding_its_rows(llama: Engine) -> None:
-    report = bench_kernels(llama, Choices("", {}), CPU, rows=[1], contexts=[4])
+    report = bench_kernels(llama.graph, llama.manifest, Choices("", {}), CPU, rows=[1], contexts=[4])
     read = sum(line.times * line.work.num_bytes for line in report.lines if line.op == "linear")
     weights = {name for node in llama.graph.nodes if node.op == "linear" for name in node.inputs}
     in_weights = sum(llama.weights.read(str(name)).nbytes for name in weights if name in llama.graph.weights)
@@ -82,21 +82,25 @@ def test_the_kernel_is_the_one_that_the_engine_runs_at_so_many_rows(llama: Engin
     head = next(node for node in reversed(llama.graph.nodes) if node.op == "linear")
     key = key_of(head, llama.graph.types)
     names = ["reference" if size < 4 else "weight_first" for size in ROW_BUCKETS]
-    report = bench_kernels(llama, Choices("", {key: names}), CPU, rows=[2, 4], contexts=[4], patterns=["linear"])
+    report = bench_kernels(
+        llama.graph, llama.manifest, Choices("", {key: names}), CPU, rows=[2, 4], contexts=[4], patterns=["linear"]
+    )
     heads = [line for line in report.lines if line.times == 1]  # the other linears are in each of three layers
     assert [(line.rows, line.kernel) for line in heads] == [(2, "reference"), (4, "weight_first")]
     assert all(set(line.seconds) == {"reference", "weight_first"} for line in report.lines)
 
 
 def test_only_what_reads_the_cache_is_timed_at_each_context(llama: Engine) -> None:
-    report = bench_kernels(llama, Choices("", {}), CPU, rows=[2], contexts=[4, 9], patterns=["attention", "*norm"])
+    report = bench_kernels(
+        llama.graph, llama.manifest, Choices("", {}), CPU, rows=[2], contexts=[4, 9], patterns=["attention", "*norm"]
+    )
     assert sorted((line.op, line.context or 0) for line in report.lines) == [
         ("add_rms_norm", 0), ("attention", 4), ("attention", 9), ("rms_norm", 0)
     ]  # fmt: skip
     near, far = (line for line in report.lines if line.op == "attention")
     assert far.work.num_bytes > near.work.num_bytes
     with pytest.raises(UsageError, match=r"--ops is conv\*, which no op of this engine fits; they are add_rms_norm, "):
-        bench_kernels(llama, Choices("", {}), CPU, rows=[2], contexts=[4], patterns=["conv*"])
+        bench_kernels(llama.graph, llama.manifest, Choices("", {}), CPU, rows=[2], contexts=[4], patterns=["conv*"])
 
 
 def test_few_rows_are_sequences_and_many_are_prompts(llama: Engine) -> None:

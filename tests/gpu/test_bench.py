@@ -23,7 +23,7 @@ def test_every_node_of_a_graph_is_timed(model_type: str, tmp_path: Path, device:
     config = BuildConfig(dtype="bfloat16", max_batch_size=4, max_num_tokens=32)
     build(open_checkpoint(resolve(model), "bfloat16"), tmp_path / "engine", config, device="cuda")
     engine = open_engine(tmp_path / "engine")
-    report = bench_kernels(engine, Choices("", {}), device, rows=[1, 10], contexts=[8])
+    report = bench_kernels(engine.graph, engine.manifest, Choices("", {}), device, rows=[1, 10], contexts=[8])
     for rows in (1, 10):
         assert sum(line.times for line in report.lines if line.rows == rows) == len(engine.graph.nodes)
     for line in report.lines:

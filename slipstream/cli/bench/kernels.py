@@ -74,17 +74,15 @@ def kernels(
         contexts = _numbers("--context", context, CONTEXTS, manifest.max_seq_len, "max_seq_len")
         with progress_bar() as progress:
             report = bench_kernels(
-                engine, tuned_choices(engine, where), where, rows=num_rows, contexts=contexts, patterns=ops.split(","),
+                engine.graph, manifest, tuned_choices(engine, where), where,
+                rows=num_rows, contexts=contexts, patterns=ops.split(","),
                 progress=lambda done, total: progress("bench", done, total),
             )  # fmt: skip
     finally:
         engine.close()
     if json_file is not None:
         _write(json_file, engine, report)
-    _print_machine(report.machine)
-    for count in num_rows:
-        _print_lines(_title(count, manifest), [_cells(line, report) for line in report.lines if line.rows == count])
-    _print_totals(report.totals)
+    print_report(report, manifest)
 
 
 def _numbers(flag: str, text: str | None, usual: Sequence[int], most: int, limit: str) -> list[int]:
@@ -95,6 +93,13 @@ def _numbers(flag: str, text: str | None, usual: Sequence[int], most: int, limit
     if not all(re.fullmatch(r" *[0-9]{1,9} *", part) and 0 < int(part) <= most for part in parts):
         raise UsageError(f"{flag} is {text!r}; it must be numbers from 1 to {most}, {limit}, such as 1,{min(8, most)}.")
     return list(dict.fromkeys(int(part) for part in parts))
+
+
+def print_report(report: "Report", manifest: "Manifest") -> None:
+    _print_machine(report.machine)
+    for rows in dict.fromkeys(line.rows for line in report.lines):
+        _print_lines(_title(rows, manifest), [_cells(line, report) for line in report.lines if line.rows == rows])
+    _print_totals(report.totals)
 
 
 def _title(rows: int, manifest: "Manifest") -> str:
