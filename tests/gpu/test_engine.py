@@ -107,3 +107,63 @@ def test_stops_aborts_and_sampling_in_one_batch(tmp_path: Path) -> None:
     with LLM(model, device="cpu", **LIMITS) as llm:
         on_cpu = tokens(llm, asked, sampling)
     assert together == alone == on_cpu
+
+
+def mixed(count: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts of all lengths, of which half begin alike; greedy and random, filtered and penalized, with logprobs."""
+    sampling = [
+        SamplingParams(
+            max_tokens=4 + index % 21,
+            temperature=(0.0, 0.7, 1.0, 0.0)[index % 4],
+            seed=1000 + index,
+            top_k=(0, 20)[index % 3 == 1],
+            top_p=(1.0, 0.9)[index % 5 == 1],
+            min_p=(0.0, 0.02)[index % 7 == 1],
+            typical_p=(1.0, 0.95)[index % 11 == 1],
+            repetition_penalty=(1.0, 1.2)[index % 6 == 3],
+            logprobs=3,
+            prompt_logprobs=2 if index % 8 == 5 else None,
+            ignore_eos=True,
+        )
+        for index in range(count)
+    ]
+    return prompts(count, seed=8), sampling
+
+
+def together_and_alone(model: Path, **options: Any) -> tuple[list[Any], list[Any]]:
+    """The outputs of 64 requests at once, and of each by itself in an engine that cuts no prompt and reuses nothing."""
+    asked, sampling = mixed(64)
+    limits = {"dtype": "bfloat16", "device": "cuda", "max_seq_len": 128, **options}
+    with LLM(model, max_batch_size=32, max_num_tokens=48, **limits) as llm:
+        together = llm.generate(asked, sampling)
+    with LLM(model, max_batch_size=1, max_num_tokens=128, enable_block_reuse=False, **limits) as llm:
+        alone = [llm.generate(prompt, each) for prompt, each in zip(asked, sampling, strict=True)]
+    return together, alone
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_a_request_has_the_bits_that_it_has_alone(model_type: str, kv_cache_dtype: str, tmp_path: Path) -> None:
+    model = write_random_model(tmp_path / "model", model_file(model_type).TINY, seed=9)
+    together, alone = together_and_alone(model, deterministic=True, kv_cache_dtype=kv_cache_dtype)
+
+    def found(output: Any) -> Any:
+        return output.outputs[0].token_ids, output.outputs[0].logprobs, output.prompt_logprobs
+
+    assert not any(output.error for output in together)
+    assert [index for index in range(64) if found(together[index]) != found(alone[index])] == []
+
+
+def test_without_that_a_request_differs_by_roundings(tmp_path: Path) -> None:
+    """Tokens are nearly always the same, and logprobs alike as long as they are."""
+    model = write_random_model(tmp_path / "model", model_file("llama").TINY, seed=9)
+    together, alone = together_and_alone(model)
+    same, largest = 0, 0.0
+    for one, other in zip(together, alone, strict=True):
+        same += one.outputs[0].token_ids == other.outputs[0].token_ids
+        for mine, its in zip(one.outputs[0].logprobs, other.outputs[0].logprobs, strict=True):
+            if mine.token_id != its.token_id:
+                break
+            largest = max(largest, abs(mine.logprob - its.logprob))
+    print(f"{same} of {len(alone)} requests have the same tokens; logprobs differ by {largest:.1e} at most")
+    assert same >= 0.6 * len(alone) and largest < 0.1
