@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument("--parts", default="decode,prefill,throughput")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to look at a step quickly")
     parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--deterministic", action="store_true", help="the same once more, batch-invariant")
     arguments = parser.parse_args()
     if arguments.layers:
         SHAPES[arguments.shape]["num_hidden_layers"] = arguments.layers
@@ -285,24 +286,32 @@ def main() -> None:
         report = build(checkpoint_of(arguments.shape, arguments.format), engine, config, device="cuda")
         seconds = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
         print(f"built in {time.perf_counter() - start:.1f} s ({seconds})", flush=True)
-        torch.cuda.empty_cache()
-        start = time.perf_counter()
-        with LLM(engine, device="cuda", enable_block_reuse=False) as llm:
-            opened = time.perf_counter() - start
-            llm.generate([prompts(1, 128, llm.manifest.vocab_size)[0]], SamplingParams(temperature=0, max_tokens=1))
-            print(f"open to first token {time.perf_counter() - start:.1f} s, {opened:.1f} of them opening", flush=True)
-            weights = llm.manifest.memory["weights"]
-            print(f"weights {weights / 1e9:.2f} GB, GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
-            print_choices(engine)
-            calls = {
-                "decode": lambda: decode(llm, bandwidth, arguments.times),
-                "prefill": lambda: prefill(llm, arguments.times),
-                "throughput": lambda: throughput(llm),
-                "idle": lambda: idle(llm),
-                "profile": lambda: profile(llm),
-            }
-            for part in arguments.parts.split(","):
-                calls[part]()
+        measure(engine, arguments.parts.split(","), bandwidth, arguments.times)
+        print_choices(engine)
+        if arguments.deterministic:
+            print("\ndeterministic:")
+            measure(engine, arguments.parts.split(","), bandwidth, arguments.times, deterministic=True)
+
+
+def measure(engine: Path, parts: list[str], bandwidth: float, times: int, deterministic: bool = False) -> None:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    with LLM(engine, device="cuda", enable_block_reuse=False, deterministic=deterministic) as llm:
+        opened = time.perf_counter() - start
+        llm.generate([prompts(1, 128, llm.manifest.vocab_size)[0]], SamplingParams(temperature=0, max_tokens=1))
+        print(f"open to first token {time.perf_counter() - start:.1f} s, {opened:.1f} of them opening", flush=True)
+        weights = llm.manifest.memory["weights"]
+        print(f"weights {weights / 1e9:.2f} GB, GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+        calls = {
+            "decode": lambda: decode(llm, bandwidth, times),
+            "prefill": lambda: prefill(llm, times),
+            "throughput": lambda: throughput(llm),
+            "idle": lambda: idle(llm),
+            "profile": lambda: profile(llm),
+        }
+        for part in parts:
+            calls[part]()
 
 
 DEVICE = torch.device("cuda")
