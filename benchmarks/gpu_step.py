@@ -55,6 +55,7 @@ FORMATS = {
     "fp8": WeightFormat(kind="fp8"),
     "fp8-static": WeightFormat(kind="fp8", input_scale=0.05),
     "int8": WeightFormat(kind="w8a16"),
+    "int8-head": WeightFormat(kind="w8a16"),  # the last product, too
     "int4": WeightFormat(kind="w4a16", group_size=128, scale_dtype="bfloat16"),
 }
 
@@ -99,7 +100,8 @@ def checkpoint_of(shape: str, format: str) -> Checkpoint:
     with torch.device("meta"):
         shapes = {name: tuple(each.shape) for name, each in model.Model(config).named_parameters()}
     chosen = FORMATS[format]
-    packed = [name for name in shapes if "_proj." in name] if chosen is not None else []
+    parts = ("_proj.", "lm_head.") if format.endswith("-head") else ("_proj.",)
+    packed = [name for name in shapes if any(part in name for part in parts)] if chosen is not None else []
     formats = {name: chosen for name in packed if chosen is not None}
     recipes = {name: renamed(name, size) for name, size in shapes.items()}
     return Checkpoint(
@@ -163,10 +165,10 @@ def print_choices(engine: Path) -> None:
             print(f"  {key[:100]}: {chosen}")
 
 
-def decode(llm: LLM, bandwidth: float, times: int) -> None:
+def decode(llm: LLM, bandwidth: float, batches: list[int], times: int) -> None:
     weights = step_bytes(llm)
     print("| batch | tok/s | ms a step | floor ms | of the floor |\n| --- | --- | --- | --- | --- |")
-    for batch in (1, 8, 64):
+    for batch in batches:
         half = generate_seconds(llm, batch, 128, 129, times)  # what comes before, and ramps up, is in both
         whole = generate_seconds(llm, batch, 128, 257, times)
         step = (whole - half) / 128
@@ -183,7 +185,8 @@ def step_bytes(llm: LLM) -> int:
 
 def kv_bytes(llm: LLM, num_tokens: int) -> int:
     manifest = llm.manifest
-    return 2 * num_tokens * manifest.num_layers * manifest.num_kv_heads * manifest.head_dim * 2
+    item_size = getattr(torch, manifest.kv_dtype).itemsize
+    return 2 * num_tokens * manifest.num_layers * manifest.num_kv_heads * manifest.head_dim * item_size
 
 
 def prefill(llm: LLM, times: int) -> None:
@@ -269,6 +272,12 @@ def main() -> None:
     parser.add_argument("--parts", default="decode,prefill,throughput")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to look at a step quickly")
     parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--max_batch_size", type=int, default=256)
+    parser.add_argument("--max_num_tokens", type=int, default=8192)
+    parser.add_argument("--kv_cache_dtype", default="auto")
+    parser.add_argument("--kv_cache_max_tokens", type=int)
+    parser.add_argument("--folder", help="where the engine is written for as long as this runs")
     parser.add_argument("--deterministic", action="store_true", help="the same once more, batch-invariant")
     arguments = parser.parse_args()
     if arguments.layers:
@@ -279,38 +288,45 @@ def main() -> None:
     )
     bandwidth = card()
     torch.cuda.empty_cache()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         start = time.perf_counter()
-        config = BuildConfig(dtype="bfloat16", max_batch_size=256, max_num_tokens=8192, max_seq_len=4096)
+        config = BuildConfig(
+            dtype="bfloat16", kv_cache_dtype=arguments.kv_cache_dtype, max_batch_size=arguments.max_batch_size,
+            max_num_tokens=arguments.max_num_tokens, max_seq_len=4096,
+        )  # fmt: skip
         engine = Path(folder) / "engine"
         report = build(checkpoint_of(arguments.shape, arguments.format), engine, config, device="cuda")
         seconds = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
         print(f"built in {time.perf_counter() - start:.1f} s ({seconds})", flush=True)
-        measure(engine, arguments.parts.split(","), bandwidth, arguments.times)
         print_choices(engine)
+        measure(engine, arguments, bandwidth)
         if arguments.deterministic:
             print("\ndeterministic:")
-            measure(engine, arguments.parts.split(","), bandwidth, arguments.times, deterministic=True)
+            measure(engine, arguments, bandwidth, deterministic=True)
 
 
-def measure(engine: Path, parts: list[str], bandwidth: float, times: int, deterministic: bool = False) -> None:
+def measure(engine: Path, arguments: argparse.Namespace, bandwidth: float, deterministic: bool = False) -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    with LLM(engine, device="cuda", enable_block_reuse=False, deterministic=deterministic) as llm:
+    with LLM(
+        engine, device="cuda", enable_block_reuse=False, kv_cache_max_tokens=arguments.kv_cache_max_tokens,
+        deterministic=deterministic,
+    ) as llm:  # fmt: skip
         opened = time.perf_counter() - start
         llm.generate([prompts(1, 128, llm.manifest.vocab_size)[0]], SamplingParams(temperature=0, max_tokens=1))
         print(f"open to first token {time.perf_counter() - start:.1f} s, {opened:.1f} of them opening", flush=True)
         weights = llm.manifest.memory["weights"]
-        print(f"weights {weights / 1e9:.2f} GB, GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+        peak = torch.cuda.max_memory_allocated()
+        print(f"weights {weights / 1e9:.2f} GB, GPU memory at most {peak / 2**30:.2f} GiB")
         calls = {
-            "decode": lambda: decode(llm, bandwidth, times),
-            "prefill": lambda: prefill(llm, times),
+            "decode": lambda: decode(llm, bandwidth, arguments.batches, arguments.times),
+            "prefill": lambda: prefill(llm, arguments.times),
             "throughput": lambda: throughput(llm),
             "idle": lambda: idle(llm),
             "profile": lambda: profile(llm),
         }
-        for part in parts:
+        for part in arguments.parts.split(","):
             calls[part]()
 
 
