@@ -11,7 +11,7 @@ from torch import Tensor
 from slipstream.kernels.triton.launch import starts_early, wait_for_previous
 from slipstream.kernels.triton.rows import nearest_even
 
-_NUMBERS_A_PROGRAM = 512
+_NUMBERS_A_PROGRAM = 1024
 
 
 @triton.jit

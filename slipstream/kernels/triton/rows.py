@@ -214,7 +214,7 @@ def _with_dense_rows(x_TX: Tensor) -> Tensor:
 
 
 def _num_warps(block: int) -> int:
-    return min(32, max(1, block // 512))
+    return min(16, max(1, block // 512))
 
 
 def _early(device: torch.device) -> dict[str, bool]:
