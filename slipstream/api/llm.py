@@ -8,6 +8,7 @@ opened as it is. One thread steps the engine; any number of callers add requests
 """
 
 import contextlib
+import gc
 import itertools
 import queue
 import random
@@ -160,6 +161,7 @@ class LLM:
         if chat_template is None and self._tokenizer is not None:
             self._chat_template = self._tokenizer.chat_template
         watch.lap("open the tokenizer")
+        gc.freeze()  # what is there now stays: to look through it again and again took 200 ms that all requests waited
         self._loop = EngineLoop(engine)
         self._ids = itertools.count()
         self.startup_seconds = watch.seconds
@@ -325,6 +327,7 @@ class LLM:
         """Abort what runs, and free weights and KV cache. Closing twice does nothing."""
         self._loop.close()
         self._folder.close()
+        gc.unfreeze()
 
     def __enter__(self) -> Self:
         return self

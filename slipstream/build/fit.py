@@ -81,13 +81,13 @@ def fit(graph: Graph, manifest: Manifest, device: Device, fraction: float) -> Fi
     num_blocks = max(0, kv_bytes // block_bytes - 1)  # one block is nobody's
     kv_tokens = num_blocks // len(manifest.kv_groups) * manifest.tokens_per_block
     sequence = manifest.max_kv_blocks(manifest.max_seq_len) * block_bytes
-    room = device.memory - device.taken - weights - taken[-1][1] - int(sequence / fraction)
+    room = device.memory - device.taken - weights - int(sequence / fraction)
     found = Fit(
         device, taken, left, kv_bytes,
         kv_tokens=kv_tokens,
         max_batch_size=num_blocks // manifest.max_kv_blocks(manifest.max_seq_len),
         max_seq_len=_longest_sequence(manifest, num_blocks, max(kv_tokens, manifest.max_seq_len)),
-        max_num_tokens=_most_tokens(graph, manifest.max_batch_size, room),
+        max_num_tokens=_most_tokens(graph, manifest.max_batch_size, room, is_recorded=not device.maps_weights),
     )  # fmt: skip
     if found.kv_tokens == 0:
         fewest = (len(manifest.kv_groups) + 2) * block_bytes
@@ -102,11 +102,12 @@ def _longest_sequence(manifest: Manifest, num_blocks: int, high: int) -> int:
     return bisect_right(range(1, high + 1), num_blocks, key=manifest.max_kv_blocks)
 
 
-def _most_tokens(graph: Graph, max_batch_size: int, room: int) -> int:
-    """The most tokens of one step whose activations fit."""
+def _most_tokens(graph: Graph, max_batch_size: int, room: int, *, is_recorded: bool) -> int:
+    """The most tokens of one step whose activations fit, beside those of recorded steps where there are such."""
 
     def activations(num_tokens: int) -> int:
-        return plan_memory(graph, max_num_tokens=num_tokens, max_batch_size=max_batch_size)["activations"]
+        memory = plan_memory(graph, max_num_tokens=num_tokens, max_batch_size=max_batch_size)
+        return memory["activations"] + (memory["recorded"] if is_recorded else 0)
 
     return bisect_right(range(1, _MOST_TOKENS + 1), room, key=activations)
 

@@ -12,17 +12,19 @@ def plan_memory(graph: Graph, *, max_num_tokens: int, max_batch_size: int) -> di
     """Bytes: weights (all), activations (the most alive at once in the largest step), recorded (the same in the largest
     step that a GPU records, whose activations are beside the others). The manifest knows the KV's.
 
-    The largest step has prompts whose logprobs were asked for: then every token has a row of logits.
+    The largest step has prompts whose logprobs were asked for: then every token has a row of logits. Such steps are not
+    recorded.
     """
 
-    def activations(num_tokens: int) -> int:
-        tokens = {"T": num_tokens, "R": num_tokens}
+    def activations(num_tokens: int, num_rows: int) -> int:
+        tokens = {"T": num_tokens, "R": num_rows}
         return _peak(graph, tokens | {"S": max_batch_size, "S1": max_batch_size + 1, "B": 1, "N": 1})
 
+    recorded = min(max_num_tokens, MAX_RECORDED_TOKENS)
     return {
         "weights": sum(_num_bytes(kind, {}) for kind in graph.weights.values()),
-        "activations": activations(max_num_tokens),
-        "recorded": activations(min(max_num_tokens, MAX_RECORDED_TOKENS)),
+        "activations": activations(max_num_tokens, max_num_tokens),
+        "recorded": activations(recorded, min(recorded, max_batch_size)),
     }
 
 

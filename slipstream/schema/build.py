@@ -9,7 +9,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = {"fp8": "float8_e4m3fn", "int8": "int8"}  # of a KV cache in 8 bits, by their names in the field
 MAX_BATCH_SIZE = 1 << 16  # a slot of sampling state each
 MAX_TOKENS_PER_BLOCK = 1 << 16  # attention reads whole blocks
-MAX_RECORDED_TOKENS = 512  # longer steps of a GPU are launched from Python, behind their own work
+MAX_RECORDED_TOKENS = 2048  # longer steps of a GPU are launched from Python, behind their own work
 
 # TensorRT-LLM's names for what may be left out of an engine: the ops that then run their plain reference (patterns).
 PLUGINS = {

@@ -21,9 +21,8 @@ class Tiles(NamedTuple):
 
     rows: int  # of W in a program
     columns: int  # of W at a time; words where splits is 0
-    splits: int = (
-        1  # programs that share rows, each with its part of the columns; 0: one row of x, without tensor cores
-    )
+    # programs that share rows, each with its part of the columns; 0: one row of x, without tensor cores
+    splits: int = 1
     warps: int = 4
     stages: int = 4  # tiles in flight
     is_swapped: bool = False  # W on the left of the tensor cores' product: Hopper's wgmma wants 64 rows there

@@ -22,7 +22,7 @@ from slipstream.schema.step import StepPlan
 
 NUM_TOKENS = (
     *(1, 2, 4, 8), *range(16, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 512, 64),
-    MAX_RECORDED_TOKENS,
+    *range(512, 1024, 128), *range(1024, MAX_RECORDED_TOKENS + 1, 256),
 )  # fmt: skip
 
 FEWEST_TOKENS = 1024  # a sequence: tables of recorded steps have room for so many at least

@@ -74,10 +74,11 @@ class Worker:
         if self._device.type == "cpu":
             return left_by_plan(self._manifest, self._device)
         self.allocate_kv(1)  # the null block alone
-        peak = self._measure(max_num_tokens)
+        peak = self._measure(max_num_tokens, max_num_tokens)
         if self._recorded is not None:
             # A quarter more, for what an allocator loses between steps of several sizes.
-            largest = self._measure(min(max_num_tokens, MAX_RECORDED_TOKENS)) * 5 // 4
+            recorded = min(max_num_tokens, MAX_RECORDED_TOKENS)
+            largest = self._measure(recorded, min(recorded, self._max_batch_size)) * 5 // 4
             self._recorded.reserve(largest + CUBLAS_WORKSPACES)
         self._kv, self._kv_inputs = [], {}
         torch.cuda.empty_cache()
@@ -99,18 +100,20 @@ class Worker:
             self._recorded.record_short(len(self._groups), max_num_tokens)
 
     @torch.inference_mode()
-    def _measure(self, num_tokens: int) -> int:
-        """Bytes that a step of so many tokens takes, of prompts as long as can be whose logprobs are asked for."""
+    def _measure(self, num_tokens: int, num_rows: int) -> int:
+        """Bytes that a step of so many tokens and rows of logits takes, its prompts as long as can be."""
         longest = self._manifest.max_seq_len
         num_tokens = min(num_tokens, longest * self._max_batch_size)
         lengths = [min(longest, num_tokens - start) for start in range(0, num_tokens, longest)]
+        counts = [
+            max(0, min(length, num_rows - start))
+            for start, length in zip(range(0, num_tokens, longest), lengths, strict=True)
+        ]
         steps = [SequenceStep(slot, 0, (0,) * length, sample=False) for slot, length in enumerate(lengths)]
         plan, free = StepPlan(0, tuple(steps)), free_memory(self._device)
+        inputs = make_inputs(plan, counts, [False] * len(steps), self._tables, self._device)
         try:
-            return peak_memory(
-                lambda: self._run(make_inputs(plan, lengths, [False] * len(steps), self._tables, self._device)),
-                self._device,
-            )
+            return peak_memory(lambda: self._run(inputs), self._device)
         except torch.OutOfMemoryError:
             planned = self._manifest.memory.get("activations", 0) / self._manifest.max_num_tokens
             fits = min(num_tokens // 2, int(0.7 * free / max(1, planned)))
