@@ -147,5 +147,5 @@ def test_times_are_seconds_of_a_call_and_cold_arguments_take_turns(monkeypatch: 
 
     kernel = Kernel("sleep", sleep, lambda device, dtype: True)
     found = timing.time_kernels({"sleep": kernel}, [[1], [2], [3]], {"seconds": 0.003}, CPU)
-    assert 0.003 <= found["sleep"] < 0.004
+    assert 0.003 <= found["sleep"] < 0.006
     assert seen[:6] == [1, 2, 3, 1, 2, 3]
