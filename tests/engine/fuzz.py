@@ -169,8 +169,8 @@ def watch() -> None:
         if event in FORBIDDEN:
             _forbidden.append(f"{event}{arguments}")
 
-    def compile_checked(graph: Any, *rest: Any) -> Any:
-        compiled = compile_graph(graph, *rest)
+    def compile_checked(graph: Any, *rest: Any, **options: Any) -> Any:
+        compiled = compile_graph(graph, *rest, **options)
         try:
             assert not {node.op for node in graph.nodes} & ONLY_AT_BUILD
             assert_calls_only_ops(compiled.run)
