@@ -9,6 +9,7 @@ import torch
 
 import slipstream.kernels  # noqa: F401 - registers the ops
 from slipstream.kernels.registry import known_ops
+from slipstream.schema.build import MAX_RECORDED_TOKENS
 from tests.surface.sources import ROOT
 
 PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
@@ -61,3 +62,9 @@ def test_what_the_page_links_is_there() -> None:
     assert links
     for link in links:
         assert (ROOT / "docs" / link).is_file(), link
+
+
+def test_the_largest_recorded_step_is_the_one_told() -> None:
+    how_to = (ROOT / "docs" / "adding" / "kernel.md").read_text(encoding="utf-8")
+    told = f"{MAX_RECORDED_TOKENS:,} tokens (`schema/build.py: MAX_RECORDED_TOKENS`) is recorded"
+    assert told in PAGE and told in how_to
