@@ -133,11 +133,12 @@ def mixed(count: int) -> tuple[list[list[int]], list[SamplingParams]]:
 def together_and_alone(model: Path, **options: Any) -> tuple[list[Any], list[Any]]:
     """The outputs of 64 requests at once, and of each by itself in an engine that cuts no prompt and reuses nothing."""
     asked, sampling = mixed(64)
-    limits = {"dtype": "bfloat16", "device": "cuda", "max_seq_len": 128, **options}
-    with LLM(model, max_batch_size=32, max_num_tokens=48, **limits) as llm:
-        together = llm.generate(asked, sampling)
-    with LLM(model, max_batch_size=1, max_num_tokens=128, enable_block_reuse=False, **limits) as llm:
+    limits = {"dtype": "bfloat16", "device": "cuda", "max_seq_len": 128, "max_batch_size": 32, **options}
+    with LLM(model, max_num_tokens=128, enable_block_reuse=False, **limits) as llm:
         alone = [llm.generate(prompt, each) for prompt, each in zip(asked, sampling, strict=True)]
+        engine = llm._folder.path
+    with LLM(engine, max_num_tokens=48, **limits) as llm:
+        together = llm.generate(asked, sampling)
     return together, alone
 
 

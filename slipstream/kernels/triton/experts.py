@@ -53,7 +53,7 @@ class _Routes(NamedTuple):
     most_tiles: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _sort(
     ids_P, order_P, tiles_N3, num_tiles, num_pairs,
     EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, IS_EARLY: tl.constexpr,
@@ -114,7 +114,7 @@ def _add_bias(y, bias_EN, places):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _gate_and_up(
     x_TH, x_scale_TG, gate, gate_scale, gate_zero, gate_bias, up_distance, up_scale, up_zero, up_bias, hidden_PI,
     ids_P, order_P, tiles_N3, num_tiles, num_pairs, alpha, limit, up_offset, width, num_groups, x_groups,
@@ -158,7 +158,7 @@ def _gate_and_up(
     tl.store(pointers, hidden.to(hidden_PI.dtype.element_ty), mask=is_pair[:, None] & (n < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _down(
     hidden_PI, hidden_scale_PG, down, down_scale, down_zero, down_bias, parts_SPH,
     ids_P, order_P, tiles_N3, num_tiles, num_pairs, hidden_size, num_groups, x_groups,
@@ -193,7 +193,7 @@ def _down(
     tl.store(pointers, y.to(parts_SPH.dtype.element_ty), mask=is_pair[:, None] & (n < hidden_size)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _sum(
     parts_SPH, shares_P, out_TH, num_pairs, hidden_size,
     TOP_K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, IS_EARLY: tl.constexpr,

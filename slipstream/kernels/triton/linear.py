@@ -248,7 +248,7 @@ def _prefetch(w_rows, first, num_words, AHEAD: tl.constexpr):
     prefetch(w_rows[:, None] + words[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _rows(
     x_MK, x_scale_MG, w_NK, scale_NG, zero_NG, bias_N, y_MN, parts_SMN, arrived, M, N, num_groups, x_groups,
     K: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, PER_WORD: tl.constexpr,
