@@ -169,9 +169,9 @@ def decode(llm: LLM, bandwidth: float, batches: list[int], times: int) -> None:
     weights = step_bytes(llm)
     print("| batch | tok/s | ms a step | floor ms | of the floor |\n| --- | --- | --- | --- | --- |")
     for batch in batches:
-        half = generate_seconds(llm, batch, 128, 129, times)  # what comes before, and ramps up, is in both
+        one = generate_seconds(llm, batch, 128, 1, times)
         whole = generate_seconds(llm, batch, 128, 257, times)
-        step = (whole - half) / 128
+        step = (whole - one) / 256
         floor = (weights + batch * kv_bytes(llm, 256)) / bandwidth
         row = f"{batch} | {batch / step:,.0f} | {1e3 * step:.2f} | {1e3 * floor:.2f} | {100 * floor / step:.0f} %"
         print(f"| {row} |", flush=True)
