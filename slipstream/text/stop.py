@@ -11,10 +11,11 @@ class StopMatcher:
     """
 
     matched: str | None  # the stop string that ended the text
+    rest: str  # once it has matched: what followed it in what was pushed
 
     def __init__(self, stops: Sequence[str], include_stop: bool = False) -> None:
         """stops: strings that are not empty.  include_stop: keep the stop string at the end of the text."""
-        self.matched = None
+        self.matched, self.rest = None, ""
         self._include_stop = include_stop
         self._stops = [_Progress(stop) for stop in dict.fromkeys(stops)]
         self._length = 0  # characters looked at; positions below count from the start of the text
@@ -61,7 +62,7 @@ class StopMatcher:
         assert self._best is not None
         start, self.matched = self._best
         released = self._release(start)
-        self._held = ""
+        self.rest, self._held = self._held[len(self.matched) :], ""
         return released + self.matched if self._include_stop else released
 
 

@@ -1,0 +1,63 @@
+"""AnswerParser: a model's text becomes content, reasoning and tool calls, as it streams."""
+
+from collections.abc import Callable, Collection
+from functools import partial
+from itertools import chain
+
+from slipstream.text.tools import reasoning
+from slipstream.text.tools.deltas import Answer, Content, Delta
+from slipstream.text.tools.formats import AnswerFormat
+from slipstream.text.tools.scanner import Scanner, Steps
+
+
+class AnswerParser:
+    """Takes pieces of text, cut anywhere, and returns what each adds; only what may become a marker waits.
+
+    The text must hold its special tokens (skip_special_tokens=False): some markers are.
+    """
+
+    def __init__(self, form: AnswerFormat, *, reasoning_in_prompt: bool = False, names: Collection[str] = ()) -> None:
+        """reasoning_in_prompt: as `is_begun_by(prompt)` says.  names: of the tools that may be called."""
+        self._stages: list[_Stage] = []
+        if form.reasons:
+            self._stages.append(_Stage(partial(reasoning.read, in_prompt=reasoning_in_prompt), Scanner()))
+        if form.calls is not None and names:
+            self._stages.append(_Stage(form.calls.read, Scanner(names, form.calls.new_id)))
+
+    def push(self, text: str) -> list[Delta]:
+        return self._run(text, ended=False)
+
+    def finish(self) -> list[Delta]:
+        """What was held back, now that no more text will come."""
+        return self._run("", ended=True)
+
+    def _run(self, text: str, ended: bool) -> list[Delta]:
+        """Each stage reads the content that the one before it leaves."""
+        deltas: list[Delta] = [Content(text)] if text else []
+        for stage in self._stages:
+            pieces = [stage.run(delta.text) if isinstance(delta, Content) else [delta] for delta in deltas]
+            if ended:
+                pieces.append(stage.run("", ended=True))
+            deltas = list(chain.from_iterable(pieces))
+        return deltas
+
+
+def parse_answer(text: str, form: AnswerFormat, *, reasoning_in_prompt: bool, names: Collection[str]) -> Answer:
+    """A whole text at once; arguments as of AnswerParser."""
+    parser = AnswerParser(form, reasoning_in_prompt=reasoning_in_prompt, names=names)
+    return Answer.of([*parser.push(text), *parser.finish()])
+
+
+class _Stage:
+    """One reader and where it is."""
+
+    def __init__(self, read: Callable[[Scanner], Steps[None]], scanner: Scanner) -> None:
+        self._scanner = scanner
+        self._steps = read(scanner)
+        next(self._steps)
+
+    def run(self, text: str, ended: bool = False) -> list[Delta]:
+        self._scanner.receive(text, ended)
+        next(self._steps, None)
+        deltas, self._scanner.deltas = self._scanner.deltas, []
+        return deltas
