@@ -17,6 +17,7 @@ from slipstream import errors
 
 if TYPE_CHECKING:
     from slipstream.api import LLM, CompletionOutput, RequestOutput
+    from slipstream.schema.guided import Guided
     from slipstream.schema.sampling import SamplingParams
 
 # How long an idle thread of torch's pool spins before it sleeps; read once, when torch is first imported. The
@@ -25,11 +26,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "errors"]
+__all__ = ["LLM", "CompletionOutput", "Guided", "RequestOutput", "SamplingParams", "__version__", "errors"]
 
 _HOMES = {
     "LLM": "slipstream.api",
     "CompletionOutput": "slipstream.api",
+    "Guided": "slipstream.schema.guided",
     "RequestOutput": "slipstream.api",
     "SamplingParams": "slipstream.schema.sampling",
 }

@@ -141,6 +141,11 @@ class LLM:
             )
         choices = tuned_choices(self._folder, where)
         watch.lap("open the engine")
+        self._tokenizer = _open_tokenizer(path, tokenizer)
+        self._chat_template = chat_template
+        if chat_template is None and self._tokenizer is not None:
+            self._chat_template = self._tokenizer.chat_template
+        watch.lap("open the tokenizer")
         engine = start_engine(
             self._folder, choices, where, **limits,
             kv_cache_max_tokens=kv_cache_max_tokens,
@@ -153,14 +158,10 @@ class LLM:
             enable_block_reuse=enable_block_reuse,
             enable_chunked_prefill=enable_chunked_prefill,
             deterministic=deterministic,
+            read_tokenizer=None if self._tokenizer is None else self._tokenizer.to_json,
         )  # fmt: skip
         self.runtime_config = engine.config
         watch.lap("load the weights, reserve the KV cache")
-        self._tokenizer = _open_tokenizer(path, tokenizer)
-        self._chat_template = chat_template
-        if chat_template is None and self._tokenizer is not None:
-            self._chat_template = self._tokenizer.chat_template
-        watch.lap("open the tokenizer")
         gc.freeze()  # what is there now stays: to look through it again and again took 200 ms that all requests waited
         self._loop = EngineLoop(engine)
         self._ids = itertools.count()

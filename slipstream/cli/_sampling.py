@@ -1,8 +1,11 @@
 """The sampling flags of `slipstream run`, with the names and defaults of TensorRT-LLM's examples/run.py."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
+from slipstream.cli._prompts import read_text
 from slipstream.errors import UsageError
+from slipstream.schema.guided import Guided
 from slipstream.schema.sampling import SamplingParams
 
 _FOR_BEAMS_ONLY = ("length_penalty", "early_stopping")
@@ -34,6 +37,10 @@ class RunSampling:
     random_seed: int = 0
     stop_words: tuple[str, ...] = ()
     bad_words: tuple[str, ...] = ()
+    guided_json: str | None = None
+    guided_regex: str | None = None
+    guided_choice: tuple[str, ...] = ()
+    guided_grammar: Path | None = None
     end_id: int | None = None
 
     @property
@@ -75,7 +82,25 @@ class RunSampling:
             seed=self.random_seed,
             stop_token_ids=self._stop_token_ids(),
             ignore_eos=self.end_id is not None,
+            guided=self._guided(),
         )
+
+    def _guided(self) -> Guided | None:
+        given = [f"--{name}" for name in self._changed() if name.startswith("guided_")]
+        if not given:
+            return None
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} were both given; a text follows one of them, so leave one out.")
+        if self.end_id is not None:
+            raise UsageError(f"--end_id means nothing with {given[0]}, which says where a text ends; leave it out.")
+        if self.guided_grammar is not None:
+            return Guided(grammar=read_text(self.guided_grammar, "--guided_grammar"))
+        if self.guided_json is not None:
+            is_schema = self.guided_json.lstrip().startswith("{")
+            return Guided(
+                json_schema=self.guided_json if is_schema else read_text(Path(self.guided_json), "--guided_json")
+            )
+        return Guided(regex=self.guided_regex, choice=self.guided_choice or None)
 
     def _beams(self) -> SamplingParams:
         for name in self._changed():

@@ -80,6 +80,16 @@ def run(
     random_seed: Annotated[int, typer.Option(help="Equal seeds give equal texts.")] = RunSampling.random_seed,
     stop_words: Annotated[list[str] | None, typer.Option(help="End at this text; may be given again.")] = None,
     bad_words: Annotated[list[str] | None, typer.Option(help="Never write this; may be given again.")] = None,
+    guided_json: Annotated[
+        str | None, typer.Option(help="The text is JSON that follows this schema: a file, or the schema itself: {…}.")
+    ] = None,
+    guided_regex: Annotated[str | None, typer.Option(help="The whole text matches this regular expression.")] = None,
+    guided_choice: Annotated[
+        list[str] | None, typer.Option(help="The text is one of these; may be given again.")
+    ] = None,
+    guided_grammar: Annotated[
+        Path | None, typer.Option(help="The text follows this file's Lark or GBNF grammar.")
+    ] = None,
     end_id: Annotated[
         int | None, typer.Option(min=-1, help="Token that ends a text instead of the model's own; -1 is none.")
     ] = None,
@@ -130,6 +140,10 @@ def run(
         random_seed=random_seed,
         stop_words=tuple(stop_words or ()),
         bad_words=tuple(bad_words or ()),
+        guided_json=guided_json,
+        guided_regex=guided_regex,
+        guided_choice=tuple(guided_choice or ()),
+        guided_grammar=guided_grammar,
         end_id=end_id,
     )
     # Mistakes that show without the model are reported without it.

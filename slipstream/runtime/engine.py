@@ -1,7 +1,7 @@
 """Engine: add requests, step, get events. One step is four calls: plan, launch, collect, commit."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -9,6 +9,7 @@ from slipstream.engine.choices import Choices
 from slipstream.engine.folder import Engine as EngineFolder
 from slipstream.engine.manifest import Manifest
 from slipstream.errors import CapacityError, SlipstreamError
+from slipstream.runtime.guidance import Guidance
 from slipstream.runtime.scheduler import Scheduler
 from slipstream.runtime.worker.memory import check_kv_dtype, count_blocks
 from slipstream.runtime.worker.worker import Flight, Worker
@@ -23,8 +24,8 @@ MAX_SEQ_LEN = 2**31 - 1
 class Engine:
     """The runtime of one engine folder. Not thread-safe: one thread adds, steps and aborts (runtime/loop.py)."""
 
-    def __init__(self, config: RuntimeConfig, worker: Worker) -> None:
-        self.config = config
+    def __init__(self, config: RuntimeConfig, worker: Worker, guidance: Guidance) -> None:
+        self.config, self._guidance = config, guidance
         self._scheduler, self._worker = Scheduler(config), worker
         self._launched: deque[tuple[StepPlan, Flight | Exception]] = deque()  # steps not yet committed, two at most
 
@@ -36,8 +37,14 @@ class Engine:
     def stats(self) -> EngineStats:
         return self._scheduler.stats()
 
+    def prepare(self, request: GenerateRequest) -> None:
+        """What `add` would wait for: compile a grammar. From any thread. Raises RequestError for a bad one."""
+        if request.sampling.guided is not None:
+            self._guidance.prepare(request.sampling.guided)
+
     def add(self, request: GenerateRequest) -> None:
         """Queue a request. Raises RequestError or CapacityError where it could never run."""
+        self.prepare(request)
         self._scheduler.add(request)
 
     def abort(self, request_id: str) -> bool:
@@ -94,6 +101,7 @@ def start_engine(
     enable_chunked_prefill: bool = True,
     enable_block_reuse: bool = True,
     deterministic: bool = False,
+    read_tokenizer: Callable[[], str] | None = None,
 ) -> Engine:
     """Load the weights, allocate the KV cache in what they leave and be ready.
 
@@ -102,7 +110,8 @@ def start_engine(
     max_attention_window_size: tokens that a token sees, one for each layer or repeated over them; it narrows what the
     model has. sink_token_length: of these, the first tokens of a sequence, which stay in sight (StreamingLLM,
     arXiv:2309.17453); then max_seq_len may be more than the engine was built for. deterministic: a request's tokens and
-    logprobs are to the last bit those that it gets alone.
+    logprobs are to the last bit those that it gets alone. read_tokenizer: the text of a tokenizer.json, for guided
+    requests; called with the first of them.
     """
     manifest = folder.manifest
     # Positions inside a window are all that a model with sinks ever meets: a sequence may go on for ever.
@@ -112,7 +121,8 @@ def start_engine(
     check_kv_dtype(manifest, device)
     max_batch_size = _lowered("max_batch_size", max_batch_size, manifest.max_batch_size)
     max_num_tokens = _lowered("max_num_tokens", max_num_tokens, manifest.max_num_tokens)
-    worker = Worker(folder, choices, groups, max_batch_size, device, is_deterministic=deterministic)
+    guidance = Guidance(read_tokenizer, manifest.eos_token_ids)
+    worker = Worker(folder, choices, groups, max_batch_size, device, guidance=guidance, is_deterministic=deterministic)
     num_blocks = count_blocks(
         manifest, groups, device, worker.memory_left(max_num_tokens),
         fraction=kv_cache_free_memory_fraction, max_tokens=kv_cache_max_tokens, max_bytes=kv_cache_max_bytes,
@@ -132,7 +142,7 @@ def start_engine(
         enable_chunked_prefill=enable_chunked_prefill,
         enable_block_reuse=enable_block_reuse,
     )
-    return Engine(config, worker)
+    return Engine(config, worker, guidance)
 
 
 def _lowered(name: str, asked: int | None, built: int, default: int | None = None) -> int:

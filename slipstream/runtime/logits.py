@@ -1,6 +1,7 @@
 """The edits before the distribution: logit_bias, bans, penalties and the user's own processors.
 
     logit_bias → bad words, n-gram ban, min_tokens (-inf) → repetition, presence, frequency penalty → logits_processors
+    → what a grammar does not allow (-inf; runtime/guidance.py)
 
 Bans are -inf, which no penalty changes, so their place among the penalties does not matter. A SequenceState holds what
 one sequence's edits need on the host; a PenaltyTable holds token counts, a row of the vocabulary each, on the device.
@@ -10,6 +11,7 @@ Shape suffixes: R rows (one sequence each), V vocabulary, S slots, P rows with a
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,12 +20,19 @@ from slipstream.runtime.transfer import on_device
 from slipstream.schema.request import GenerateRequest
 from slipstream.schema.sampling import LogitsProcessor
 
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
 
 class SequenceState:
     """The tokens of one sequence and what may not follow them."""
 
-    def __init__(self, request: GenerateRequest, output_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, request: GenerateRequest, output_token_ids: tuple[int, ...], matcher: "LLMatcher | None" = None
+    ) -> None:
+        """matcher: of a guided request, after its output tokens."""
         sampling = request.sampling
+        self.matcher = matcher
         self.request = request
         self.sampling = sampling
         self.token_ids = [*request.prompt_token_ids, *output_token_ids]
@@ -37,6 +46,7 @@ class SequenceState:
             or request.bad_words_ids
             or sampling.no_repeat_ngram_size
             or sampling.logits_processors
+            or matcher is not None
         )
         self._followers: dict[tuple[int, ...], list[int]] = {}  # of each n-gram's first n - 1 tokens, the last ones
         if sampling.no_repeat_ngram_size:

@@ -35,6 +35,10 @@ class EngineLoop:
         return self._stats
 
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
+        """Raises RequestError for a grammar that cannot be followed; compiling it keeps this thread, not the loop's."""
+        engine = self._engine
+        if engine is not None:
+            engine.prepare(request)
         self._send((request, sink))
 
     def abort(self, request_id: str) -> None:

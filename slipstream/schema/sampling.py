@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slipstream.errors import RequestError
+from slipstream.schema.guided import Guided
 
 # Takes the token ids known so far (prompt and output) and the float32 logits [vocab_size]; returns logits.
 LogitsProcessor = Callable[[list[int], Any], Any]
@@ -32,6 +33,7 @@ _NEUTRAL_FOR_BEAMS: dict[str, Any] = {
     "stop": (),
     "min_tokens": 0,
     "logits_processors": (),
+    "guided": None,
 }
 
 
@@ -40,7 +42,8 @@ class SamplingParams:
     """How one request samples. Names and meanings follow vLLM's and TensorRT-LLM's LLM API where those agree.
 
     Order of the filters: logit_bias, bad words, n-gram ban, penalties and min_tokens edit the logits; user
-    processors see the result; then temperature, top_k, typical_p, top_p, min_p cut the distribution.
+    processors see the result; what `guided` does not allow goes; then temperature, top_k, typical_p, top_p, min_p cut
+    the distribution.
     Reported logprobs are those of the model itself, before any of this.
     """
 
@@ -67,6 +70,7 @@ class SamplingParams:
     logprobs: int | None = None  # this many most likely alternatives beside each output token
     prompt_logprobs: int | None = None
     logits_processors: Sequence[LogitsProcessor] = ()
+    guided: Guided | None = None  # the output as a whole matches a JSON schema, regex, choice or grammar
     skip_special_tokens: bool = True
     use_beam_search: bool = False  # best_of (or n) beams
     length_penalty: float = 1.0  # beam score = sum of logprobs / length ** length_penalty
@@ -81,6 +85,7 @@ class SamplingParams:
             object.__setattr__(self, "best_of", self.n)
         self._check_numbers()
         self._check_lists()
+        self._check_guided()
         self._check_combinations()
 
     @property
@@ -132,6 +137,16 @@ class SamplingParams:
         for processor in self.logits_processors:
             if not callable(processor):
                 raise RequestError(f"logits_processors holds {processor!r}; each must be callable(token_ids, logits).")
+
+    def _check_guided(self) -> None:
+        if not isinstance(self.guided, Guided | None):
+            raise RequestError(f"guided is {self.guided!r}; it must be Guided(...), such as Guided(regex='[0-9]+').")
+        for name in ("ignore_eos", "min_tokens"):
+            if self.guided is not None and getattr(self, name):
+                raise RequestError(
+                    f"{name} is {getattr(self, name)!r}, but with guided its grammar says where a text may end; "
+                    f"leave {name} out."
+                )
 
     def _check_combinations(self) -> None:
         if self.use_beam_search:

@@ -91,6 +91,10 @@ class Tokenizer:
         """The text of `ids`, with no clean-up of spaces; ids outside the vocabulary have no text."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def to_json(self) -> str:
+        """The whole of it as the text of a tokenizer.json."""
+        return self._backend.to_str()
+
     def token(self, token_id: int) -> str:
         """The vocabulary's own spelling of a token ("Ġthe", "▁the", "<0x0A>"), or "" outside the vocabulary."""
         return self._backend.id_to_token(token_id) or ""

@@ -223,6 +223,12 @@ FLAG_MISTAKES = {
     "--kv_cache_max_bytes 1": "kv_cache_max_bytes is 1, less than the smallest KV cache takes; raise it to",
     "--kv_cache_max_bytes 8GB": "--kv_cache_max_bytes is '8GB'; it must be a number of bytes, KiB",
     "--model smollm2": "both were given",
+    "--guided_regex a --guided_choice b": "--guided_regex and --guided_choice were both given",
+    "--guided_regex a --end_id 5": "--end_id means nothing with --guided_regex",
+    "--guided_regex a --num_beams 2": "--guided_regex means nothing to a beam search",
+    "--guided_json nowhere.json": "--guided_json nowhere.json cannot be read (No such file or directory)",
+    "--guided_grammar nowhere.lark": "--guided_grammar nowhere.lark cannot be read (No such file or directory)",
+    "--guided_regex a": "guided needs a token that ends a text, and this model has none",
     "--top_kk 1": "--top_k",
 }
 # ... and from scratch.

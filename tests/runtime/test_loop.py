@@ -29,6 +29,9 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.requests)
 
+    def prepare(self, request: GenerateRequest) -> None:
+        assert request.sampling.guided is None
+
     def add(self, request: GenerateRequest) -> None:
         self._on_add(request.request_id)
         self.requests.append(request.request_id)

@@ -54,6 +54,7 @@ NO_TORCH = ("runtime/scheduler", "runtime/queue", "runtime/sequence", "runtime/b
 ONLY_HERE = {
     "asyncio": ("serve/*", "api/*"),
     "typer": ("cli/*",),
+    "llguidance": ("runtime/guidance", "runtime/logits"),  # the second for a type
 }
 NOWHERE = {
     "pickle": "nothing is ever unpickled",

@@ -8,7 +8,7 @@ import pytest
 import slipstream
 from tests.surface.sources import ROOT
 
-PUBLIC = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "errors"]
+PUBLIC = ["LLM", "CompletionOutput", "Guided", "RequestOutput", "SamplingParams", "__version__", "errors"]
 
 STATIONS = {  # not at the root, where the packages `build` and `checkpoint` have these names
     "slipstream.checkpoint": "convert",

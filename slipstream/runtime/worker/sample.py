@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.sampling import NOTHING_TO_SAMPLE, SlotTable, gather_logprobs
+from slipstream.runtime.guidance import Guidance, why_stopped
 from slipstream.runtime.logits import PenaltyTable, SequenceState, edit_logits
 from slipstream.runtime.transfer import on_device
 from slipstream.schema.request import GenerateRequest, TokenLogprobs
@@ -26,16 +27,27 @@ class Sampler:
     """Chooses tokens for the sequences added to its slots. Not thread-safe; the worker owns it."""
 
     def __init__(
-        self, vocab_size: int, num_slots: int, device: torch.device | str, *, is_batch_invariant: bool = False
+        self,
+        vocab_size: int,
+        num_slots: int,
+        device: torch.device | str,
+        *,
+        guidance: Guidance | None = None,
+        is_batch_invariant: bool = False,
     ) -> None:
-        self._device = torch.device(device)
+        """guidance: has prepared the grammar of each guided request."""
+        self._device, self._guidance = torch.device(device), guidance
         self._states: dict[int, SequenceState] = {}
         self._penalties = PenaltyTable(vocab_size, self._device)
         self.slots = SlotTable(num_slots, self._device, is_batch_invariant=is_batch_invariant)
 
     def add(self, slot: int, request: GenerateRequest, output_token_ids: tuple[int, ...] = ()) -> None:
         """Start (or, after a preemption, resume) a sequence; a slot in use is taken over."""
-        state = self._states[slot] = SequenceState(request, output_token_ids)
+        matcher, guided = None, request.sampling.guided
+        if guided is not None:
+            assert self._guidance is not None
+            matcher = self._guidance.start(guided, output_token_ids)
+        state = self._states[slot] = SequenceState(request, output_token_ids, matcher)
         self.slots.write(slot, request.sampling, request.seed)
         if state.has_penalty:
             self._penalties.add(slot, state)
@@ -65,7 +77,9 @@ class Sampler:
             rows_N, slots_N, positions_N = on_device(edited, torch.int64, self._device).unbind(1)
             rows, edited_slots, _ = zip(*edited, strict=True)
             edited_NV = logits_RV[rows_N].float()
-            failed = edit_logits(edited_NV, edited_slots, [states[row] for row in rows], self._penalties)
+            edited_states = [states[row] for row in rows]
+            failed = edit_logits(edited_NV, edited_slots, edited_states, self._penalties)
+            self._keep_allowed(edited_NV, edited_states)
             errors = {rows[place]: error for place, error in failed.items()}
             chosen_N = self.slots.choose(edited_NV, slots_N.contiguous(), positions_N.contiguous())
             chosen_R = chosen_R.index_copy(0, rows_N, chosen_N)
@@ -75,8 +89,8 @@ class Sampler:
     def finish(self, draw: "Draw") -> list[SequenceResult]:
         """The tokens drawn, recorded as known.
 
-        A row that cannot be sampled (NaN, everything banned, a user's processor failed) reports an error and records
-        nothing; the other rows are not affected.
+        A row that cannot be sampled (NaN, everything banned, a user's processor failed, a grammar came to a dead end)
+        reports an error and records nothing; the other rows are not affected.
         """
         token_ids = draw.on_host()
         failures = {
@@ -105,10 +119,20 @@ class Sampler:
             result += _describe(logits_TV[start : start + len(part)].float(), part, num_top)
         return tuple(result)
 
-    def _record(self, draw: "Draw", token_ids: Sequence[int], failures: Mapping[int, str]) -> None:
+    def _keep_allowed(self, logits_RV: Tensor, states: Sequence[SequenceState]) -> None:
+        matchers = {row: state.matcher for row, state in enumerate(states) if state.matcher is not None}
+        if matchers:
+            assert self._guidance is not None
+            self._guidance.keep_allowed(logits_RV, matchers)
+
+    def _record(self, draw: "Draw", token_ids: Sequence[int], failures: dict[int, str]) -> None:
+        """Adds to failures where a grammar does not take its token: a matcher at its wits' end allows any last one."""
         counted_slots, counted_ids = [], []
         for row, (slot, state, token_id) in enumerate(zip(draw.slots, draw.states, token_ids, strict=True)):
             if row in failures:
+                continue
+            if state.matcher is not None and not state.matcher.consume_token(token_id):
+                failures[row] = why_stopped(state.matcher)
                 continue
             state.append(token_id)
             if state.has_penalty:
@@ -152,7 +176,7 @@ class Draw:
 def _why_nothing(model_logits_RV: Tensor | None, row: int) -> str:
     """Of a plain row, which nothing was banned from, the model's logits are to blame."""
     if model_logits_RV is not None and bool(model_logits_RV[row].max().isfinite()):
-        return "no token can be sampled: bad words, bans or a logits processor left none with a finite logit"
+        return "no token can be sampled: bad words, bans, guided or a logits processor left none with a finite logit"
     return "the model's logits hold NaN or infinity, or are all -infinity"
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from slipstream.engine.choices import Choices
 from slipstream.engine.folder import Engine
 from slipstream.errors import CapacityError
+from slipstream.runtime.guidance import Guidance
 from slipstream.runtime.transfer import on_device
 from slipstream.runtime.worker.graphs import compile_graph
 from slipstream.runtime.worker.groups import with_groups
@@ -46,6 +47,7 @@ class Worker:
         max_batch_size: int,
         device: torch.device,
         *,
+        guidance: Guidance | None = None,
         is_deterministic: bool = False,
     ) -> None:
         """Weights are loaded; before the first step comes allocate_kv."""
@@ -60,7 +62,9 @@ class Worker:
         self._kv_inputs: dict[str, Tensor] = {}
         compiled = compile_graph(graph, weights, choices, device, is_batch_invariant=is_deterministic)
         self._graph = compiled.run
-        self._sampler = Sampler(manifest.vocab_size, max_batch_size, device, is_batch_invariant=is_deterministic)
+        self._sampler = Sampler(
+            manifest.vocab_size, max_batch_size, device, guidance=guidance, is_batch_invariant=is_deterministic
+        )
         self._tables = BlockTables(len(groups), max_batch_size, manifest.tokens_per_block)
         self._recorded: RecordedSteps | None = None
         if device.type == "cuda" and compiled.can_be_recorded:
