@@ -1,12 +1,12 @@
 """Guidance: grammars compiled against the vocabulary, and the masks of what may come next. It is llguidance inside.
 
-    prepare     any thread, before a request is queued: compiles, or refuses in a sentence
-    start       a matcher of one sequence, at the end of what it has said
+    prepare         any thread, before a request is queued: compiles, or refuses in a sentence
+    start           a matcher of one sequence, at the end of what it has said
     keep_allowed    the other tokens of its row become -inf; the end of sequence may come where the grammar may end
 
 A mask is a bit a token, made on the host (for all rows in parallel, outside Python's lock) while the device computes.
 
-Shape suffixes: R rows of logits, V vocabulary, N rows that are guided, W words of 32 tokens.
+Shape suffixes: R rows of logits, V vocabulary, N rows that are guided, W words of 32 tokens, X 32 * W.
 """
 
 import re
