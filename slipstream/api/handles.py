@@ -2,32 +2,38 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 from slipstream.api.outputs import CompletionOutput, RequestOutput
 from slipstream.errors import SlipstreamError
 from slipstream.runtime.beam import BeamSearch
-from slipstream.runtime.loop import EngineLoop
 from slipstream.schema.request import FinishReason, GenerateRequest, TokenEvent, TokenLogprobs
-from slipstream.schema.sampling import SamplingParams
 from slipstream.text.completion import Completion
 from slipstream.text.tokenizer import Tokenizer
 
 
+class EngineDoor(Protocol):
+    """Where requests go in: this process's loop (runtime/loop.py), or the way to another one (serve/frontend.py)."""
+
+    def submit(self, request: GenerateRequest, sink: Callable[[TokenEvent], None]) -> None: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+
 class Handle:
-    """One caller's request: what was sent to the loop, and the completions built from what came back."""
+    """One caller's request: what was sent to the engine, and the completions built from what came back."""
 
     def __init__(
         self,
-        loop: EngineLoop,
+        engine: EngineDoor,
         tokenizer: Tokenizer | None,
         prompt: str | None,
         request: GenerateRequest,
-        sampling: SamplingParams,
         sink: Callable[[TokenEvent], None],
     ) -> None:
-        self._loop, self._tokenizer, self._prompt = loop, tokenizer, prompt
-        self._request, self._sampling, self._sink = request, sampling, sink
-        self._running: set[str] = set()  # ids the loop knows
+        self._engine, self._tokenizer, self._prompt = engine, tokenizer, prompt
+        self._request, self._sampling, self._sink = request, request.sampling, sink
+        self._running: set[str] = set()  # ids the engine knows
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._num_cached_tokens: int | None = None
         self.has_news = False  # something to stream since the last output()
@@ -48,12 +54,12 @@ class Handle:
     def abort(self) -> None:
         """Stop whatever still runs; nothing to do once finished."""
         for request_id in self._running:
-            self._loop.abort(request_id)
+            self._engine.abort(request_id)
         self._running.clear()
 
     def _submit(self, request: GenerateRequest) -> None:
         self._running.add(request.request_id)
-        self._loop.submit(request, self._sink)
+        self._engine.submit(request, self._sink)
 
     def _note(self, event: TokenEvent) -> None:
         if event.prompt_logprobs is not None:
@@ -106,7 +112,7 @@ class SamplingHandle(Handle):
         self.has_news |= not self._ranks and bool(new_text or event.token_ids)
         if completion.stopped_by_text and event.request_id in self._running:
             self._running.discard(event.request_id)
-            self._loop.abort(event.request_id)
+            self._engine.abort(event.request_id)
 
     @property
     def finished(self) -> bool:
@@ -138,6 +144,18 @@ class SamplingHandle(Handle):
         )
         self._unchanged[request_id] = replace(built, text_diff="")
         return built
+
+
+def make_handle(
+    engine: EngineDoor,
+    tokenizer: Tokenizer | None,
+    prompt: str | None,
+    request: GenerateRequest,
+    sink: Callable[[TokenEvent], None],
+) -> Handle:
+    """The handle of a request, not started yet. sink: gets each event, to be pushed into the handle by its owner."""
+    kind = BeamHandle if request.sampling.use_beam_search else SamplingHandle
+    return kind(engine, tokenizer, prompt, request, sink)
 
 
 def _likelihood(output: CompletionOutput) -> tuple[bool, float]:

@@ -11,41 +11,39 @@ import contextlib
 import gc
 import itertools
 import queue
-import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
-from slipstream.api.handles import BeamHandle, Handle, SamplingHandle
+from slipstream.api.handles import Handle, make_handle
 from slipstream.api.options import check_options
 from slipstream.api.outputs import CompletionOutput, RequestOutput, ScoreOutput
+from slipstream.api.requests import Message, ModelFacts, Prompt, RequestMaker, default_sampling
 from slipstream.build.cache import cached_engine, device_for, tuned_choices
 from slipstream.build.extensions import import_plugin
 from slipstream.checkpoint import OwnModel, resolve
 from slipstream.engine.folder import TOKENIZER_FOLDER, open_engine
-from slipstream.errors import CapacityError, EngineError, ModelError, RequestError, UsageError
+from slipstream.errors import CapacityError, EngineError, RequestError, UsageError
 from slipstream.progress import Stopwatch, progress_bar
 from slipstream.runtime.engine import start_engine
 from slipstream.runtime.loop import EngineLoop
 from slipstream.runtime.worker.memory import check_kv_size
 from slipstream.schema.build import BuildConfig, CapacityPolicy, QueuePolicy
-from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent
+from slipstream.schema.request import EngineStats, FinishReason, TokenEvent
 from slipstream.schema.sampling import SamplingParams
-from slipstream.text.chat import render_chat
 from slipstream.text.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
-
-_SAMPLING_NAMES = {field.name for field in fields(SamplingParams)}
 _SCORING = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
 
 
 class LLM:
-    """A model ready to generate. Close it, or use it in a `with`, to free its memory."""
+    """A model ready to generate. Close it, or use it in a `with`, to free its memory.
+
+    Under generate() and its kin lie `request_maker` and `loop`, whose GenerateRequests a server brings itself.
+    """
 
     def __init__(
         self,
@@ -141,10 +139,8 @@ class LLM:
             )
         choices = tuned_choices(self._folder, where)
         watch.lap("open the engine")
-        self._tokenizer = _open_tokenizer(path, tokenizer)
-        self._chat_template = chat_template
-        if chat_template is None and self._tokenizer is not None:
-            self._chat_template = self._tokenizer.chat_template
+        self.tokenizer_folder = _tokenizer_folder(path, tokenizer)
+        opened = None if self.tokenizer_folder is None else Tokenizer.open(self.tokenizer_folder)
         watch.lap("open the tokenizer")
         engine = start_engine(
             self._folder, choices, where, **limits,
@@ -158,12 +154,20 @@ class LLM:
             enable_block_reuse=enable_block_reuse,
             enable_chunked_prefill=enable_chunked_prefill,
             deterministic=deterministic,
-            read_tokenizer=None if self._tokenizer is None else self._tokenizer.to_json,
+            read_tokenizer=None if opened is None else opened.to_json,
         )  # fmt: skip
         self.runtime_config = engine.config
         watch.lap("load the weights, reserve the KV cache")
+        facts = ModelFacts(
+            self.manifest.name,
+            self.manifest.vocab_size,
+            self.runtime_config.max_seq_len,
+            self.manifest.eos_token_ids,
+            self.manifest.generation,
+        )
+        self.request_maker = RequestMaker(facts, opened, chat_template)
         gc.freeze()  # what is there now stays: to look through it again and again took 200 ms that all requests waited
-        self._loop = EngineLoop(engine)
+        self.loop = EngineLoop(engine)
         self._ids = itertools.count()
         self.startup_seconds = watch.seconds
 
@@ -296,11 +300,7 @@ class LLM:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            raise ModelError(
-                f"{self.manifest.name} has no tokenizer; give one with --tokenizer_dir, or prompts as token ids."
-            )
-        return self._tokenizer
+        return self.request_maker.tokenizer
 
     @property
     def default_sampling_params(self) -> SamplingParams:
@@ -309,24 +309,15 @@ class LLM:
 
     @property
     def stats(self) -> EngineStats:
-        return self._loop.stats
+        return self.loop.stats
 
     def chat_prompt(self, messages: Sequence[Message], **template_values: Any) -> list[int]:
         """A conversation as token ids, ending where the answer begins. Other names go to the chat template."""
-        for name in template_values:
-            if name in _SAMPLING_NAMES:
-                raise RequestError(f"{name} is no value of a chat template; give it in SamplingParams({name}=…).")
-        tokenizer = self.tokenizer
-        text = render_chat(
-            self._chat_template, messages,
-            bos_token=_token(tokenizer, tokenizer.bos_token_id), eos_token=_token(tokenizer, tokenizer.eos_token_id),
-            **template_values,
-        )  # fmt: skip
-        return tokenizer.encode(text, add_special_tokens=False)
+        return self.request_maker.chat_prompt(messages, **template_values)
 
     def close(self) -> None:
         """Abort what runs, and free weights and KV cache. Closing twice does nothing."""
-        self._loop.close()
+        self.loop.close()
         self._folder.close()
         gc.unfreeze()
 
@@ -401,63 +392,12 @@ class LLM:
         sink: Callable[[TokenEvent], None],
     ) -> Handle:
         """Validate at the edge, once, and hand the request to the engine."""
-        token_ids = self._encode(prompt)
-        request = self._request(token_ids, sampling, priority, cache_salt)
+        maker = self.request_maker
+        request = maker.request(str(next(self._ids)), maker.encode(prompt), sampling, priority, cache_salt)
         text = prompt if isinstance(prompt, str) else None
-        make = BeamHandle if sampling.use_beam_search else SamplingHandle
-        handle = make(self._loop, self._tokenizer, text, request, sampling, sink)
+        handle = make_handle(self.loop, maker.optional_tokenizer, text, request, sink)
         handle.start()
         return handle
-
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | bytearray):
-            raise RequestError(f"The prompt is {prompt!r}; it must be a string or a list of token ids.")
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not token_ids:
-            raise RequestError("The prompt is empty; give at least one character or token id.")
-        # Most are plain and fine, which is quicker to find out for all at once.
-        if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < self.manifest.vocab_size:
-            return tuple(token_ids)
-        return tuple(self._vocabulary_id("prompt token id", token_id) for token_id in token_ids)
-
-    def _vocabulary_id(self, what: str, token_id: Any) -> int:
-        size = self.manifest.vocab_size
-        is_integer = isinstance(token_id, Integral) and not isinstance(token_id, bool)  # NumPy's, too
-        if not is_integer or not 0 <= token_id < size:
-            raise RequestError(f"{what} is {token_id!r}; the vocabulary of {self.manifest.name} is 0 to {size - 1}.")
-        return int(token_id)
-
-    def _request(
-        self, token_ids: tuple[int, ...], sampling: SamplingParams, priority: int, cache_salt: str
-    ) -> GenerateRequest:
-        room = self.runtime_config.max_seq_len - len(token_ids)
-        if room < 1:
-            raise RequestError(
-                f"The prompt has {len(token_ids)} tokens and a sequence holds {self.runtime_config.max_seq_len}; "
-                f"shorten it to {self.runtime_config.max_seq_len - 1} or raise max_seq_len."
-            )
-        if type(priority) is not int or not isinstance(cache_salt, str):
-            raise RequestError(
-                f"priority is {priority!r} and cache_salt {cache_salt!r}; they must be a whole number and a string."
-            )
-        if sampling.stop:
-            _ = self.tokenizer  # without one there is no text to find a stop string in: say so
-        for token_id in sampling.stop_token_ids:
-            self._vocabulary_id("stop_token_ids", token_id)
-        for token_id in sampling.logit_bias or {}:
-            self._vocabulary_id("logit_bias token id", token_id)
-        bad_words = tuple(ids for word in sampling.bad_words for ids in self.tokenizer.bad_word_ids(word))
-        return GenerateRequest(
-            request_id=str(next(self._ids)),
-            prompt_token_ids=token_ids,
-            sampling=sampling,
-            seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
-            max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
-            eos_token_ids=frozenset() if sampling.ignore_eos else self.manifest.eos_token_ids,
-            bad_words_ids=bad_words,
-            priority=priority,
-            cache_salt=cache_salt,
-        )
 
     def _params(self, sampling_params: Any) -> SamplingParams:
         """Those of one request. Raises RequestError for what is no SamplingParams."""
@@ -506,21 +446,6 @@ def _build_config(
     )
 
 
-def default_sampling(generation: Mapping[str, Any]) -> SamplingParams:
-    """SamplingParams from a generation_config.json, with Hugging Face's meaning of its keys."""
-    names = {
-        "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "typical_p": "typical_p",
-        "repetition_penalty": "repetition_penalty", "no_repeat_ngram_size": "no_repeat_ngram_size",
-        "max_new_tokens": "max_tokens",
-    }  # fmt: skip
-    values = {ours: generation[theirs] for theirs, ours in names.items() if generation.get(theirs) is not None}
-    if not generation.get("do_sample", False):
-        values["temperature"] = 0.0
-        for filter_name in ("top_k", "top_p", "min_p", "typical_p"):
-            values.pop(filter_name, None)
-    return SamplingParams(**values)
-
-
 def _choice(kind: Any, name: str, value: str) -> Any:
     try:
         return kind(value)
@@ -528,11 +453,11 @@ def _choice(kind: Any, name: str, value: str) -> Any:
         raise RequestError(f"{name} is {value!r}; it must be one of {', '.join(kind)}.") from None
 
 
-def _open_tokenizer(engine_path: Path, given: str | Path | None) -> Tokenizer | None:
+def _tokenizer_folder(engine_path: Path, given: str | Path | None) -> Path | None:
     if given is not None:
-        return Tokenizer.open(Path(given))
+        return Path(given)
     folder = engine_path / TOKENIZER_FOLDER
-    return Tokenizer.open(folder) if folder.is_dir() and any(folder.iterdir()) else None
+    return folder if folder.is_dir() and any(folder.iterdir()) else None
 
 
 def _is_one_prompt(prompts: Any) -> bool:
@@ -541,10 +466,6 @@ def _is_one_prompt(prompts: Any) -> bool:
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise RequestError(f"The prompt is {prompts!r}; it must be a string, token ids, or a list of those.")
     return len(prompts) > 0 and all(isinstance(each, Integral) for each in prompts)
-
-
-def _token(tokenizer: Tokenizer, token_id: int | None) -> str | None:
-    return None if token_id is None else tokenizer.token(token_id)
 
 
 def _refused(prompt: Any, error: str) -> RequestOutput:

@@ -102,7 +102,8 @@ class EngineLoop:
         try:
             engine.add(request)
         except SlipstreamError as error:
-            _tell(sink, TokenEvent(request.request_id, finish_reason=FinishReason.ERROR, error=str(error)))
+            reason = FinishReason.ERROR
+            _tell(sink, TokenEvent(request.request_id, finish_reason=reason, error=str(error), is_refused=True))
         else:
             self._sinks[request.request_id] = sink
 

@@ -51,6 +51,7 @@ class TokenEvent(NamedTuple):
     stop_token_id: int | None = None  # the token that ended it, where one did
     error: str | None = None
     num_cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
+    is_refused: bool = False  # with an error: the request itself was at fault, and would be again
 
 
 @dataclass(frozen=True)

@@ -19,5 +19,5 @@ def test_close_frees_weights_and_thread(tiny_model: Path) -> None:
     gc.collect()
     assert not is_mapped(weights)
     assert not any(
-        thread.name == "slipstream-engine" and thread is llm._loop._thread for thread in threading.enumerate()
+        thread.name == "slipstream-engine" and thread is llm.loop._thread for thread in threading.enumerate()
     )

@@ -28,7 +28,7 @@ class FakeLoop:
 
 def started(kind: type[Handle], loop: Any, **fields: Any) -> Handle:
     sampling = SamplingParams(max_tokens=2, **fields)
-    handle = kind(loop, None, None, GenerateRequest("r", (1, 2), sampling, seed=0, max_tokens=2), sampling, print)
+    handle = kind(loop, None, None, GenerateRequest("r", (1, 2), sampling, seed=0, max_tokens=2), print)
     handle.start()
     return handle
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from slipstream import LLM, SamplingParams
-from slipstream.api.llm import default_sampling
+from slipstream.api.requests import default_sampling
 from slipstream.errors import CapacityError, ModelError, RequestError, SlipstreamError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
