@@ -34,6 +34,11 @@ class EngineLoop:
         """As of the last step."""
         return self._stats
 
+    @property
+    def is_alive(self) -> bool:
+        """False once closed, and after a defect that no single request is to blame for."""
+        return self._thread.is_alive()
+
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
         """Raises RequestError for a grammar that cannot be followed; compiling it keeps this thread, not the loop's."""
         engine = self._engine
