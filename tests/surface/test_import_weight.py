@@ -6,7 +6,10 @@ import sys
 
 import pytest
 
-HEAVY = {"torch", "numpy", "tokenizers", "jinja2", "huggingface_hub", "transformers", "gguf", "safetensors", "triton"}
+HEAVY = {
+    "torch", "numpy", "tokenizers", "jinja2", "huggingface_hub", "transformers", "gguf", "safetensors", "triton",
+    "fastapi", "uvicorn", "zmq", "msgspec",
+}  # fmt: skip
 CPU_SECONDS = 0.3  # generous: 0.02 to 0.15 where this was written
 
 STARTS = {

@@ -40,7 +40,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "build/*": ("models", "checkpoint", "quantize", "kernels", "engine", "speculative/*/head", "schema", "progress"),
     "runtime/*": ("engine", "kernels", "speculative/*/drafter", "schema"),
     "text/*": ("schema",),
-    "serve/*": ("runtime/engine", "text", "schema"),  # the engine's face only
+    "serve/*": ("api", "text", "schema"),  # requests and handles are those of offline use
     "api/*": ("build", "checkpoint", "runtime", "engine", "text", "schema", "progress"),
     "bench/*": EVERYTHING,
     "cli/*": EVERYTHING,
@@ -50,11 +50,15 @@ ON_TOP = ("bench", "cli")  # nobody imports these, except cli the bench
 
 # What a module stands on: more than its folder's row says would be a second place for the same decision.
 ONLY_STANDARD_LIBRARY = ("errors", "schema/*", "__init__")
-NO_TORCH = ("runtime/scheduler", "runtime/queue", "runtime/sequence", "runtime/beam", "runtime/kv/*")
+NO_TORCH = (
+    "runtime/scheduler", "runtime/queue", "runtime/sequence", "runtime/beam", "runtime/kv/*",
+    "api/requests", "api/handles", "serve/[!e]*",  # a server's front; its engine is another process
+)  # fmt: skip
 ONLY_HERE = {
     "asyncio": ("serve/*", "api/*"),
     "typer": ("cli/*",),
     "llguidance": ("runtime/guidance", "runtime/logits"),  # the second for a type
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "zmq", "msgspec"), ("serve/*",)),
 }
 NOWHERE = {
     "pickle": "nothing is ever unpickled",

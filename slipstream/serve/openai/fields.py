@@ -1,0 +1,218 @@
+"""Bodies of OpenAI's protocol. A field is honoured, or refused by its name; the fields here are all there are.
+
+Those that OpenAI does not have are vLLM's, with its meanings.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from slipstream.api.requests import default_sampling
+from slipstream.errors import RequestError
+from slipstream.schema.sampling import SamplingParams
+
+_NO_TOOLS = "tools are not called here yet"
+_NO_GUIDE = "guided decoding is not here yet"
+
+# Fields of OpenAI and vLLM that are not here: why, and the values that ask for nothing.
+NOT_HERE: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "suffix": ("no text is written to fit before another", ("",)),
+    "tools": (_NO_TOOLS, ([],)),
+    "tool_choice": (_NO_TOOLS, ("none", "auto")),
+    "parallel_tool_calls": (_NO_TOOLS, (True, False)),
+    "functions": (_NO_TOOLS, ([],)),
+    "function_call": (_NO_TOOLS, ("none", "auto")),
+    "tool_calls": (_NO_TOOLS, ([],)),
+    "tool_call_id": (_NO_TOOLS, ()),
+    "response_format": (_NO_GUIDE, ({"type": "text"},)),
+    "structured_outputs": (_NO_GUIDE, ()),
+    "guided_json": (_NO_GUIDE, ()),
+    "guided_regex": (_NO_GUIDE, ()),
+    "guided_choice": (_NO_GUIDE, ()),
+    "guided_grammar": (_NO_GUIDE, ()),
+    "reasoning_effort": ("how long to think is the chat template's to say (chat_template_kwargs)", ()),
+    "modalities": ("answers are text", (["text"],)),
+    "audio": ("answers are text", ()),
+    "prediction": ("a predicted output is of no use here", ()),
+    "store": ("nothing is stored", (False,)),
+    "service_tier": ("there is one tier", ("auto", "default")),
+}
+
+
+class Fields(BaseModel):
+    """A body, or a part of one. Values must be of the JSON type that is asked for."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_here(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        for name in NOT_HERE.keys() & body.keys() - cls.model_fields.keys():
+            why, neutral = NOT_HERE[name]
+            if body[name] is not None and body[name] not in neutral:
+                raise RequestError(f"{name} is refused: {why}; leave it out.")
+            body = {key: value for key, value in body.items() if key != name}
+        return body
+
+
+class ModelFields(Fields):
+    model: str | None = None
+
+
+class StreamOptions(Fields):
+    include_usage: bool = False
+
+
+class SamplingFields(ModelFields):
+    """What completions and chats share. SamplingParams checks the ranges."""
+
+    n: int | None = None
+    best_of: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | None = None
+    use_beam_search: bool | None = None
+    logit_bias: dict[str, float] | None = Field(None, description="by token id")
+    bad_words: list[str] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    skip_special_tokens: bool | None = None
+    seed: int | None = None
+    prompt_logprobs: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: int = Field(0, description="lower runs first, where the server was started with --queue_policy priority")
+    cache_salt: str = Field("", description="cached prompts are shared only within one salt")
+    user: str | None = Field(None, description="a note of the caller's own; it changes nothing")
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many likeliest tokens are to be shown beside each one; None for no logprobs at all."""
+        raise NotImplementedError
+
+    def sampling(self, generation: Mapping[str, Any], max_tokens: int | None) -> SamplingParams:
+        """What was asked for; where nothing was, what the model's generation_config.json says, if that samples."""
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options means something only with stream; leave it out or stream.")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs come with a whole answer; leave them or stream out.")
+        given = self.model_dump(include=_SAMPLING, exclude_none=True)
+        if self.logit_bias is not None:
+            given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
+        given |= {"max_tokens": max_tokens, "logprobs": self.num_logprobs}
+        base = default_sampling(generation) if generation.get("do_sample") else SamplingParams()
+        return replace(base, **{"best_of": None, **given})
+
+
+_SAMPLING = {each.name for each in fields(SamplingParams)} & SamplingFields.model_fields.keys()
+
+
+class CompletionFields(SamplingFields):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(16, description="0, with echo, scores the prompt")
+    logprobs: int | None = None
+    echo: bool = False
+    add_special_tokens: bool = True
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def is_score(self) -> bool:
+        return self.max_tokens == 0
+
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, list) and not all(isinstance(each, int) for each in self.prompt):
+            return list(self.prompt)  # type: ignore[arg-type]
+        if not self.prompt:
+            raise RequestError("prompt is empty; give at least one character or token id.")
+        return [self.prompt]  # type: ignore[list-item]
+
+    def params(self, generation: Mapping[str, Any]) -> SamplingParams:
+        if self.is_score and not self.echo:
+            raise RequestError("max_tokens is 0, which scores a prompt and needs echo; add that, or ask for 1 or more.")
+        sampling = self.sampling(generation, 1 if self.is_score else self.max_tokens)
+        if not self.echo or self.logprobs is None:
+            return sampling
+        return replace(sampling, prompt_logprobs=max(self.logprobs, self.prompt_logprobs or 0))
+
+
+class ContentPart(Fields):
+    type: Literal["text"]
+    text: str
+
+
+class MessageFields(Fields):
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        message = self.model_dump(exclude_none=True)
+        if isinstance(self.content, list):
+            message["content"] = "\n".join(part.text for part in self.content)
+        return message
+
+
+class TemplateFields(Fields):
+    add_generation_prompt: bool = Field(True, description="end with the words that start an answer")
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="further names for the template")
+
+    def template_values(self) -> dict[str, Any]:
+        return {**self.chat_template_kwargs, "add_generation_prompt": self.add_generation_prompt}
+
+
+class ChatFields(SamplingFields, TemplateFields):
+    messages: list[MessageFields]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="max_tokens by its newer name")
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs means something only with logprobs; set that to true.")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def params(self, generation: Mapping[str, Any]) -> SamplingParams:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise RequestError("max_tokens and max_completion_tokens are two names of one limit; give one of them.")
+        return self.sampling(generation, self.max_tokens or self.max_completion_tokens)
+
+
+class TokenizeFields(ModelFields, TemplateFields):
+    prompt: str | None = None
+    messages: list[MessageFields] | None = None
+    add_special_tokens: bool | None = Field(None, description="of a prompt; true where it is left out")
+    return_token_strs: bool = False
+
+
+class DetokenizeFields(ModelFields):
+    tokens: list[int]
+
+
+def _token_id(key: str) -> int:
+    if not key.isdecimal():
+        raise RequestError(f"logit_bias has the key {key!r}; its keys are token ids, such as '42'.")
+    return int(key)

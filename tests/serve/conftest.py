@@ -1,0 +1,101 @@
+"""Servers as users start them: `slipstream serve` in a process of its own, on a free port."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.cli.conftest import engine, talker  # noqa: F401 - fixtures: a tiny model that talks, and its engine
+
+START_SECONDS = 60
+
+
+class Server:
+    """A running server. `url` is without a slash at its end."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str, ready_line: str) -> None:
+        self.process, self.url, self.ready_line = process, url, ready_line
+
+    @property
+    def engine_pid(self) -> int:
+        """The engine's process; there is none for a moment after it has died."""
+        pid = self.process.pid
+        children = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in _children(task)]
+        assert len(children) == 1, children
+        return children[0]
+
+    def health(self) -> httpx.Response:
+        return httpx.get(f"{self.url}/health", timeout=5)
+
+    def stats(self) -> dict[str, int]:
+        stats: dict[str, int] = self.health().json()["engine"]
+        return stats
+
+    def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=30, **more)
+
+
+def _children(task: Path) -> list[int]:
+    return [int(pid) for pid in (task / "children").read_text().split()]
+
+
+@contextmanager
+def serving(model: object, *arguments: object, **environment: str) -> Iterator[Server]:
+    """A server that is ready; it is ended by SIGTERM, and then has to be gone with exit code 0."""
+    process = start(model, *arguments, **environment)
+    assert process.stdout is not None
+    ready_line = process.stdout.readline()
+    found = re.search(r" at (https?://\S+) ", ready_line)
+    assert found, f"no ready line but {ready_line!r}; stderr: {process.communicate(timeout=START_SECONDS)[1]}"
+    try:
+        yield Server(process, found[1], ready_line)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def start(model: object, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    words = ["serve", model, "--port", 0, *arguments]
+    return subprocess.Popen(
+        [sys.executable, "-c", "import slipstream.cli; slipstream.cli.main()", *map(str, words)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> float:
+    """Seconds until the condition held; fails where it never does."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, "it never came true"
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+@pytest.fixture(scope="session")
+def server(engine: Path) -> Iterator[Server]:  # noqa: F811
+    with serving(engine) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def offline(engine: Path) -> Iterator[Any]:  # noqa: F811
+    """The same engine without a server: what its answers must be."""
+    from slipstream import LLM
+
+    with LLM(engine) as llm:
+        yield llm

@@ -1,0 +1,151 @@
+"""Two processes: what happens to requests when either dies, a client leaves, or the server is told to stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serve.conftest import START_SECONDS, Server, eventually, serving, start
+
+KEY = {"Authorization": "Bearer second"}
+ENDLESS = {"prompt": [1, 2, 3], "max_tokens": 1_000_000, "ignore_eos": True, "stream": True}
+SHORT = {"prompt": [1, 2, 3], "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def guarded(engine: Path) -> Iterator[Server]:
+    """Two sequences at a time and none that waits, keys, and texts without an end (a window with sinks)."""
+    limits: list[object] = ["--max_batch_size", 2, "--max_queue_size", 0, "--max_body_size", "2KiB"]
+    endless = ["--sink_token_length", 4, "--max_attention_window_size", 64, "--max_seq_len", 2_000_000]
+    open_to = ["--api_key", "first", "--allowed_origin", "https://page.example"]
+    with serving(engine, *limits, *endless, *open_to, SLIPSTREAM_API_KEY="second") as server:
+        yield server
+
+
+def streaming(server: Server) -> Any:
+    return httpx.stream("POST", f"{server.url}/v1/completions", json=ENDLESS, headers=KEY, timeout=30)
+
+
+def test_only_those_with_a_key_may_ask(guarded: Server) -> None:
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "second"}, {"Authorization": "Bearer"}):
+        answer = guarded.post("/v1/completions", SHORT, headers=headers)
+        assert answer.status_code == 401 and "API key" in answer.json()["error"]["message"]
+    for key in ("first", "second"):
+        answer = guarded.post("/v1/completions", SHORT, headers={"Authorization": f"Bearer {key}"})
+        assert answer.status_code == 200
+    assert guarded.health().status_code == 200
+
+
+def test_a_page_of_a_named_origin_may_ask(guarded: Server) -> None:
+    def allowed(origin: str) -> str | None:
+        asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        return httpx.options(f"{guarded.url}/v1/completions", headers=asks).headers.get("access-control-allow-origin")
+
+    assert allowed("https://page.example") == "https://page.example"
+    assert allowed("https://other.example") is None
+
+
+def test_a_large_body_is_refused_with_and_without_a_length(guarded: Server) -> None:
+    large = json.dumps({"prompt": "x" * 3000}).encode()
+    kind = KEY | {"Content-Type": "application/json"}
+    for content in (large, iter([large[:1500], large[1500:]])):
+        answer = httpx.post(f"{guarded.url}/v1/completions", content=content, headers=kind)
+        assert answer.status_code == 413 and "--max_body_size" in answer.json()["error"]["message"]
+
+
+def test_more_than_may_wait_are_told_to_come_back(guarded: Server) -> None:
+    with streaming(guarded) as one, streaming(guarded) as two:
+        texts = [stream.iter_lines() for stream in (one, two)]  # kept: httpx closes with them
+        for lines in texts:
+            next(lines)
+        answer = guarded.post("/v1/completions", SHORT, headers=KEY)
+        assert answer.status_code == 429 and int(answer.headers["Retry-After"]) >= 1
+    eventually(lambda: guarded.post("/v1/completions", SHORT, headers=KEY).status_code == 200)
+
+
+def test_a_client_that_leaves_aborts_its_request(guarded: Server) -> None:
+    with streaming(guarded) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        eventually(lambda: guarded.stats()["num_blocks_used"] > 0)
+    eventually(lambda: guarded.stats()["num_blocks_used"] == 0)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{guarded.url}/v1/completions", json=ENDLESS | {"stream": False}, headers=KEY, timeout=0.8)
+    eventually(lambda: guarded.stats()["num_blocks_used"] == 0)
+    assert guarded.stats()["num_running"] == 0
+
+
+def test_a_killed_engine_fails_its_requests_and_is_started_again(guarded: Server) -> None:
+    with streaming(guarded) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        started = time.monotonic()
+        os.kill(guarded.engine_pid, signal.SIGKILL)
+        last = [line for line in lines if line][-2:]
+        assert time.monotonic() - started < 2
+    assert "the engine process ended (signal 9)" in json.loads(last[0].removeprefix("data: "))["error"]["message"]
+    assert last[1] == "data: [DONE]"
+    assert guarded.health().status_code == 503
+    refused = guarded.post("/v1/completions", SHORT, headers=KEY)
+    assert refused.status_code == 503 and int(refused.headers["Retry-After"]) >= 1
+    eventually(lambda: guarded.health().status_code == 200, seconds=START_SECONDS)
+    assert guarded.post("/v1/completions", SHORT, headers=KEY).status_code == 200
+
+
+def test_sigterm_lets_requests_finish(engine: Path) -> None:
+    with serving(engine) as server:
+        texts = []
+
+        def ask() -> None:
+            body = {"prompt": "The", "max_tokens": 200, "ignore_eos": True}
+            texts.append(server.post("/v1/completions", body).json()["usage"]["completion_tokens"])
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: server.stats()["num_running"] > 0)
+        server.process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert server.process.wait(timeout=20) == 0
+        assert texts == [200] * 4
+
+
+def test_no_engine_outlives_its_front(engine: Path) -> None:
+    with serving(engine) as server:
+        pid = server.engine_pid
+        server.process.kill()
+        server.process.wait()
+        eventually(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_a_start_that_fails_says_why(engine: Path, tmp_path: Path, server: Server) -> None:
+    def ending(*arguments: object) -> tuple[int, str]:
+        words = ["serve", *map(str, arguments)]
+        command = [sys.executable, "-c", "import slipstream.cli; slipstream.cli.main()", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stderr and not done.stdout, done.stderr
+        return done.returncode, done.stderr
+
+    code, said = ending(engine, "--port", 0, "--max_batch_size", 65)
+    assert code == 2 and "max_batch_size is 65" in said
+    code, said = ending(engine, "--port", server.url.rpartition(":")[2])
+    assert code == 2 and "--port" in said
+    code, said = ending(engine, "--ssl_keyfile", tmp_path)
+    assert code == 2 and "--ssl_certfile" in said
+
+
+def test_sigterm_ends_a_server_that_is_still_starting(engine: Path) -> None:
+    process = start(engine)
+    time.sleep(1.5)  # the front is up, the engine is importing torch
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 0
