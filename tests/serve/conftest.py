@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cli.conftest import engine, talker  # noqa: F401 - fixtures: a tiny model that talks, and its engine
+from tests.cli.conftest import write_tokenizer
 
 START_SECONDS = 60
 
@@ -87,13 +87,31 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> float:
 
 
 @pytest.fixture(scope="session")
-def server(engine: Path) -> Iterator[Server]:  # noqa: F811
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine folder of a tiny model that talks (nonsense), and ends with <|im_end|>."""
+    from slipstream.build import build
+    from slipstream.checkpoint import open_checkpoint, resolve
+    from slipstream.checkpoint.random import write_random_model
+    from slipstream.models.llama import TINY
+    from slipstream.schema.build import BuildConfig
+
+    model = tmp_path_factory.mktemp("serve") / "talker"
+    write_random_model(model, TINY | {"vocab_size": 320, "eos_token_id": 1})
+    write_tokenizer(model, vocab_size=320)
+    checkpoint = open_checkpoint(resolve(model), "float32")
+    build(checkpoint, model.with_name("engine"), BuildConfig(max_batch_size=64, max_num_tokens=64))
+    checkpoint.close()
+    return model.with_name("engine")
+
+
+@pytest.fixture(scope="session")
+def server(engine: Path) -> Iterator[Server]:
     with serving(engine) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def offline(engine: Path) -> Iterator[Any]:  # noqa: F811
+def offline(engine: Path) -> Iterator[Any]:
     """The same engine without a server: what its answers must be."""
     from slipstream import LLM
 

@@ -4,9 +4,11 @@ import asyncio
 import inspect
 import json
 import math
+import re
 import subprocess
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 
@@ -182,7 +184,35 @@ def test_an_answer_ends_where_it_is_told_to(client: openai.OpenAI, offline: Any)
     assert streamed == output.text.partition(stop)[0]
     choice = ask(client, stop_token_ids=[output.token_ids[3]]).choices[0]
     assert choice.model_extra["stop_reason"] == output.token_ids[3]
+    biased = {"logit_bias": {"1": 100.0}}
+    assert ask(client, **biased).choices[0].finish_reason == "stop"
+    assert ask(client, **biased, ignore_eos=True).usage.completion_tokens == 12
+    assert ask(client, **biased, min_tokens=5).usage.completion_tokens == 6
     assert ask(client, stop_token_ids=[output.token_ids[3]], min_tokens=6).usage.completion_tokens >= 6
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}, "rank": {"enum": [1, 2, 3]}},
+    "required": ["city", "rank"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_follows_the_grammar_it_is_given(client: openai.OpenAI) -> None:
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA, "strict": True}}
+    for seed in range(5):
+        chunks = client.chat.completions.create(
+            model="talker", messages=MESSAGES, seed=seed, max_tokens=200, response_format=wanted, stream=True
+        )
+        jsonschema.validate(json.loads("".join(chunk.choices[0].delta.content or "" for chunk in chunks)), SCHEMA)
+        free: dict[str, Any] = {"temperature": 1.0, "seed": seed, "max_tokens": 200}
+        jsonschema.validate(json.loads(text_of(client, **free, guided_json=SCHEMA)), SCHEMA)
+        assert re.fullmatch("[a-f]{3}-[0-9]{2}", text_of(client, **free, guided_regex="[a-f]{3}-[0-9]{2}"))
+        assert text_of(client, **free, guided_choice=["yes", "no"]) in ("yes", "no")
+        assert text_of(client, **free, guided_grammar='start: "up" | "down"') in ("up", "down")
+    assert text_of(client, response_format={"type": "json_object"}).lstrip().startswith("{")
+    assert text_of(client, response_format={"type": "text"}) == text_of(client)
 
 
 def test_a_salt_keeps_cached_prompts_apart(client: openai.OpenAI) -> None:
@@ -224,6 +254,12 @@ def test_a_salt_keeps_cached_prompts_apart(client: openai.OpenAI) -> None:
         ({"stream": True, "stream_options": {"other": True}}, "other"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
         ({"priority": 1}, "priority"),
+        ({"guided_regex": "("}, "regex"),
+        ({"guided_json": {"type": "object", "$ref": "#/nowhere"}}, "json_schema"),
+        ({"guided_choice": ["a"], "guided_regex": "a"}, "regex and choice"),
+        ({"guided_choice": ["a"], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
     ],
 )
 def test_a_wrong_value_is_a_400_that_names_it(server: Server, fields: dict[str, Any], named: str) -> None:
@@ -300,9 +336,3 @@ def test_the_real_model_answers(smollm2_gguf: Any) -> None:
             model=model, messages=question, temperature=0, max_tokens=8, stream=True
         )
         assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-        greeting: Any = [{"role": "user", "content": "Say hello."}]
-        for ignored, reason in ((False, "stop"), (True, "length")):
-            answer = client.chat.completions.create(
-                model=model, messages=greeting, temperature=0, max_tokens=48, extra_body={"ignore_eos": ignored}
-            )
-            assert answer.choices[0].finish_reason == reason

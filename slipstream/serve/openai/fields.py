@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from slipstream.api.requests import default_sampling
 from slipstream.errors import RequestError
+from slipstream.schema.guided import Guided
 from slipstream.schema.sampling import SamplingParams
 
 _NO_TOOLS = "tools are not called here yet"
-_NO_GUIDE = "guided decoding is not here yet"
 
 # Fields of OpenAI and vLLM that are not here: why, and the values that ask for nothing.
 NOT_HERE: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -26,12 +26,10 @@ NOT_HERE: dict[str, tuple[str, tuple[Any, ...]]] = {
     "function_call": (_NO_TOOLS, ("none", "auto")),
     "tool_calls": (_NO_TOOLS, ([],)),
     "tool_call_id": (_NO_TOOLS, ()),
-    "response_format": (_NO_GUIDE, ({"type": "text"},)),
-    "structured_outputs": (_NO_GUIDE, ()),
-    "guided_json": (_NO_GUIDE, ()),
-    "guided_regex": (_NO_GUIDE, ()),
-    "guided_choice": (_NO_GUIDE, ()),
-    "guided_grammar": (_NO_GUIDE, ()),
+    "structured_outputs": (
+        "it has other names here, response_format and guided_json, _regex, _choice and _grammar",
+        (),
+    ),
     "reasoning_effort": ("how long to think is the chat template's to say (chat_template_kwargs)", ()),
     "modalities": ("answers are text", (["text"],)),
     "audio": ("answers are text", ()),
@@ -67,6 +65,25 @@ class StreamOptions(Fields):
     include_usage: bool = False
 
 
+class JsonSchema(Fields):
+    name: str = Field(description="the caller's own name of it")
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(None, description="every answer follows its schema, whatever this says")
+
+
+class ResponseFormat(Fields):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def guided(self) -> Guided | None:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise RequestError("response_format.json_schema belongs to the type json_schema; give both or neither.")
+        if self.json_schema is not None:
+            return Guided(json_schema=self.json_schema.schema_)
+        return Guided(json_object=True) if self.type == "json_object" else None
+
+
 class SamplingFields(ModelFields):
     """What completions and chats share. SamplingParams checks the ranges."""
 
@@ -94,6 +111,11 @@ class SamplingFields(ModelFields):
     skip_special_tokens: bool | None = None
     seed: int | None = None
     prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: int = Field(0, description="lower runs first, where the server was started with --queue_policy priority")
@@ -118,9 +140,21 @@ class SamplingFields(ModelFields):
         given = self.model_dump(include=_SAMPLING, exclude_none=True)
         if self.logit_bias is not None:
             given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
-        given |= {"max_tokens": max_tokens, "logprobs": self.num_logprobs}
+        given |= {"max_tokens": max_tokens, "logprobs": self.num_logprobs, "guided": self._guided()}
         base = default_sampling(generation) if generation.get("do_sample") else SamplingParams()
         return replace(base, **{"best_of": None, **given})
+
+    def _guided(self) -> Guided | None:
+        """What the answer must match, by whichever of the fields says it."""
+        given = {
+            "json_schema": self.guided_json, "regex": self.guided_regex, "choice": self.guided_choice,
+            "grammar": self.guided_grammar,
+        }  # fmt: skip
+        given = {name: value for name, value in given.items() if value is not None}
+        wanted = None if self.response_format is None else self.response_format.guided()
+        if wanted is not None and given:
+            raise RequestError("response_format and the guided_ fields both say what an answer is; give one of them.")
+        return Guided(**given) if given else wanted  # type: ignore[arg-type]
 
 
 _SAMPLING = {each.name for each in fields(SamplingParams)} & SamplingFields.model_fields.keys()
