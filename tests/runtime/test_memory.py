@@ -119,10 +119,10 @@ def test_the_step_that_is_measured_is_the_largest_and_needs_no_block(
     worker = Worker(engine, tuned_choices(engine, cpu), engine.manifest.kv_groups, 8, cpu)
     worker.allocate_kv(1)
     longest = engine.manifest.max_seq_len
-    for num_tokens in (3, longest + 5):
-        assert worker._measure(num_tokens) == 5
+    for num_tokens, num_rows in ((3, 3), (longest + 5, longest + 5), (longest + 5, 2)):
+        assert worker._measure(num_tokens, num_rows) == 5
         logits_RV, token_ids_R = made.pop()
-        assert logits_RV.shape == (num_tokens, engine.manifest.vocab_size) and token_ids_R.shape == (num_tokens,)
+        assert logits_RV.shape == (num_rows, engine.manifest.vocab_size) and token_ids_R.shape == (num_rows,)
 
 
 def test_a_step_that_finds_no_memory_says_what_to_lower(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,4 +138,4 @@ def test_a_step_that_finds_no_memory_says_what_to_lower(engine: Any, monkeypatch
     assert "CapacityError" not in event.error
     with monkeypatch.context() as patch, pytest.raises(CapacityError, match=r"lower --max_num_tokens to 32\."):
         patch.setattr("slipstream.runtime.worker.worker.peak_memory", lambda call, device: call())
-        started._worker._measure(64)
+        started._worker._measure(64, 64)
