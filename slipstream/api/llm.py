@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
+from slipstream.api.answers import AnswerReader
 from slipstream.api.handles import Handle, make_handle
 from slipstream.api.options import check_options
 from slipstream.api.outputs import CompletionOutput, RequestOutput, ScoreOutput
@@ -219,11 +220,21 @@ class LLM:
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         cache_salt: str = "",
         **template_values: Any,
     ) -> RequestOutput:
-        """Answer a conversation: [{"role": "user", "content": "…"}, …], rendered by the model's chat template."""
-        return self.generate(self.chat_prompt(messages, **template_values), sampling_params, cache_salt=cache_salt)
+        """Answer a conversation: [{"role": "user", "content": "…"}, …], rendered by the model's chat template.
+
+        tools: functions that may be called, in OpenAI's form. tool_choice: auto, none, required, or one function as
+        {"type": "function", "function": {"name": "…"}}. Each output's `content`, `reasoning` and `tool_calls` are what
+        its `text` says. Raises RequestError for tools where the template shows no format that is read here.
+        """
+        reader = AnswerReader(self.request_maker.chat_template, tools, tool_choice)
+        prompt = self.chat_prompt(messages, tools=reader.tools, **template_values)
+        sampling = reader.sampling(self._params(sampling_params), prompt, self.tokenizer)
+        return reader.read(self.generate(prompt, sampling, cache_salt=cache_salt))
 
     def stream(
         self,
@@ -278,12 +289,16 @@ class LLM:
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         cache_salt: str = "",
         **template_values: Any,
     ) -> RequestOutput:
         """Like chat(), from a coroutine."""
-        prompt = self.chat_prompt(messages, **template_values)
-        return await self.generate_async(prompt, sampling_params, cache_salt=cache_salt)
+        reader = AnswerReader(self.request_maker.chat_template, tools, tool_choice)
+        prompt = self.chat_prompt(messages, tools=reader.tools, **template_values)
+        sampling = reader.sampling(self._params(sampling_params), prompt, self.tokenizer)
+        return reader.read(await self.generate_async(prompt, sampling, cache_salt=cache_salt))
 
     async def score_async(self, prompt: Prompt) -> ScoreOutput:
         """Like score() for one prompt, from a coroutine."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from slipstream.schema.request import TokenLogprobs
+from slipstream.text.tools import ToolCall
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,9 @@ class CompletionOutput:
     finish_reason: str | None = None  # stop, length, abort, error; None while it runs
     stop_reason: int | str | None = None  # the token id or string that stopped it
     text_diff: str = ""  # streaming: what is new since the last output
+    content: str | None = None  # of chat(): the text without the two below
+    reasoning: str | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

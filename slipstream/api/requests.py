@@ -35,9 +35,9 @@ class RequestMaker:
     def __init__(self, facts: ModelFacts, tokenizer: Tokenizer | None, chat_template: str | None = None) -> None:
         self.facts = facts
         self._tokenizer = tokenizer
-        self._chat_template = chat_template
+        self.chat_template = chat_template
         if chat_template is None and tokenizer is not None:
-            self._chat_template = tokenizer.chat_template
+            self.chat_template = tokenizer.chat_template
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -71,7 +71,7 @@ class RequestMaker:
                 raise RequestError(f"{name} is no value of a chat template; give it in SamplingParams({name}=…).")
         tokenizer = self.tokenizer
         text = render_chat(
-            self._chat_template, messages,
+            self.chat_template, messages,
             bos_token=_token(tokenizer, tokenizer.bos_token_id), eos_token=_token(tokenizer, tokenizer.eos_token_id),
             **template_values,
         )  # fmt: skip

@@ -10,7 +10,7 @@
 give; `schema.py` checks a request's tools and writes the grammar of an answer that has to call one.
 """
 
-from slipstream.text.tools.answer import AnswerParser, parse_answer
+from slipstream.text.tools.answer import AnswerParser
 from slipstream.text.tools.deltas import (
     Answer,
     CallArguments,
@@ -42,6 +42,5 @@ __all__ = [
     "check_choice",
     "check_tools",
     "is_begun_by",
-    "parse_answer",
     "schema_of",
 ]

@@ -31,6 +31,10 @@ class AnswerParser:
         """What was held back, now that no more text will come."""
         return self._run("", ended=True)
 
+    def read(self, text: str) -> Answer:
+        """A whole text at once."""
+        return Answer.of([*self.push(text), *self.finish()])
+
     def _run(self, text: str, ended: bool) -> list[Delta]:
         """Each stage reads the content that the one before it leaves."""
         deltas: list[Delta] = [Content(text)] if text else []
@@ -40,12 +44,6 @@ class AnswerParser:
                 pieces.append(stage.run("", ended=True))
             deltas = list(chain.from_iterable(pieces))
         return deltas
-
-
-def parse_answer(text: str, form: AnswerFormat, *, reasoning_in_prompt: bool, names: Collection[str]) -> Answer:
-    """A whole text at once; arguments as of AnswerParser."""
-    parser = AnswerParser(form, reasoning_in_prompt=reasoning_in_prompt, names=names)
-    return Answer.of([*parser.push(text), *parser.finish()])
 
 
 class _Stage:

@@ -7,7 +7,7 @@ import pytest
 
 from slipstream.errors import RequestError
 from slipstream.text.chat import render_chat
-from slipstream.text.tools import FORMATS, answer_format, check_tools, parse_answer
+from slipstream.text.tools import FORMATS, AnswerParser, answer_format, check_tools
 from tests.text.tools.templates import TEMPLATES
 
 TOOLS = [
@@ -88,7 +88,7 @@ def test_a_call_that_a_template_shows_is_read_back(name: str) -> None:
     shared = before.removesuffix(prefix)
     written = after.removeprefix(shared).removeprefix(prefix)
     end = {"qwen": "<|im_end|>", "hermes": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>"}[name]
-    answer = parse_answer(written.partition(end)[0], form, reasoning_in_prompt=False, names=check_tools(TOOLS))
+    answer = AnswerParser(form, reasoning_in_prompt=False, names=check_tools(TOOLS)).read(written.partition(end)[0])
     assert [(each.name, json.loads(each.arguments)) for each in answer.tool_calls] == [("get_weather", ARGUMENTS)]
     assert answer.content == ""
 

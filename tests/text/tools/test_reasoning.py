@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipstream.text.tools import FORMATS, Answer, AnswerFormat, AnswerParser, is_begun_by, parse_answer
+from slipstream.text.tools import FORMATS, Answer, AnswerFormat, AnswerParser, is_begun_by
 from tests.text.tools.writers import CALLS, NAMES, TEXTS, Call, calls_of, feed, hermes
 
 BOTH = AnswerFormat(FORMATS["hermes"], reasons=True)
@@ -51,7 +51,7 @@ def test_examples(text: str, in_prompt: bool, expected: Answer) -> None:
     for cuts in ([], list(range(len(text)))):
         deltas = feed(AnswerParser(BOTH, reasoning_in_prompt=in_prompt, names=NAMES), text, cuts)
         assert Answer.of(deltas) == expected
-    assert parse_answer(text, BOTH, reasoning_in_prompt=in_prompt, names=NAMES) == expected
+    assert AnswerParser(BOTH, reasoning_in_prompt=in_prompt, names=NAMES).read(text) == expected
 
 
 def test_reasoning_waits_only_for_its_end() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from slipstream.errors import RequestError
-from slipstream.text.tools import FORMATS, AnswerFormat, check_choice, check_tools, parse_answer, schema_of
+from slipstream.text.tools import FORMATS, AnswerFormat, AnswerParser, check_choice, check_tools, schema_of
 
 WEATHER = {
     "type": "object",
@@ -51,7 +51,7 @@ def test_required(format_name: str) -> None:
         text = write(format_name, *calls)
         assert allows(grammar, text)
         form = AnswerFormat(FORMATS[format_name], reasons=False)
-        answer = parse_answer(text, form, reasoning_in_prompt=False, names=check_tools(TOOLS))
+        answer = AnswerParser(form, reasoning_in_prompt=False, names=check_tools(TOOLS)).read(text)
         assert [(call.name, json.loads(call.arguments)) for call in answer.tool_calls] == calls
     for text in ("", "Hello", write(format_name, ("other", {})), write(format_name, ("weather", {"days": 1}))):
         assert not allows(grammar, text)
