@@ -7,10 +7,12 @@ It ends when its stdin does: whatever happens to the front that holds the other 
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections import deque
 from functools import partial
+from pathlib import Path
 
 import zmq
 
@@ -143,6 +145,7 @@ def main() -> None:
         sys.exit(USER_ERROR)
     with llm:
         EngineServer(llm, address).run()
+    shutil.rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)  # a front that was killed left it
 
 
 if __name__ == "__main__":

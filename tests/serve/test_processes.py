@@ -120,12 +120,14 @@ def test_sigterm_lets_requests_finish(engine: Path) -> None:
         assert texts == [200] * 4
 
 
-def test_no_engine_outlives_its_front(engine: Path) -> None:
-    with serving(engine) as server:
+def test_nothing_outlives_a_killed_front(engine: Path, tmp_path: Path) -> None:
+    with serving(engine, TMPDIR=str(tmp_path)) as server:
+        assert list(tmp_path.glob("slipstream-*"))
         pid = server.engine_pid
         server.process.kill()
         server.process.wait()
         eventually(lambda: not Path(f"/proc/{pid}").exists())
+        assert not list(tmp_path.glob("slipstream-*"))
 
 
 def test_a_start_that_fails_says_why(engine: Path, tmp_path: Path, server: Server) -> None:
