@@ -103,21 +103,25 @@ def test_a_killed_engine_fails_its_requests_and_is_started_again(guarded: Server
 
 def test_sigterm_lets_requests_finish(engine: Path) -> None:
     with serving(engine) as server:
-        texts = []
+        begun, ends = [], []
 
         def ask() -> None:
-            body = {"prompt": "The", "max_tokens": 200, "ignore_eos": True}
-            texts.append(server.post("/v1/completions", body).json()["usage"]["completion_tokens"])
+            body = {"prompt": "The", "max_tokens": 200, "ignore_eos": True, "stream": True}
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
+                lines = response.iter_lines()
+                begun.append(next(lines))
+                ends.append([line for line in lines if line][-2:])
 
         threads = [threading.Thread(target=ask) for _ in range(4)]
         for thread in threads:
             thread.start()
-        eventually(lambda: server.stats()["num_running"] > 0)
+        eventually(lambda: len(begun) == 4)
         server.process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()
         assert server.process.wait(timeout=20) == 0
-        assert texts == [200] * 4
+        assert [end[-1] for end in ends] == ["data: [DONE]"] * 4
+        assert all('"finish_reason":"length"' in end[0].replace(" ", "") for end in ends)
 
 
 def test_nothing_outlives_a_killed_front(engine: Path, tmp_path: Path) -> None:
