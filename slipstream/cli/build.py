@@ -14,7 +14,7 @@ from slipstream.cli import _options as options
 from slipstream.cli._drawing import save_drawing
 from slipstream.cli._plan import print_fit, print_plan, this_machine
 from slipstream.cli._tables import human_bytes, print_passes, print_table
-from slipstream.errors import CapacityError, UsageError
+from slipstream.errors import SlipstreamError, UsageError
 from slipstream.progress import progress_bar
 from slipstream.schema.build import PLUGINS, BuildConfig
 
@@ -156,10 +156,11 @@ def _compile_kernels(engine: Path, device: str) -> None:
     from slipstream.api.llm import LLM
 
     start = time.perf_counter()
+    print("compiling kernels and recording steps, up to a minute …", flush=True)
     try:
         with LLM(engine, device=device):
             print(f"kernels compiled, steps recorded in {time.perf_counter() - start:.1f} s")
-    except CapacityError as error:  # a smaller KV cache or batch may do where it will run
+    except SlipstreamError as error:  # the engine is whole: it may want a smaller KV cache, or a plugin's ops
         print(f"note: kernels are compiled at the first start, since here it fails: {error}", file=sys.stderr)
 
 
