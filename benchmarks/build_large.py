@@ -111,7 +111,7 @@ def measure(name: str, folder: Path) -> None:
     def build(checkpoint: Checkpoint, engine: Path, *_: Any, progress: Any = lambda *_: None, **__: Any) -> None:
         """As slipstream.build.build, without measuring kernels, which says nothing about the build."""
         plan = plan_build(checkpoint, config)
-        reports.append(write_engine(plan, checkpoint, engine, measure_kernels=False, progress=progress))
+        reports.append(write_engine(plan, engine, measure_kernels=False, progress=progress))
 
     is_kept = sum(2 * math.prod(shape) for shape in shapes.values()) <= KEPT_BYTES
     again = "-"

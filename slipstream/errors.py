@@ -8,6 +8,7 @@
     ├── EngineError           an engine folder that cannot be run
     ├── RequestError          a prompt or sampling value out of range (also a ValueError)
     ├── CapacityError         something does not fit in memory; the message names the flag and a value that fits
+    ├── RankError             one of the processes that share a model is gone or hangs; the engine has stopped
     └── UsageError            a command line that means nothing
 
 Each message is one sentence that names the offending value and one that would work. The command line prints it
@@ -45,6 +46,10 @@ class RequestError(SlipstreamError, ValueError):
 
 class CapacityError(SlipstreamError):
     """Something does not fit in memory."""
+
+
+class RankError(SlipstreamError):
+    """One of the processes that share a model is gone, or answers no more."""
 
 
 class UsageError(SlipstreamError):

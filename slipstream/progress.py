@@ -14,7 +14,13 @@ STAGES = {
     "write": "Writing the engine",
     "bench": "Timing the ops",
     "convert": "Writing the checkpoint",
+    "search": "Measuring weights",
+    "quantize": "Quantizing",
+    "evaluate": "Comparing",
     "generate": "Generating",
+    "answer": "Writing texts",
+    "hidden": "Reading hidden states",
+    "train": "Training",
 }
 
 
@@ -61,11 +67,18 @@ class _Bar:
     def _open(self) -> None:
         # Here, because most starts find everything built, and rich takes longer to import than they have.
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-            console=Console(stderr=True), transient=True,
+            TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True), transient=True,
         )  # fmt: skip
         self._progress.start()
         self._task = self._progress.add_task("", total=None)

@@ -6,13 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+
+from slipstream.schema.folders import cache_folder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: tests/gpu runs kernels in its interpreter
+# Examples are the same in every run, as tests/seed.py's numbers are, unless a seed is given to look for more.
+hypothesis.settings.register_profile("same", derandomize="SLIPSTREAM_TEST_SEED" not in os.environ)
+hypothesis.settings.load_profile("same")
 # Compiled kernels outlive the session, unlike the engines below.
+CPU_KERNELS = cache_folder() / "cpu"
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
 
 
@@ -20,6 +27,8 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache")
 def engine_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Engines that tests build are kept for the session, not in the user's cache."""
     folder = tmp_path_factory.mktemp("slipstream-cache")
+    CPU_KERNELS.mkdir(parents=True, exist_ok=True)
+    (folder / "cpu").symlink_to(CPU_KERNELS)
     before = os.environ.get("SLIPSTREAM_CACHE")
     os.environ["SLIPSTREAM_CACHE"] = str(folder)
     yield folder
@@ -55,10 +64,10 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_llm(smollm2_gguf: Path) -> Iterator[Any]:
-    """The real default model, in float32, with the default settings."""
+    """The real default model, in float32."""
     from slipstream import LLM
 
-    with LLM("smollm2") as llm:
+    with LLM("smollm2", dtype="float32") as llm:
         yield llm
 
 

@@ -8,23 +8,26 @@ from torch import Tensor
 from slipstream.build.cache import tuned_choices
 from slipstream.engine.folder import open_engine
 from slipstream.kernels.attention.metadata import StepTensors
+from slipstream.kernels.collectives import ALONE, Ranks
 from slipstream.runtime.worker.graphs import compile_graph
 from slipstream.runtime.worker.memory import allocate_kv
+from slipstream.schema.kv import KVGroup
 
 
 class GraphRunner:
     """One sequence over one engine: feed it tokens in any chunks, get the logits of each."""
 
-    def __init__(self, engine_folder: Path, max_tokens: int = 512) -> None:
+    def __init__(self, engine_folder: Path, max_tokens: int = 512, rank: int = 0, ranks: Ranks = ALONE) -> None:
         cpu = torch.device("cpu")
-        engine = open_engine(engine_folder)
+        engine = open_engine(engine_folder, rank)
         self._block_size = engine.manifest.tokens_per_block
         weights = {name: engine.weights.read(name) for name in engine.graph.weights}
-        self._step = compile_graph(engine.graph, weights, tuned_choices(engine, cpu), cpu).run
+        self._step = compile_graph(engine.graph, weights, tuned_choices(engine, cpu), cpu, ranks=ranks).run
         num_blocks = -(-max_tokens // self._block_size) + 1
         # Blocks in reverse order: a block table that is not the identity.
         self._blocks = torch.arange(num_blocks - 1, 0, -1)
-        caches = allocate_kv(engine.manifest, engine.manifest.num_layers, num_blocks, cpu)
+        group = KVGroup(tuple(range(engine.manifest.num_layers)))
+        caches = allocate_kv(engine.manifest, [group], num_blocks, cpu)
         self._kv = {f"kv.{i}": kv for i, kv in enumerate(caches)}
         self._num_tokens = 0
 
@@ -42,5 +45,11 @@ class GraphRunner:
             block_tables=self._blocks[None],
             logit_rows=torch.arange(len(token_ids)),
         )
-        (result,) = self._step({f"step.{name}": tensor for name, tensor in vars(step).items()} | self._kv)
-        return result
+        logits_TV, *_ = self._step({f"step.{name}": tensor for name, tensor in vars(step).items()} | self._kv)
+        return logits_TV
+
+
+def pooled(states_TH: Tensor, pooling: str) -> Tensor:
+    """The vector of a text, of length 1, from its hidden states."""
+    vector_H = states_TH.mean(0) if pooling == "mean" else states_TH[-1]
+    return vector_H / vector_H.norm()

@@ -13,11 +13,14 @@ from slipstream.text.tokenizer import Tokenizer
 
 
 class EngineDoor(Protocol):
-    """Where requests go in: this process's loop (runtime/loop.py), or the way to another one (serve/frontend.py)."""
+    """Where requests go in: this process's loop (runtime/loop.py), or the way to another one (serve/connection.py)."""
 
     def submit(self, request: GenerateRequest, sink: Callable[[TokenEvent], None]) -> None: ...
 
     def abort(self, request_id: str) -> None: ...
+
+    def stop(self, request_id: str) -> None:
+        """As abort, where the text has come to a stop string."""
 
 
 class Handle:
@@ -112,7 +115,7 @@ class SamplingHandle(Handle):
         self.has_news |= not self._ranks and bool(new_text or event.token_ids)
         if completion.stopped_by_text and event.request_id in self._running:
             self._running.discard(event.request_id)
-            self._engine.abort(event.request_id)
+            self._engine.stop(event.request_id)
 
     @property
     def finished(self) -> bool:
@@ -154,7 +157,9 @@ def make_handle(
     sink: Callable[[TokenEvent], None],
 ) -> Handle:
     """The handle of a request, not started yet. sink: gets each event, to be pushed into the handle by its owner."""
-    kind = BeamHandle if request.sampling.use_beam_search else SamplingHandle
+    kind: type[Handle] = BeamHandle if request.sampling.use_beam_search else SamplingHandle
+    if request.pooling is not None:
+        kind = PoolingHandle
     return kind(engine, tokenizer, prompt, request, sink)
 
 
@@ -172,6 +177,28 @@ def _follower(first: GenerateRequest, index: int) -> GenerateRequest:
         after=first.request_id,
         sampling=replace(first.sampling, prompt_logprobs=None),
     )
+
+
+class PoolingHandle(Handle):
+    """A text that becomes a vector: one request with one event."""
+
+    _end: TokenEvent | None = None
+
+    def start(self) -> None:
+        self._submit(self._request)
+
+    def push(self, event: TokenEvent) -> None:
+        self._note(event)
+        self._end = event
+
+    @property
+    def finished(self) -> bool:
+        return self._end is not None
+
+    def output(self) -> RequestOutput:
+        assert self._end is not None, "there is nothing to stream"
+        why = None if self._end.vector is not None else self._end.error or "The engine was closed before its vector."
+        return replace(self._describe([], why), vector=self._end.vector)
 
 
 class BeamHandle(Handle):

@@ -19,6 +19,8 @@ from types import TracebackType
 from typing import Any, Self, overload
 
 from slipstream.api.answers import AnswerReader
+from slipstream.api.drafting import open_draft_engine
+from slipstream.api.embeddings import EmbeddingOutput, embedding_of
 from slipstream.api.handles import Handle, make_handle
 from slipstream.api.options import check_options
 from slipstream.api.outputs import CompletionOutput, RequestOutput, ScoreOutput
@@ -31,11 +33,14 @@ from slipstream.errors import CapacityError, EngineError, RequestError, UsageErr
 from slipstream.progress import Stopwatch, progress_bar
 from slipstream.runtime.engine import start_engine
 from slipstream.runtime.loop import EngineLoop
+from slipstream.runtime.ranks import check_devices
 from slipstream.runtime.worker.memory import check_kv_size
 from slipstream.schema.build import BuildConfig, CapacityPolicy, QueuePolicy
-from slipstream.schema.request import EngineStats, FinishReason, TokenEvent
+from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, Pooling, TokenEvent
 from slipstream.schema.sampling import SamplingParams
+from slipstream.schema.speculative import Speculation
 from slipstream.text.tokenizer import Tokenizer
+from slipstream.text.tools import answer_format
 
 _SCORING = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
 
@@ -53,7 +58,11 @@ class LLM:
         tokenizer: str | Path | None = None,
         dtype: str = "auto",
         kv_cache_dtype: str = "auto",
+        quantization: str | None = None,
         device: str = "auto",
+        tp_size: int | None = None,
+        pp_size: int | None = None,
+        moe_ep_size: int | None = None,
         max_batch_size: int | None = None,
         max_num_tokens: int | None = None,
         max_seq_len: int | None = None,
@@ -67,6 +76,7 @@ class LLM:
         capacity_scheduler_policy: str = "guaranteed_no_evict",
         queue_policy: str = "fifo",
         deterministic: bool = False,
+        speculative: Mapping[str, Any] | str | None = None,
         chat_template: str | None = None,
         model_cls_file: str | Path | None = None,
         model_cls_name: str = "Model",
@@ -77,8 +87,15 @@ class LLM:
     ) -> None:
         """
         model: a Hugging Face folder, a .gguf file, a checkpoint or engine folder, a Hub id, or "smollm2".
-        dtype: float32, bfloat16, float16; "auto" is float32 on a CPU and the model's own on a GPU.
-        kv_cache_dtype: fp8 or int8, or the dtype; "auto" is what the model says of its KV cache, else the dtype.
+        dtype: float32, bfloat16, float16; "auto" is float32 on a CPU and the model's own on a GPU, and for a GGUF file
+        on a CPU with native kernels the file's own numbers of 4 and 8 bits (quantization "gguf").
+        kv_cache_dtype: fp8, int8, the dtype, or bfloat16 under float32; "auto" is what the model says of its KV cache,
+            else the dtype.
+        quantization: fp8, fp8_block, int8, int8_wo, int4_wo or nvfp4 rounds weights as they are read; slipstream
+        quantize makes better ones, with calibration. gguf rounds activations alone, on a CPU.
+        tp_size: processes that share each layer (docs/parallelism.md), on as many GPUs or on the cores of a CPU.
+        pp_size: stages that follow each other, each with some of the layers, of tp_size processes each. moe_ep_size: as
+        tp_size where each process is to have some experts whole. By default 1, or as an engine was built.
         max_batch_size, max_num_tokens: sequences and tokens in one step. max_seq_len: prompt and output of a sequence.
         kv_cache_max_tokens, kv_cache_max_bytes: size of the KV cache; by default what is useful and fits in
         kv_cache_free_memory_fraction of the memory that weights and the largest step leave.
@@ -88,6 +105,8 @@ class LLM:
         capacity_scheduler_policy: guaranteed_no_evict, max_utilization or static_batch. queue_policy: fifo or priority.
         deterministic: each request's tokens and logprobs are to the last bit those that it gets alone, whatever runs
         beside it and however its prompt is cut up. On a GPU alone; slower, most for long prompts.
+        speculative: how to guess several tokens for a step to verify, such as {"method": "ngram", "max_draft_len": 8}
+        (docs/speculation.md), or that as JSON. Texts stay as they are without it; they come in fewer steps.
         chat_template: a jinja template that replaces the model's own.
         model_cls_file: a model file of your own (docs/adding/model.md), run as Python; model_cls_name: the class in it.
         extra_passes: rewrites of your own, "module:name" each (docs/adding/pass.md). plugins: modules to import first,
@@ -97,6 +116,7 @@ class LLM:
         watch = Stopwatch()
         check_options({
             "tokenizer": tokenizer, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "device": device,
+            "quantization": quantization, "tp_size": tp_size, "pp_size": pp_size, "moe_ep_size": moe_ep_size,
             "enable_block_reuse": enable_block_reuse, "enable_chunked_prefill": enable_chunked_prefill,
             "deterministic": deterministic,
             "max_attention_window_size": max_attention_window_size, "sink_token_length": sink_token_length,
@@ -110,6 +130,7 @@ class LLM:
                 "deterministic needs a GPU (on a CPU a library's products sum in an order that depends on the batch); "
                 "leave it out."
             )
+        speculation = None if speculative is None else Speculation.read(speculative)
         capacity = _choice(CapacityPolicy, "capacity_scheduler_policy", capacity_scheduler_policy)
         order = _choice(QueuePolicy, "queue_policy", queue_policy)
         limits = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "max_seq_len": max_seq_len}
@@ -118,14 +139,17 @@ class LLM:
         for module in plugins:
             import_plugin(module)
         source = resolve(model, None if model_cls_file is None else OwnModel(Path(model_cls_file), model_cls_name))
+        sizes = {"tp_size": tp_size, "pp_size": pp_size, "moe_ep_size": moe_ep_size}
+        config = _build_config(dtype, kv_cache_dtype, quantization, disabled_passes, extra_passes, limits, sizes)
         if source.kind == "engine":
-            path = _given_engine(source.path, disabled_passes, extra_passes)
+            path = _given_engine(source.path, disabled_passes, extra_passes, quantization)
         else:
-            config = _build_config(dtype, kv_cache_dtype, disabled_passes, extra_passes, limits)
+            check_devices(config.tp_size * config.pp_size, where)
             with progress_bar(show_progress) as progress:
                 path = cached_engine(
                     source, config, where, progress, at_most=None if sink_token_length else max_seq_len
                 )
+        self.engine_path = path
         watch.lap("find or build the engine")
         self._folder = open_engine(path)
         self.manifest = self._folder.manifest
@@ -138,11 +162,22 @@ class LLM:
                 f"kv_cache_dtype is {kv_cache_dtype!r}, but the KV cache of {path} was built in "
                 f"{self.manifest.kv_cache_dtype}; leave it out or build again."
             )
+        for name, size in sizes.items():
+            built = getattr(self.manifest, name)
+            if size not in (None, built):
+                raise EngineError(f"{name} is {size}, but {path} was built for {built}; leave it out or build again.")
         choices = tuned_choices(self._folder, where)
         watch.lap("open the engine")
         self.tokenizer_folder = _tokenizer_folder(path, tokenizer)
         opened = None if self.tokenizer_folder is None else Tokenizer.open(self.tokenizer_folder)
         watch.lap("open the tokenizer")
+        draft_engine = None
+        if speculation is not None:
+            config = _build_config(dtype, "auto", None, (), (), limits)
+            draft_engine = open_draft_engine(
+                speculation, config, where, self.manifest, opened, show_progress=show_progress
+            )
+            watch.lap("find or build the draft model")
         engine = start_engine(
             self._folder, choices, where, **limits,
             kv_cache_max_tokens=kv_cache_max_tokens,
@@ -155,7 +190,10 @@ class LLM:
             enable_block_reuse=enable_block_reuse,
             enable_chunked_prefill=enable_chunked_prefill,
             deterministic=deterministic,
+            speculation=speculation,
+            draft_engine=draft_engine,
             read_tokenizer=None if opened is None else opened.to_json,
+            plugins=plugins,
         )  # fmt: skip
         self.runtime_config = engine.config
         watch.lap("load the weights, reserve the KV cache")
@@ -165,6 +203,7 @@ class LLM:
             self.runtime_config.max_seq_len,
             self.manifest.eos_token_ids,
             self.manifest.generation,
+            self.manifest.hidden_size if self._folder.has_hidden_states else 0,
         )
         self.request_maker = RequestMaker(facts, opened, chat_template)
         gc.freeze()  # what is there now stays: to look through it again and again took 200 ms that all requests waited
@@ -231,7 +270,7 @@ class LLM:
         {"type": "function", "function": {"name": "…"}}. Each output's `content`, `reasoning` and `tool_calls` are what
         its `text` says. Raises RequestError for tools where the template shows no format that is read here.
         """
-        reader = AnswerReader(self.request_maker.chat_template, tools, tool_choice)
+        reader = AnswerReader(answer_format(self.request_maker.chat_template), tools, tool_choice)
         prompt = self.chat_prompt(messages, tools=reader.tools, **template_values)
         sampling = reader.sampling(self._params(sampling_params), prompt, self.tokenizer)
         return reader.read(self.generate(prompt, sampling, cache_salt=cache_salt))
@@ -264,11 +303,8 @@ class LLM:
         cache_salt: str = "",
     ) -> RequestOutput:
         """Like generate() for one prompt, from a coroutine; cancelling it aborts the request."""
-        async with contextlib.aclosing(self._follow(prompt, sampling_params, priority, cache_salt)) as steps:
-            async for handle in steps:
-                if handle.finished:
-                    return _raise_error(handle.output())
-        raise AssertionError("a request ended without its last event")
+        params = self._params(sampling_params)
+        return _raise_error(await self._last_output(prompt, params, priority, cache_salt))
 
     async def stream_async(
         self,
@@ -279,7 +315,8 @@ class LLM:
         cache_salt: str = "",
     ) -> AsyncIterator[RequestOutput]:
         """Like stream(), from a coroutine."""
-        async with contextlib.aclosing(self._follow(prompt, sampling_params, priority, cache_salt)) as steps:
+        params = self._params(sampling_params)
+        async with contextlib.aclosing(self._follow(prompt, params, priority, cache_salt)) as steps:
             async for handle in steps:
                 if handle.has_news or handle.finished:
                     yield _raise_error(handle.output())
@@ -295,7 +332,7 @@ class LLM:
         **template_values: Any,
     ) -> RequestOutput:
         """Like chat(), from a coroutine."""
-        reader = AnswerReader(self.request_maker.chat_template, tools, tool_choice)
+        reader = AnswerReader(answer_format(self.request_maker.chat_template), tools, tool_choice)
         prompt = self.chat_prompt(messages, tools=reader.tools, **template_values)
         sampling = reader.sampling(self._params(sampling_params), prompt, self.tokenizer)
         return reader.read(await self.generate_async(prompt, sampling, cache_salt=cache_salt))
@@ -310,6 +347,44 @@ class LLM:
         outputs = self.generate([prompts] if is_one else list(prompts), _SCORING)
         scores = [_score(_raise_error(output)) for output in outputs]
         return scores[0] if is_one else scores
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str = "mean",
+        dimensions: int | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        show_progress: bool = False,
+    ) -> Any:
+        """Given texts as vectors of length 1: an EmbeddingOutput for one prompt, a list of them for a list.
+
+        pooling: mean, of the last layer's normed hidden states over all tokens, or last, that of the last token.
+        dimensions: only so many of a vector's first numbers, for a model trained for it (arXiv:2205.13147).
+        Raises RequestError where one of them cannot be run.
+        """
+        is_one, kind = _is_one_prompt(prompts), _choice(Pooling, "pooling", pooling)
+        self.request_maker.check_embedding(dimensions)
+        texts: list[Any] = [prompts] if is_one else list(prompts)
+        outputs = self._run(texts, [kind] * len(texts), priority, cache_salt, show_progress)
+        vectors = [_embedding(_raise_error(output), dimensions) for output in outputs]
+        return vectors[0] if is_one else vectors
+
+    async def embed_async(
+        self,
+        prompt: Prompt,
+        *,
+        pooling: str = "mean",
+        dimensions: int | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> EmbeddingOutput:
+        """Like embed() for one prompt, from a coroutine; cancelling it aborts the request."""
+        kind = _choice(Pooling, "pooling", pooling)
+        self.request_maker.check_embedding(dimensions)
+        output = await self._last_output(prompt, kind, priority, cache_salt)
+        return _embedding(_raise_error(output), dimensions)
 
     # --- what it is ---
 
@@ -347,7 +422,7 @@ class LLM:
     def _run(
         self,
         prompts: list[Prompt],
-        params: list[SamplingParams],
+        params: Sequence[SamplingParams | Pooling],
         priority: int,
         cache_salt: str,
         show_progress: bool,
@@ -356,13 +431,13 @@ class LLM:
         handles: dict[int, Handle] = {}
         outputs: dict[int, RequestOutput] = {}
         try:
-            for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+            for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
 
                 def sink(event: TokenEvent, index: int = index) -> None:
                     events.put((index, event))
 
                 try:
-                    handles[index] = self._start(prompt, sampling, priority, cache_salt, sink)
+                    handles[index] = self._start(prompt, wanted, priority, cache_salt, sink)
                 except RequestError as error:
                     outputs[index] = _refused(prompt, str(error))
             with progress_bar(show_progress) as progress:
@@ -378,8 +453,17 @@ class LLM:
                 handle.abort()
         return [outputs[index] for index in range(len(prompts))]
 
+    async def _last_output(
+        self, prompt: Prompt, params: SamplingParams | Pooling, priority: int, cache_salt: str
+    ) -> RequestOutput:
+        async with contextlib.aclosing(self._follow(prompt, params, priority, cache_salt)) as steps:
+            async for handle in steps:
+                if handle.finished:
+                    return handle.output()
+        raise AssertionError("a request ended without its last event")
+
     async def _follow(
-        self, prompt: Prompt, sampling_params: SamplingParams | None, priority: int, cache_salt: str
+        self, prompt: Prompt, params: SamplingParams | Pooling, priority: int, cache_salt: str
     ) -> AsyncGenerator[Handle, None]:
         """Start a request and yield its handle after each of its events; closed early, it aborts the request."""
         import asyncio
@@ -390,7 +474,7 @@ class LLM:
         def sink(event: TokenEvent) -> None:
             here.call_soon_threadsafe(events.put_nowait, event)
 
-        handle = self._start(prompt, self._params(sampling_params), priority, cache_salt, sink)
+        handle = self._start(prompt, params, priority, cache_salt, sink)
         try:
             while not handle.finished:
                 handle.push(await events.get())
@@ -401,18 +485,26 @@ class LLM:
     def _start(
         self,
         prompt: Prompt,
-        sampling: SamplingParams,
+        params: SamplingParams | Pooling,
         priority: int,
         cache_salt: str,
         sink: Callable[[TokenEvent], None],
     ) -> Handle:
         """Validate at the edge, once, and hand the request to the engine."""
-        maker = self.request_maker
-        request = maker.request(str(next(self._ids)), maker.encode(prompt), sampling, priority, cache_salt)
         text = prompt if isinstance(prompt, str) else None
-        handle = make_handle(self.loop, maker.optional_tokenizer, text, request, sink)
+        request = self._request(prompt, params, priority, cache_salt)
+        handle = make_handle(self.loop, self.request_maker.optional_tokenizer, text, request, sink)
         handle.start()
         return handle
+
+    def _request(
+        self, prompt: Prompt, params: SamplingParams | Pooling, priority: int, cache_salt: str
+    ) -> GenerateRequest:
+        maker, request_id = self.request_maker, str(next(self._ids))
+        token_ids = maker.encode(prompt)
+        if isinstance(params, Pooling):
+            return maker.pooling_request(request_id, token_ids, params, priority, cache_salt)
+        return maker.request(request_id, token_ids, params, priority, cache_salt)
 
     def _params(self, sampling_params: Any) -> SamplingParams:
         """Those of one request. Raises RequestError for what is no SamplingParams."""
@@ -434,7 +526,14 @@ def _windows(asked: int | Sequence[int] | None) -> Sequence[int]:
     return () if asked is None else (asked,) if isinstance(asked, int) else asked
 
 
-def _given_engine(path: Path, disabled_passes: Sequence[str], extra_passes: Sequence[str]) -> Path:
+def _given_engine(
+    path: Path, disabled_passes: Sequence[str], extra_passes: Sequence[str], quantization: str | None
+) -> Path:
+    if quantization is not None:
+        raise EngineError(
+            f"{path} is built already, so its weights cannot be rounded to {quantization}; leave quantization out, or "
+            "give the model."
+        )
     if disabled_passes or extra_passes:
         raise EngineError(f"{path} is built already, so its passes cannot be changed; leave them out or build again.")
     return path
@@ -443,19 +542,25 @@ def _given_engine(path: Path, disabled_passes: Sequence[str], extra_passes: Sequ
 def _build_config(
     dtype: str,
     kv_cache_dtype: str,
+    quantization: str | None,
     disabled_passes: Sequence[str],
     extra_passes: Sequence[str],
     limits: Mapping[str, int | None],
+    sizes: Mapping[str, int | None] = {},
 ) -> BuildConfig:
     """Only limits above the default ones make another engine; a run may always stay below what was built."""
     default = BuildConfig(
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
+        quantization=quantization,
         disabled_passes=tuple(disabled_passes),
         extra_passes=tuple(extra_passes),
     )
     return replace(
         default,
+        tp_size=sizes.get("tp_size") or 1,
+        pp_size=sizes.get("pp_size") or 1,
+        moe_ep_size=sizes.get("moe_ep_size") or 1,
         max_batch_size=max(default.max_batch_size, limits["max_batch_size"] or 0),
         max_num_tokens=max(default.max_num_tokens, limits["max_num_tokens"] or 0, limits["max_batch_size"] or 0),
     )
@@ -494,6 +599,11 @@ def _raise_error(output: RequestOutput) -> RequestOutput:
     if output.error is not None:
         raise RequestError(output.error)
     return output
+
+
+def _embedding(output: RequestOutput, dimensions: int | None) -> EmbeddingOutput:
+    assert output.vector is not None
+    return EmbeddingOutput(output.prompt_token_ids, embedding_of(output.vector, dimensions))
 
 
 def _score(output: RequestOutput) -> ScoreOutput:

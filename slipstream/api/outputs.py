@@ -35,6 +35,7 @@ class RequestOutput:
     finished: bool = False
     num_cached_tokens: int = 0  # prompt tokens that were not computed again
     error: str | None = None  # why this request failed, where others of its batch went on
+    vector: bytes | None = None  # instead of outputs, of a request that pools: hidden_size numbers in float32
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,16 @@ from numbers import Integral
 from typing import Any
 
 from slipstream.errors import ModelError, RequestError
-from slipstream.schema.request import GenerateRequest
-from slipstream.schema.sampling import SamplingParams
+from slipstream.schema.guided import has_lone_surrogate
+from slipstream.schema.request import GenerateRequest, Pooling
+from slipstream.schema.sampling import LARGEST_INTEGER, SamplingParams
 from slipstream.text.chat import render_chat
 from slipstream.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
+_NOTHING_SAMPLED = SamplingParams(max_tokens=1)
 _SAMPLING_NAMES = {field.name for field in fields(SamplingParams)}
 
 
@@ -27,6 +29,7 @@ class ModelFacts:
     max_seq_len: int
     eos_token_ids: frozenset[int] = frozenset()
     generation: dict[str, Any] = field(default_factory=dict)  # generation_config.json
+    hidden_size: int = 0  # of vectors; 0 where the engine has none to give
 
 
 class RequestMaker:
@@ -64,7 +67,7 @@ class RequestMaker:
             return tuple(token_ids)
         return tuple(self._vocabulary_id("prompt token id", token_id) for token_id in token_ids)
 
-    def chat_prompt(self, messages: Sequence[Message], **template_values: Any) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message], /, **template_values: Any) -> list[int]:
         """A conversation as token ids, ending where the answer begins. Other names go to the chat template."""
         for name in template_values:
             if name in _SAMPLING_NAMES:
@@ -93,10 +96,7 @@ class RequestMaker:
                 f"The prompt has {len(token_ids)} tokens and a sequence holds {longest}; "
                 f"shorten it to {longest - 1} or raise max_seq_len."
             )
-        if type(priority) is not int or not isinstance(cache_salt, str):
-            raise RequestError(
-                f"priority is {priority!r} and cache_salt {cache_salt!r}; they must be a whole number and a string."
-            )
+        _check_place(priority, cache_salt)
         if sampling.stop:
             _ = self.tokenizer  # without one there is no text to find a stop string in: say so
         for token_id in sampling.stop_token_ids:
@@ -115,6 +115,31 @@ class RequestMaker:
             priority=priority,
             cache_salt=cache_salt,
         )
+
+    def pooling_request(
+        self, request_id: str, token_ids: tuple[int, ...], pooling: Pooling, priority: int = 0, cache_salt: str = ""
+    ) -> GenerateRequest:
+        """One that ends with a vector, where check_embedding finds nothing wrong. Raises RequestError."""
+        if len(token_ids) > self.facts.max_seq_len:
+            raise RequestError(
+                f"The text has {len(token_ids)} tokens and a sequence holds {self.facts.max_seq_len}; shorten it."
+            )
+        _check_place(priority, cache_salt)
+        return GenerateRequest(
+            request_id, token_ids, _NOTHING_SAMPLED, seed=0, max_tokens=1, priority=priority, cache_salt=cache_salt,
+            pooling=pooling,
+        )  # fmt: skip
+
+    def check_embedding(self, dimensions: int | None) -> None:
+        """Raises RequestError for more numbers than a vector has, or none, and where the engine gives no vectors."""
+        largest = self.facts.hidden_size
+        if not largest:
+            raise RequestError(
+                f"The engine of {self.facts.name} gives logits alone, and vectors are made of hidden states; build it "
+                "again with this version."
+            )
+        if dimensions is not None and (type(dimensions) is not int or not 1 <= dimensions <= largest):
+            raise RequestError(f"dimensions is {dimensions!r}; a vector of {self.facts.name} has 1 to {largest}.")
 
     def _vocabulary_id(self, what: str, token_id: Any) -> int:
         size = self.facts.vocab_size
@@ -137,6 +162,13 @@ def default_sampling(generation: Mapping[str, Any]) -> SamplingParams:
         for filter_name in ("top_k", "top_p", "min_p", "typical_p"):
             values.pop(filter_name, None)
     return SamplingParams(**values)
+
+
+def _check_place(priority: Any, cache_salt: Any) -> None:
+    if type(priority) is not int or abs(priority) > LARGEST_INTEGER:
+        raise RequestError(f"priority is {priority!r}; it must be a whole number of at most {LARGEST_INTEGER}.")
+    if not isinstance(cache_salt, str) or has_lone_surrogate(cache_salt):
+        raise RequestError(f"cache_salt is {cache_salt!r}; it must be a string of valid Unicode.")
 
 
 def _token(tokenizer: Tokenizer, token_id: int | None) -> str | None:

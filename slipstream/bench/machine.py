@@ -1,6 +1,6 @@
 """What a device can do, measured: the bytes that it moves in a second and the products it computes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -11,7 +11,10 @@ from slipstream.build.timing import made_up, time_kernels
 from slipstream.build.tune import describe_device
 from slipstream.engine.graph import TensorType
 from slipstream.kernels.costs import Work
+from slipstream.kernels.linear.panels import ROWS
 from slipstream.kernels.registry import Kernel, known_ops
+
+Kind = tuple[tuple[int, ...], str] | None  # of a tensor: shape and dtype
 
 # Far beyond any cache; and large enough that a product's rate no longer grows.
 READ_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -46,14 +49,23 @@ def measure_machine(dtype: str, device: torch.device) -> Machine:
     read = num_bytes / _seconds(_candidates("linear", dtype, device), [row, matrix, None], {}, device)
     flops = 2 * size**3
     products = {dtype: flops / _seconds(_candidates("linear", dtype, device), [square, square, None], {}, device)}
-    for op, narrow in (("linear_fp8", "float8_e4m3fn"), ("linear_w8a8", "int8")):
+    for op, narrow, weight, how in _narrow_products(size, dtype):
         kernels = _candidates(op, dtype, device)
         del kernels["reference"]  # which multiplies float32
         if kernels:
-            numbers, scales = ((size, size), narrow), ((size, 1), "float32")
-            how = {"group_size": 0, "input_group_size": 0, "dtype": dtype}
-            products[narrow] = flops / _seconds(kernels, [numbers, scales, numbers, scales, None], how, device)
+            x = [((size, size), narrow), ((size, 1), "float32")]
+            rate = flops / _seconds(kernels, [*x, *weight], how, device)
+            products[narrow] = max(rate, products.get(narrow, 0.0))
     return Machine(describe_device(device), read, _copy_rate(num_bytes, device), products)
+
+
+def _narrow_products(size: int, dtype: str) -> Iterator[tuple[str, str, list[Kind], dict[str, object]]]:
+    """Ops on 8 bits: what they multiply, their arguments after x and its scales, and their attributes."""
+    how = {"group_size": 0, "input_group_size": 0}
+    for op, narrow in (("linear_fp8", "float8_e4m3fn"), ("linear_w8a8", "int8")):
+        yield op, narrow, [((size, size), narrow), ((size, 1), "float32"), None], {**how, "dtype": dtype}
+    panels, scales = ((size // ROWS, size * ROWS), "uint8"), ((size // ROWS, ROWS), "float32")
+    yield "linear_panels", "int8", [panels, scales, None, None], {"bits": 8, **how, "num_out": size}
 
 
 def _candidates(op: str, dtype: str, device: torch.device) -> dict[str, Kernel]:
@@ -62,7 +74,7 @@ def _candidates(op: str, dtype: str, device: torch.device) -> dict[str, Kernel]:
 
 def _seconds(
     kernels: Mapping[str, Kernel],
-    kinds: list[tuple[tuple[int, ...], str] | None],
+    kinds: Sequence[Kind],
     attributes: Mapping[str, object],
     device: torch.device,
 ) -> float:

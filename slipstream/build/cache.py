@@ -16,18 +16,21 @@ import torch
 import slipstream
 from slipstream.build import build, resolve_limits
 from slipstream.build.extensions import digest_of_sources
-from slipstream.build.kept import cache_folder, keep_compiled_kernels
+from slipstream.build.kept import keep_compiled_kernels
 from slipstream.build.tune import describe_device, tune
 from slipstream.checkpoint import Source, open_checkpoint
+from slipstream.checkpoint.convert import OWN_BITS
 from slipstream.engine.choices import Choices, load_choices
 from slipstream.engine.folder import CACHE_FILE, Engine
 from slipstream.errors import BuildError, UsageError
+from slipstream.kernels.cpu.library import library
 from slipstream.progress import Progress
 from slipstream.schema.build import BuildConfig
+from slipstream.schema.folders import cache_folder
 
 KEPT_PER_MODEL = 3
 # Folders of the package whose code shapes an engine.
-_BUILD_FOLDERS = ("kernels", "layers", "models", "checkpoint", "build", "engine", "schema", "text")
+_BUILD_FOLDERS = ("kernels", "layers", "models", "checkpoint", "build", "engine", "quantize", "schema", "text")
 
 
 def cached_engine(
@@ -37,6 +40,7 @@ def cached_engine(
 
     at_most: the max_seq_len of this run, refused before a build where the model has fewer positions.
     """
+    config = replace(config, quantization=quantization_for(source, config, device))
     name = "".join(c if c.isalnum() or c in "-._" else "-" for c in source.name)[:80]
     parent = cache_folder() / "engines"
     folder = parent / f"{name}-{_key(source, config, device)}"
@@ -74,6 +78,12 @@ def dtype_for(requested: str, device: torch.device) -> str:
     return "float32" if requested == "auto" and device.type == "cpu" else requested
 
 
+def quantization_for(source: Source, config: BuildConfig, device: torch.device) -> str | None:
+    """What is asked for; for a GGUF file on a CPU with kernels, where neither that nor a dtype is, its own bits."""
+    is_open = source.kind == "gguf" and config.quantization is None and config.dtype == "auto"
+    return OWN_BITS if is_open and device.type == "cpu" and library() is not None else config.quantization
+
+
 def tuned_choices(engine: Engine, device: torch.device) -> Choices:
     """The engine's kernel choices if they were measured on this device; otherwise measured now and stored."""
     path = engine.path / CACHE_FILE
@@ -105,7 +115,7 @@ def _scratch_folder(parent: Path) -> Iterator[Path]:
 
 def _key(source: Source, config: BuildConfig, device: torch.device) -> str:
     facts = {
-        "source": _fingerprint(source),
+        "source": source.fingerprint(),
         "config": asdict(config),
         "dtype": dtype_for(config.dtype, device),
         "device": device.type,
@@ -115,12 +125,6 @@ def _key(source: Source, config: BuildConfig, device: torch.device) -> str:
         "torch": torch.__version__,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _fingerprint(source: Source) -> list[tuple[str, int, int]]:
-    """Path, size and time of every file of the model; weights are too large to hash at each start."""
-    files = sorted(source.path.iterdir()) if source.path.is_dir() else [source.path]
-    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 @cache

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from slipstream.build.passes.last_token import ROW_WISE
 from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.engine.shapes import infer_types
 from slipstream.errors import BuildError
@@ -36,8 +37,8 @@ class Captured:
 def capture(model_class: Any, config: DecoderConfig, dtype: str, tokens_per_block: int) -> Captured:
     """Record one step of a model over T tokens of S sequences.
 
-    The graph's inputs are the StepTensors ("step.token_ids", ...) and each layer's cache ("kv.0", ...); its output
-    is the logits of all T tokens, [T, vocab_size].
+    The graph's inputs are the StepTensors ("step.token_ids", ...) and each layer's cache ("kv.0", ...); its outputs
+    are the logits of all T tokens, [T, vocab_size], and the hidden states that they are made of, [T, hidden_size].
     """
     with torch.device("meta"):
         model = model_class(config)
@@ -46,8 +47,20 @@ def capture(model_class: Any, config: DecoderConfig, dtype: str, tokens_per_bloc
     exported = _export(model, config, getattr(torch, dtype), tokens_per_block)
     graph = _Translator(exported, model, config, dtype, tokens_per_block).graph()
     graph.types = infer_types(graph)
+    graph.outputs += _hidden_states(graph)
     graph.check()
     return Captured(graph, constants)
+
+
+def _hidden_states(graph: Graph) -> tuple[str, ...]:
+    """What the head reads, which embeddings are made of; nothing where the logits do not come from a linear head."""
+    producers = graph.producers()
+    node = producers.get(graph.outputs[0])
+    while node is not None and node.op in ROW_WISE:
+        node = producers.get(str(node.inputs[0]))
+    if node is None or node.op != "linear" or graph.types[str(node.inputs[0])].shape[0] != "T":
+        return ()
+    return (str(node.inputs[0]),)
 
 
 def _to_meta(model: nn.Module, dtype: torch.dtype) -> nn.Module:

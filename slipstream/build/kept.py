@@ -1,14 +1,9 @@
-"""The folder on this machine where we keep what can be made again: engines, and the kernels that Triton compiled."""
+"""Triton's binaries are kept where we keep what can be made again."""
 
 import contextlib
 import os
-from pathlib import Path
 
-
-def cache_folder() -> Path:
-    """$SLIPSTREAM_CACHE, or the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slipstream"
-    return Path(os.environ.get("SLIPSTREAM_CACHE") or default)
+from slipstream.schema.folders import cache_folder
 
 
 def keep_compiled_kernels() -> None:

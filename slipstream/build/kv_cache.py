@@ -1,8 +1,9 @@
-"""The KV cache in 8 bits: its scales, and the lowering that gives them to the ops.
+"""The KV cache in fewer bits: the lowering, and the scales of 8 bits that it gives to the ops.
 
 Passes before the lowering see caches as the model file has them, in the engine's dtype, so none of them knows of this.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -12,36 +13,37 @@ from slipstream.checkpoint.kv_cache import KVCache
 from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.errors import BuildError
 from slipstream.kernels.registry import known_ops
+from slipstream.schema.build import KV_DTYPES
 from slipstream.schema.model import DecoderConfig
 
 
 def kv_scales(cache: KVCache, config: DecoderConfig) -> dict[str, Tensor]:
-    """Each cache's scales [planes, heads], by the names that they have as weights: the model's own, or 1."""
+    """Scales [planes, heads] of each cache in 8 bits, by the names that they have as weights: the model's own, or 1."""
     ones = torch.ones(config.kv_planes, config.num_kv_heads)
-    layers = range(config.num_layers if cache.dtype else 0)
-    return {_scales(f"kv.{layer}"): cache.scales.get(layer, ones) for layer in layers}
+    layers = cache.layers(config.num_layers) if cache.dtype in KV_DTYPES.values() else []
+    return {scales_of(f"kv.{layer}"): cache.scales.get(layer, ones) for layer in layers}
 
 
-def _scales(cache: str) -> str:
+def scales_of(cache: str) -> str:
     return f"{cache}.scales"
 
 
 class QuantizeKV:
     name = "quantize_kv"
-    benefit = "keys and values in 8 bits: twice as many tokens fit, and each step reads half as much of them"
+    benefit = "keys and values in fewer bits: more tokens fit, and each step reads less of them"
 
     def run(self, graph: Graph) -> int:
-        caches = [name for name in graph.inputs if name.startswith("kv.")] if graph.kv_dtype else []
-        for cache in caches:
+        for cache, dtype in graph.kv_dtypes.items():
             kind = graph.inputs[cache]
-            graph.inputs[cache] = graph.types[cache] = replace(kind, dtype=graph.kv_dtype)
-            scales = TensorType((kind.shape[0], kind.shape[3]), "float32")
-            graph.weights[_scales(cache)] = graph.types[_scales(cache)] = scales
-        graph.nodes[:] = [_with_scales(node, set(caches)) for node in graph.nodes]
-        return len(caches)
+            graph.inputs[cache] = graph.types[cache] = replace(kind, dtype=dtype)
+            if dtype in KV_DTYPES.values():
+                scales = TensorType((kind.shape[0], kind.shape[3]), "float32")
+                graph.weights[scales_of(cache)] = graph.types[scales_of(cache)] = scales
+        graph.nodes[:] = [_with_scales(node, graph.kv_dtypes.keys(), graph.weights.keys()) for node in graph.nodes]
+        return len(graph.kv_dtypes)
 
 
-def _with_scales(node: Node, caches: set[str]) -> Node:
+def _with_scales(node: Node, caches: Collection[str], weights: Collection[str]) -> Node:
     cache = next((name for name in node.inputs if name in caches), None)
     if cache is None:
         return node
@@ -50,7 +52,8 @@ def _with_scales(node: Node, caches: set[str]) -> Node:
         raise BuildError(
             f"the op {node.op} reads KV caches and takes no kv_scales; build with the kv_cache_dtype of the engine."
         )
-    inputs = [_scales(cache) if name == "kv_scales" else given for name, given in zip(names, node.inputs, strict=True)]
+    scales = scales_of(cache) if scales_of(cache) in weights else None  # 16 bits have none
+    inputs = [scales if name == "kv_scales" else given for name, given in zip(names, node.inputs, strict=True)]
     return replace(node, inputs=tuple(inputs))
 
 

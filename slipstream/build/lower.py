@@ -40,7 +40,7 @@ class _Lowering:
         weights = self._weights(node)
         formats = {self._graph.formats.get(name) for name in weights}
         format = formats.pop() if len(formats) == 1 else None
-        if format is None or (node.op == "experts" and format.order):
+        if format is None or (node.op == "experts" and (format.order or format.kind not in packed_experts.OPS)):
             self.nodes.append(node)
             return
         self.num_lowered += 1
@@ -54,7 +54,8 @@ class _Lowering:
         inputs |= self._parts(weights, format)
         attributes = asdict(format) | {"dtype": self._graph.types[node.outputs[0]].dtype}
         if format.kind in QUANTIZES_ACTIVATIONS:
-            inputs["x"], inputs["x_scale"] = self._quantize(str(inputs["x"]), format.kind, attributes)
+            rounding = QUANTIZES_ACTIVATIONS[format.kind]
+            inputs["x"], inputs["x_scale"] = self._quantize(str(inputs["x"]), rounding, attributes)
         self.nodes.append(_call(f"linear_{format.kind}", inputs, node.outputs, attributes))
 
     def _lower_experts(self, node: Node, weights: tuple[str, ...], format: WeightFormat) -> None:
@@ -78,13 +79,9 @@ class _Lowering:
 
     def _parts(self, weights: tuple[str, ...], format: WeightFormat) -> dict[str, str]:
         found = {}
-        for weight in weights:
-            sizes = (int(size) for size in self._graph.weights[weight].shape)
-            for part, (shape, dtype) in format.parts(*sizes).items():
-                kind = TensorType(shape, dtype)
-                self._graph.weights[f"{weight}.{part}"] = self._graph.types[f"{weight}.{part}"] = kind
+        stored = [stored_parts(self._graph, weight, format) for weight in weights]
         for part in format.parts(1, 1):
-            names = tuple(f"{weight}.{part}" for weight in weights)
+            names = tuple(each[part] for each in stored)
             is_shared = part == "order"  # of one format, so they are equal
             found[part] = names[0] if is_shared or len(names) == 1 else self._make("concat", names, {})[0]
         return found
@@ -102,6 +99,15 @@ class _Lowering:
         self.nodes.append(Node(op, inputs, outputs, attributes))
         self._graph.types |= infer_node(self.nodes[-1], self._graph.types)
         return outputs
+
+
+def stored_parts(graph: Graph, weight: str, format: WeightFormat) -> dict[str, str]:
+    """What a packed weight is stored as, part by part: weights of the graph from now on."""
+    sizes = (int(size) for size in graph.types[weight].shape)
+    found = {part: f"{weight}.{part}" for part in format.parts(1, 1)}
+    for part, (shape, dtype) in format.parts(*sizes).items():
+        graph.weights[found[part]] = graph.types[found[part]] = TensorType(shape, dtype)
+    return found
 
 
 def _call(name: str, inputs: dict[str, str | None], outputs: tuple[str, ...], attributes: dict[str, Any]) -> Node:

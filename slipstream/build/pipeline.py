@@ -16,6 +16,7 @@ from slipstream.build.passes import (
     fuse_qkv,
     fuse_rope_kv_write,
     last_token,
+    pack_panels,
     renumber,
     share_weights,
 )
@@ -55,6 +56,7 @@ LOWERING: tuple[Pass, ...] = (
     # what quantized products read is quantized where it is made
     fuse_norm_quant.PASS,
     fuse_act_quant.PASS,
+    pack_panels.PASS,
 )
 
 CLEAN_UP: tuple[Pass, ...] = (
@@ -75,11 +77,13 @@ class PassReport:
 
 
 def run_pipeline(
-    graph: Graph, *, promised: tuple[str, ...], disabled: tuple[str, ...], extra: Sequence[Pass] = ()
-) -> list[PassReport]:
+    graph: Graph, *, promised: tuple[str, ...], disabled: tuple[str, ...], extra: Sequence[Pass] = (),
+    sharing: Sequence[Pass] = (),
+) -> list[PassReport]:  # fmt: skip
     """Rewrite a captured graph in place into one that an engine may hold.
 
     `promised` names the passes the model file vouches for: one that finds nothing is an error, not a log line.
+    `sharing` makes it one rank's graph, before anything else (build/stages.py, build/shard.py).
     `extra` are a user's own: they see what the fusions made, and lowering and clean-up see what they made.
     """
     known = [each.name for each in (*FUSIONS, *LOWERING)]
@@ -87,7 +91,8 @@ def run_pipeline(
         if name not in known:
             raise BuildError(f"no pass to disable is called {name!r}; the passes are {', '.join(known)}.")
     verify(graph, CAPTURED)
-    reports = [_run(each, graph) for each in FUSIONS if each.name not in disabled]
+    reports = [_run(each, graph) for each in sharing]
+    reports += [_run(each, graph) for each in FUSIONS if each.name not in disabled]
     verify(graph, REWRITTEN)
     for report in reports:
         # Parts stored in different formats cannot be joined; a model that is not quantized has no such excuse.

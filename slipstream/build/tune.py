@@ -12,6 +12,7 @@ from slipstream.build.kept import keep_compiled_kernels
 from slipstream.build.timing import arguments_of, cold_copies, made_up, time_kernels
 from slipstream.engine.choices import ROW_BUCKETS, Choices, key_of
 from slipstream.engine.graph import Graph, Node
+from slipstream.kernels.cpu.library import NativeKernel, describe
 from slipstream.kernels.registry import Kernel, known_ops
 from slipstream.schema.build import PLUGINS
 
@@ -23,7 +24,7 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return f"{name}; torch {torch.__version__}; CUDA {torch.version.cuda}"
-    return f"{_processor()}; {torch.get_num_threads()} threads; torch {torch.__version__}"
+    return f"{_processor()}; {torch.get_num_threads()} threads; torch {torch.__version__}; {describe()}"
 
 
 @cache
@@ -61,7 +62,7 @@ def tune(
         key = key_of(node, graph.types)
         if any(fnmatchcase(node.op, pattern) for pattern in plain):
             kernels[key] = ["reference"] * len(ROW_BUCKETS)
-        elif _is_measurable(node, graph) and len(_candidates(node, graph, device)) > 1:
+        elif _is_measurable(node, graph) and _has_choice(_candidates(node, graph, device)):
             if key in known:
                 kernels[key] = list(known[key])
             elif measure:
@@ -78,6 +79,11 @@ def tune(
 def _candidates(node: Node, graph: Graph, device: torch.device) -> dict[str, Kernel]:
     dtype = getattr(torch, graph.types[node.outputs[0]].dtype) if node.outputs else torch.float32
     return known_ops()[node.op].candidates(device, dtype)
+
+
+def _has_choice(candidates: dict[str, Kernel]) -> bool:
+    """A native kernel is taken wherever it runs: what it saves is the way from one op to the next."""
+    return len(candidates) > 1 and not isinstance(list(candidates.values())[-1].function, NativeKernel)
 
 
 def _rows(node: Node, graph: Graph) -> int | str:

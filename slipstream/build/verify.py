@@ -14,22 +14,30 @@ FINAL = "final"  # what an engine holds
 _MADE_BY_PASSES = {
     "add_layer_norm",
     "add_rms_norm",
+    "all_gather",
+    "all_reduce",
     "concat",
+    "embedding_part",
     "gelu_and_mul",
+    "local_experts",
+    "receive",
     "rope_kv_write",
     "select_rows",
+    "send",
     "silu_and_mul",
     "split",
 }
 # Ops of a format, which lowering makes: the fusions, and a user's passes, see dense linears alone.
 _MADE_BY_LOWERING = {
     *(f"linear_{kind}" for kind in PACKED_DTYPES),
-    *(f"quantize_{kind}" for kind in QUANTIZES_ACTIVATIONS),
+    *(f"quantize_{kind}" for kind in QUANTIZES_ACTIVATIONS.values()),
     "add_layer_norm_quantize",
     "add_rms_norm_quantize",
+    "embedding_panels",
     "gelu_and_mul_quantize",
     "gelu_quantize",
     "layer_norm_quantize",
+    "linear_panels",
     "rms_norm_quantize",
     "silu_and_mul_quantize",
 }

@@ -15,7 +15,7 @@ from slipstream.checkpoint.kv_cache import KVCache
 from slipstream.checkpoint.layouts import Recipe, Shapes, from_hugging_face, pattern, renamed
 from slipstream.checkpoint.own_model import OwnModel
 from slipstream.checkpoint.packed import PackedTensors, open_packed
-from slipstream.checkpoint.quantized import open_quantized
+from slipstream.checkpoint.quantized import LAYOUTS, open_quantized
 from slipstream.checkpoint.source import Source, resolve
 from slipstream.checkpoint.tensors import ShardedTensors, TensorSource
 from slipstream.checkpoint.tokenizer_files import copy_tokenizer, write_gguf_tokenizer
@@ -29,7 +29,8 @@ from slipstream.schema.format import WeightFormat
 from slipstream.schema.model import DecoderConfig
 from slipstream.schema.weights import WeightTable
 
-OUTPUT_FORMATS = ("slipstream", "hf")
+OWN_BITS = "gguf"  # a quantization that is none
+OUTPUT_FORMATS = ("slipstream", "hf", *LAYOUTS)
 
 
 def convert(
@@ -45,7 +46,8 @@ def convert(
     """Write a model as a checkpoint folder. dtype "auto" keeps the dtype the model was published in.
 
     kv_cache_dtype: how its engines keep keys and values: fp8, int8 or the dtype; "auto" is what the model says.
-    output_format: slipstream, or hf for a Hugging Face folder (packed weights in it are compressed-tensors).
+    output_format: slipstream, or hf for a Hugging Face folder, in which packed weights are stored as their kind mostly
+    is; or the name of a layout of these: awq, compressed-tensors, fp8, gptq.
     own_model: the user's own model file, for an architecture that is not one of ours.
     """
     if output_format not in OUTPUT_FORMATS:
@@ -64,10 +66,11 @@ def convert(
         progress("convert", written, total)
 
     try:
-        if output_format == "hf":
-            save_hugging_face(checkpoint, Path(output_dir), count)
-        else:
+        if output_format == "slipstream":
             checkpoint.save(Path(output_dir), count)
+        else:
+            layout = "" if output_format == "hf" else output_format
+            save_hugging_face(checkpoint, Path(output_dir), count, layout=layout)
     finally:
         checkpoint.close()
 
@@ -121,9 +124,15 @@ def _open(
 ) -> Checkpoint:
     """weights: what the source calls them, where that is not what Hugging Face does."""
     try:
-        model, config = read_config(options, str(source.path), _own(source))
+        own = _own(source)
+        model, config = read_config(options, str(source.path), own)
+        table = weights or model.WEIGHTS
+        if not config.tie_word_embeddings and _lacks_its_head(table, tensors.names()):
+            warnings.warn(f"{source.path} has no head: it is for embeddings, its texts mean nothing.", stacklevel=2)
+            options = options | {"tie_word_embeddings": True}
+            model, config = read_config(options, str(source.path), own)
         shapes = shapes_of(model, config, source.path)
-        recipes = find_weights(model, weights or model.WEIGHTS, config, shapes, tensors.names(), source.path)
+        recipes = find_weights(model, table, config, shapes, tensors.names(), source.path)
         check_shapes(shapes, recipes, tensors, source.path)
         kv_cache = kv_cache_of(tensors, config, source.path)
     except BaseException:
@@ -132,10 +141,23 @@ def _open(
     if dtype == "auto":
         dtype = published_dtype(options)
     generation = {"eos_token_id": options.get("eos_token_id"), "bos_token_id": options.get("bos_token_id")} | generation
+    generation["eos_token_id"] = _known_ends(generation["eos_token_id"], config.vocab_size, source)
     return Checkpoint(
         source.name, options, config, model, dtype, generation, tensors, shapes, recipes, write_tokenizer,
         formats_of(recipes, tensors), kv_cache,
     )  # fmt: skip
+
+
+def _known_ends(value: Any, vocab_size: int, source: Source) -> Any:
+    """Small models of a large one's config name ends of text that their vocabulary does not reach."""
+    values = value if isinstance(value, list) else [value]
+    beyond = [each for each in values if type(each) is int and each >= vocab_size]
+    if not beyond:
+        return value
+    named = ", ".join(map(str, beyond))
+    warnings.warn(f"{source.path}: eos_token_id {named} is not in the vocabulary of {vocab_size} and ends no text.",
+                  stacklevel=3)  # fmt: skip
+    return [each for each in values if each not in beyond]
 
 
 def _open_ours(source: Source, dtype: str) -> Checkpoint:
@@ -176,12 +198,15 @@ def _open_parts(tensors: TensorSource, description: dict[str, Any], shapes: Shap
     if kv_dtype not in ("", *KV_DTYPES.values()):
         known = ", ".join(KV_DTYPES.values())
         raise CorruptFile(f"{where}/config.json: kv_dtype is {kv_dtype!r}; it must be one of {known}, or empty.")
+    skipped = description.get("kv_skip_layers", [])
+    if not isinstance(skipped, list) or not all(type(layer) is int for layer in skipped):
+        raise CorruptFile(f"{where}/config.json: kv_skip_layers is {str(skipped)[:80]!r}; it must be layers.")
     if not isinstance(entries, dict):
         raise CorruptFile(f"{where}/config.json: formats is {str(entries)[:80]!r}; it must be an object.")
     if not entries and not kv_dtype:
         return tensors
     formats = {name: WeightFormat.from_dict(values, f"{where}/config.json") for name, values in entries.items()}
-    return open_packed(tensors, formats, shapes, kv_dtype, str(where))
+    return open_packed(tensors, formats, shapes, kv_dtype, skipped, str(where))
 
 
 def formats_of(recipes: dict[str, Recipe], tensors: TensorSource) -> dict[str, WeightFormat]:
@@ -204,6 +229,14 @@ def formats_of(recipes: dict[str, Recipe], tensors: TensorSource) -> dict[str, W
             stacklevel=2,
         )
     return formats
+
+
+def in_own_bits(checkpoint: Checkpoint) -> Checkpoint:
+    """A GGUF file whose products keep its numbers, where we have a format for them; the others are dequantized."""
+    if not isinstance(checkpoint.weights, GGUFModel):
+        raise ModelError(f"{checkpoint.name} is no GGUF file; quantization {OWN_BITS} is for these.")
+    weights = checkpoint.weights.packed()
+    return replace(checkpoint, weights=weights, formats=formats_of(checkpoint.recipes, weights))
 
 
 def kv_cache_of(tensors: TensorSource, config: DecoderConfig, where: Path) -> KVCache:
@@ -232,7 +265,12 @@ def find_weights(
     model: ModelFile, weights: WeightTable, config: DecoderConfig, shapes: Shapes, found: Iterable[str], where: Path
 ) -> dict[str, Recipe]:
     """How each of our weights is made of the source's tensors; a name that no line of `weights` knows is an error."""
-    ignored = [pattern(name) for name in model.IGNORED_WEIGHTS]
+    found, ignored_names = list(found), model.IGNORED_WEIGHTS
+    if _is_body(weights, found):
+        prefix = _prefix(weights)
+        weights = {name.removeprefix(prefix): layout for name, layout in weights.items()}
+        ignored_names = tuple(name.removeprefix(prefix) for name in ignored_names)
+    ignored = [pattern(name) for name in ignored_names]
     found = [name for name in found if not any(each.fullmatch(name) for each in ignored)]
     recipes, left_over = from_hugging_face(weights, config, shapes, found, str(where))
     if left_over:
@@ -241,6 +279,23 @@ def find_weights(
     if config.tie_word_embeddings:
         recipes.pop("lm_head.weight", None)
     return recipes
+
+
+def _is_body(weights: WeightTable, found: Iterable[str]) -> bool:
+    """Whether the names are those that AutoModel saves, as of the first GPT-2 and of models for embeddings: a model
+    without its head, in which nothing is "model."."""
+    return not any(name.startswith(_prefix(weights)) for name in found)
+
+
+def _prefix(weights: WeightTable) -> str:
+    """What the names of all but the head begin with; tables begin with the embedding."""
+    return next(iter(weights), "").partition(".")[0] + "."
+
+
+def _lacks_its_head(weights: WeightTable, found: Iterable[str]) -> bool:
+    """A body, with no head beside it."""
+    heads, names = {name for name, layout in weights.items() if layout == "lm_head.weight"}, set(found)
+    return _is_body(weights, names) and not heads & names
 
 
 def check_shapes(shapes: Shapes, recipes: dict[str, Recipe], tensors: TensorSource, where: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from slipstream.checkpoint.folder import Checkpoint
-from slipstream.checkpoint.layouts import Recipe, theirs_shape, to_hugging_face
-from slipstream.checkpoint.quantized.compressed_export import exported, exported_scales, quantization_config
+from slipstream.checkpoint.layouts import Recipe, Shapes, renamed, theirs_shape, to_hugging_face
+from slipstream.checkpoint.packed import PackedLinear, PackedTensors
+from slipstream.checkpoint.quantized import LAYOUTS, layout_for
+from slipstream.checkpoint.quantized.outgoing import Layout, QuantizedLinear, QuantizedModel
 from slipstream.checkpoint.tensors import INDEX_FILE, SINGLE_FILE
 from slipstream.engine.tensor_file import TensorEntry, write_tensor_file
 from slipstream.errors import ModelError, UnsupportedModel
@@ -28,10 +31,16 @@ def save_hugging_face(
     folder: Path,
     progress: Callable[[int], None] = lambda num_bytes: None,
     *,
+    layout: str = "",
+    expected: str = "",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write config.json, model*.safetensors, generation_config.json and the tokenizer into a new or empty folder."""
-    options, (entries, quantization) = _options(checkpoint), _entries(checkpoint)
+    """Write config.json, model*.safetensors, generation_config.json and the tokenizer into a new or empty folder.
+
+    layout: of packed weights, one of LAYOUTS; "" is what layout_for chooses, where `expected` fits or not. Raises
+    UnsupportedModel, before anything is written, for what the layout has no place for.
+    """
+    options, (entries, quantization, files) = _options(checkpoint), _entries(checkpoint, layout, expected)
     if quantization is not None:
         options["quantization_config"] = quantization
     try:
@@ -43,9 +52,27 @@ def save_hugging_face(
         generation = {name: value for name, value in checkpoint.generation.items() if value is not None}
         if generation:
             _write_json(folder / "generation_config.json", generation)
+        for name, values in files.items():
+            _write_json(folder / name, values)
         _write_json(folder / "config.json", options)  # last: a folder that has it is whole
     except OSError as error:
         raise ModelError(f"{folder} cannot be written ({error.strerror}); give another --output_dir.") from None
+
+
+def check_hugging_face(checkpoint: Checkpoint, formats: dict[str, WeightFormat], expected: str = "") -> None:
+    """Raise UnsupportedModel where save_hugging_face would, once the model's weights are in these formats."""
+    linears = {name: _planned(format, checkpoint.shapes[name]) for name, format in formats.items()}
+    recipes = {name: renamed(name, checkpoint.shapes[name]) for name in checkpoint.recipes}
+    weights = PackedTensors(checkpoint.weights, linears, set())
+    planned = replace(checkpoint, formats=formats, recipes=recipes, weights=weights)
+    _options(planned)
+    _entries(planned, "", expected)
+
+
+def _planned(format: WeightFormat, shape: tuple[int, ...]) -> PackedLinear:
+    """Its numbers are not known yet; where they matter, let them be good: no zero point of 0, and all scales alike."""
+    parts = format.parts(*shape).items()
+    return PackedLinear(format, shape, {n: partial(torch.ones, s, dtype=getattr(torch, t)) for n, (s, t) in parts})
 
 
 def _options(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -59,37 +86,79 @@ def _options(checkpoint: Checkpoint) -> dict[str, Any]:
     return options | {"dtype": checkpoint.dtype}
 
 
-def _entries(checkpoint: Checkpoint) -> tuple[list[TensorEntry], dict[str, Any] | None]:
-    """Every tensor of theirs, and the quantization_config where some are packed."""
-    shapes = {name: checkpoint.shapes[name] for name in checkpoint.recipes}
-    dtype = getattr(torch, checkpoint.dtype)
+def _entries(
+    checkpoint: Checkpoint, layout_name: str, expected: str
+) -> tuple[list[TensorEntry], dict[str, Any] | None, dict[str, dict[str, Any]]]:
+    """Every tensor of theirs; where some are packed the quantization_config, and what other files say."""
+    recipes = to_hugging_face(checkpoint.model.WEIGHTS, checkpoint.config, _shapes(checkpoint))
+    shapes = {name: theirs_shape(recipe, checkpoint.shapes) for name, recipe in recipes.items()}
+    linears = {}
+    for name, recipe in recipes.items():
+        format = _format_of(checkpoint, name, recipe)
+        if format is not None:
+            num_out, num_in = shapes[name]
+            read = partial(_read_part, checkpoint, recipe)
+            linears[name] = QuantizedLinear(_owner(name), format, num_out, num_in, read)
+    model = _quantized_model(checkpoint, recipes, shapes, linears)
+    layout = _chosen_layout(checkpoint, model, layout_name, expected)
     entries: list[TensorEntry] = []
-    attentions: dict[int, str] = {}  # what theirs is called in each layer
-    formats: dict[str, WeightFormat] = {}
-    dense: list[str] = []
-    for name, recipe in to_hugging_face(checkpoint.model.WEIGHTS, checkpoint.config, shapes).items():
-        shape = theirs_shape(recipe, shapes)
-        owner = name.removesuffix(".weight")
+    for name, recipe in recipes.items():
+        if name in linears:
+            entries += layout.tensors(linears[name])
+        else:
+            make = partial(_read, checkpoint, recipe)
+            entries.append((name, shapes[name], getattr(torch, checkpoint.dtype), make))
+    if not model.is_quantized:
+        return entries, None, {}
+    return entries + layout.cache_tensors(model), layout.config(model), layout.files(model)
+
+
+def _chosen_layout(checkpoint: Checkpoint, model: QuantizedModel, name: str, expected: str) -> Layout:
+    if name and not model.is_quantized:
+        raise UnsupportedModel(f"{checkpoint.name} has no packed weights to store as {name}; give --output_format hf.")
+    name = name or layout_for(model, expected)
+    why_not = LAYOUTS[name].refusal(model)
+    if why_not:
+        raise UnsupportedModel(f"{checkpoint.name} cannot be stored as {name}: {why_not}.")
+    return LAYOUTS[name]
+
+
+def _shapes(checkpoint: Checkpoint) -> Shapes:
+    return {name: checkpoint.shapes[name] for name in checkpoint.recipes}
+
+
+def _format_of(checkpoint: Checkpoint, name: str, recipe: Recipe) -> WeightFormat | None:
+    """Of one of theirs; None where nothing of it is packed."""
+    found = {checkpoint.formats.get(source) for source in recipe.sources}
+    if found == {None}:
+        return None
+    if len(found) > 1 or not recipe.takes_rows:
+        raise UnsupportedModel(
+            f"{checkpoint.name} cannot be stored packed: {name} would join parts of several formats, or is stored "
+            "transposed there; convert it without --output_format."
+        )
+    return found.pop()
+
+
+def _quantized_model(
+    checkpoint: Checkpoint, recipes: dict[str, Recipe], shapes: Shapes, linears: dict[str, QuantizedLinear]
+) -> QuantizedModel:
+    table = checkpoint.model.WEIGHTS
+    head = next((theirs for theirs, ours in table.items() if ours == "lm_head.weight"), "lm_head.weight")
+    dense = dict.fromkeys(name for name, shape in shapes.items() if len(shape) == 2 and name not in linears)
+    if head not in linears:
+        dense[head] = None  # a head that is tied is a linear all the same
+    attentions: dict[int, str] = {}
+    for name, recipe in recipes.items():
         keys = next(filter(None, map(_KEYS.fullmatch, recipe.sources)), None)
         if keys is not None:
-            attentions[int(keys["layer"])] = owner.rpartition(".")[0]
-        found = {checkpoint.formats.get(source) for source in recipe.sources}
-        format = found.pop() if len(found) == 1 and recipe.takes_rows else None
-        if format is not None:
-            formats[owner] = format
-            for each in exported(format, shape[0], shape[1]):
-                make = partial(each.make, partial(_read_part, checkpoint, recipe))
-                entries.append((f"{owner}.{each.suffix}", each.shape, each.dtype, make))
-            continue
-        if len(shape) == 2:
-            dense.append(owner)
-        entries.append((name, shape, dtype, partial(_read, checkpoint, recipe)))
-    scales = [
-        (f"{attentions[layer]}.{each.suffix}", each.shape, each.dtype, partial(each.make, checkpoint.read))
-        for layer, each in exported_scales(checkpoint.kv_cache)
-    ]
-    is_quantized = formats or checkpoint.kv_cache.dtype
-    return entries + scales, quantization_config(formats, dense, checkpoint.kv_cache) if is_quantized else None
+            attentions[int(keys["layer"])] = _owner(name).rpartition(".")[0]
+    owners = [_owner(name) for name in dense]
+    return QuantizedModel(list(linears.values()), owners, _owner(head), attentions, checkpoint.kv_cache)
+
+
+def _owner(name: str) -> str:
+    return name.removesuffix(".weight")
 
 
 def _read(checkpoint: Checkpoint, recipe: Recipe) -> Tensor:

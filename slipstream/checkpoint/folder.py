@@ -125,6 +125,7 @@ class Checkpoint:
             description |= {"name": self.name, "dtype": self.dtype}
             description |= {"model": self.options, "generation": self.generation}
             description["kv_dtype"] = self.kv_cache.dtype
+            description["kv_skip_layers"] = list(self.kv_cache.skip_layers)
             description["formats"] = {name: format.to_dict() for name, format in self.formats.items()}
 
 

@@ -5,7 +5,7 @@ k_scale and v_scale are ModelOpt's and compressed-tensors' names, kv_scale is Au
 TensorRT-LLM's; the last two are for keys and values both. Each is one number, or one a KV head.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -25,23 +25,32 @@ _OF_OTHERS = ("q_scale", "prob_scale", "output_scale")  # for attention that com
 
 @dataclass(frozen=True)
 class KVCache:
-    """dtype: of 8 bits, or "" where nothing is said. scales: float32 [planes, heads] by layer, or {}."""
+    """dtype: one narrower than the model's, or "" where nothing is said. scales: of 8 bits, float32 [planes, heads] by
+    layer, or {}.
+
+    skip_layers: those that keep the dtype of the engine all the same.
+    """
 
     dtype: str = ""
     scales: Mapping[int, Tensor] = field(default_factory=dict)
+    skip_layers: Sequence[int] = ()
 
-    def chosen(self, asked: str, dtype: str, model: str) -> Self:
-        """As asked: auto, fp8, int8, or the dtype of a model, which is "". Raises ModelError."""
-        known = {"auto": self.dtype, **KV_DTYPES, dtype: ""}
+    def layers(self, num_layers: int) -> list[int]:
+        """Those in that dtype."""
+        return [layer for layer in range(num_layers) if self.dtype and layer not in self.skip_layers]
+
+    def chosen(self, asked: str, dtype: str, model: str, narrower: Iterable[str] = ()) -> Self:
+        """As asked: auto, fp8, int8, the dtype of a model, which is "", or one of those narrower. Raises ModelError."""
+        known = {"auto": self.dtype, **KV_DTYPES, dtype: "", **{name: name for name in narrower}}
         if asked not in known:
             raise ModelError(f"kv_cache_dtype is {asked!r}; for {model} in {dtype} it must be {', '.join(known)}.")
-        scales = self.scales if self.dtype == known[asked] else {}
-        if known[asked] == KV_DTYPES["int8"] and not scales:
+        found = self if known[asked] == self.dtype else type(self)(known[asked])
+        if found.dtype == KV_DTYPES["int8"] and not found.scales:
             raise ModelError(
                 f"A KV cache in int8 needs scales found by calibration, which {model} does not have; "
                 "give --kv_cache_dtype fp8, which needs none."
             )
-        return type(self)(known[asked], scales)
+        return found
 
     def entries(self) -> list[TensorEntry]:
         """As our checkpoints store them: kv.3.k_scale [heads], kv.3.v_scale."""
@@ -58,13 +67,14 @@ class PublishedCache:
 
     dtype: str = ""
     scales: Mapping[tuple[int, int], Tensor] = field(default_factory=dict)
+    skip_layers: Sequence[int] = ()
 
     def of_model(self, config: DecoderConfig, where: str) -> KVCache:
-        """Raises CorruptFile unless there is a scale for each layer and plane, or none at all."""
+        """Raises CorruptFile unless there is a scale for each layer in 8 bits and plane, or none at all."""
         if not self.scales:
-            return KVCache(self.dtype)
+            return KVCache(self.dtype, {}, self.skip_layers)
         found = {}
-        for layer in range(config.num_layers):
+        for layer in KVCache(self.dtype, {}, self.skip_layers).layers(config.num_layers):
             planes = []
             for plane in range(config.kv_planes):
                 scale = self.scales.get((layer, plane))
@@ -75,7 +85,7 @@ class PublishedCache:
             found[layer] = torch.stack(planes)
             if not ((found[layer] > 0) & (found[layer] < 1e30)).all():
                 raise CorruptFile(f"{where} has a scale of keys or values in layer {layer} that is not above 0.")
-        return KVCache(self.dtype, found)
+        return KVCache(self.dtype, found, self.skip_layers)
 
 
 def scale_names(names: Iterable[str]) -> set[str]:
@@ -83,7 +93,7 @@ def scale_names(names: Iterable[str]) -> set[str]:
     return {name for name in names if name.rpartition(".")[2] in (*_PLANES, *_OF_OTHERS)}
 
 
-def read_scales(tensors: TensorSource, dtype: str) -> PublishedCache:
+def read_scales(tensors: TensorSource, dtype: str, skip_layers: Sequence[int] = ()) -> PublishedCache:
     """dtype: what the config says. Scales that it says nothing of are E4M3's, as AutoFP8 leaves them."""
     scales: dict[tuple[int, int], Tensor] = {}
     for name in sorted(scale_names(tensors.names())):
@@ -91,7 +101,7 @@ def read_scales(tensors: TensorSource, dtype: str) -> PublishedCache:
         layer = next((int(part) for part in owners if part.isdecimal() and len(part) < 6), None)
         if layer is not None:
             scales |= {(layer, plane): tensors.read(name) for plane in _PLANES.get(leaf, ())}
-    return PublishedCache(dtype or (KV_DTYPES["fp8"] if scales else ""), scales)
+    return PublishedCache(dtype or (KV_DTYPES["fp8"] if scales else ""), scales, skip_layers)
 
 
 def announced_dtype(values: Mapping[str, Any], where: str) -> str:

@@ -1,6 +1,6 @@
 """Weights that stay packed: a TensorSource in which a quantized linear is one weight, with parts for who uses them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -86,6 +86,7 @@ def open_packed(
     formats: dict[str, WeightFormat],
     shapes: dict[str, tuple[int, ...]],
     kv_dtype: str,
+    kv_skip_layers: Sequence[int],
     where: str,
 ) -> PackedTensors:
     """Our own checkpoint: the parts are there by their names, and must have the shapes that the model asks for."""
@@ -104,4 +105,4 @@ def open_packed(
             parts[part] = partial(tensors.read, full)
         linears[name] = PackedLinear(format, shape, parts)
     hidden = {f"{name}.{part}" for name in linears for part in PART_NAMES} | scale_names(stored)
-    return PackedTensors(tensors, linears, hidden, read_scales(tensors, kv_dtype))
+    return PackedTensors(tensors, linears, hidden, read_scales(tensors, kv_dtype, kv_skip_layers))

@@ -28,6 +28,11 @@ class Source:
     name: str  # for people: the folder's name, the file's stem or the Hub id
     own_model: OwnModel | None = None  # the user's own model file; None: the one of its model_type
 
+    def fingerprint(self) -> list[tuple[str, int, int]]:
+        """Path, size and time of every file of the model; weights are too large to hash at each start."""
+        files = sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
+        return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+
 
 def resolve(model: str | Path, own_model: OwnModel | None = None) -> Source:
     """Find a model, downloading it from the Hub where need be. Raises ModelError with the forms that would work."""

@@ -11,8 +11,9 @@ A verb is a module in this folder that holds a function of its own name, written
         '''
 
 There is no list of verbs to keep: the folder is walked (names with a leading underscore are not verbs), and only the
-verb that was called is imported. For `slipstream --help` all are, so a verb imports heavy things inside its function.
+verb that was called is imported. For `slipstream --help` many are, so a verb imports heavy things inside its function.
 A folder inside is a group, whose verbs are called after its name: cli/bench/kernels.py is `slipstream bench kernels`.
+An underscore is a dash in the verb: cli/triton/fill_template.py is `slipstream triton fill-template`.
 """
 
 import io
@@ -35,7 +36,28 @@ def _verbs_in(folders: Iterable[str], before: str) -> Iterator[str]:
         if module.ispkg:
             yield from _verbs_in([f"{folder}/{module.name}" for folder in folders], f"{module.name} ")
         elif not module.name.startswith("_"):
-            yield before + module.name
+            yield before + module.name.replace("_", "-")
+
+
+def _group_options_last(arguments: Sequence[str], known: Iterable[str]) -> list[str]:
+    """trtllm-bench's `--model M latency …` is `latency --model M …`: options before a group's verb go behind it."""
+    group, *rest = arguments or [""]
+    before = list[str]()
+    while rest and rest[0].startswith("-") and rest[0] not in ("-h", "--help"):
+        before += rest[: 1 if "=" in rest[0] else 2]
+        rest = rest[1 if "=" in rest[0] else 2 :]
+    if before and rest and f"{group} {rest[0]}" in known:
+        return [group, rest[0], *before, *rest[1:]]
+    return list(arguments)
+
+
+def _needed(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The verbs to import: the one that was called, those of a named group, or what `slipstream --help` lists."""
+    called = [verb for verb in known if verb.split() == arguments[: len(verb.split())]]
+    of_group = [verb for verb in known if verb.split()[:1] == arguments[:1]]
+    if arguments[:1] == ["--version"]:
+        return []
+    return called or of_group or list({verb.split()[0]: verb for verb in known}.values())  # one names its group
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,5 +73,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from slipstream.cli._app import make_app  # after plain_errors, so that Ctrl-C during imports is quiet, too
 
         known = verbs()
-        called = [verb for verb in known if verb.split() == arguments[: len(verb.split())]]
-        make_app(called or known)(args=arguments, prog_name="slipstream")
+        arguments = _group_options_last(arguments, known)
+        make_app(_needed(arguments, known))(args=arguments, prog_name="slipstream")

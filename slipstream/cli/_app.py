@@ -29,11 +29,12 @@ class VerbCommand(TyperCommand):
             option.secondary_opts = [underscored(name) for name in option.secondary_opts]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        typed = args = answer_seed_flags(self.name or "", args, self._own_options(ctx))
+        typed = args = answer_seed_flags(_verb(ctx), args, self._own_options(ctx))
         try:
             return super().parse_args(ctx, list(args))
         except typer.BadParameter as error:
-            sentence = _name_the_value(error, typed)
+            from_file = [f"--{name}={value}" for name, value in (ctx.default_map or {}).items()]
+            sentence = _name_the_value(error, [*from_file, *typed])
             if sentence is None:
                 raise
             raise UsageError(sentence) from None
@@ -48,8 +49,8 @@ class VerbCommand(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         super().format_options(ctx, formatter)
-        if rows := help_rows(self.name or ""):
-            with formatter.section("Flags of TensorRT-LLM"):
+        if rows := help_rows(_verb(ctx)):
+            with formatter.section("Flags of other tools"):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: Any) -> Any:
@@ -58,18 +59,23 @@ class VerbCommand(TyperCommand):
             return super().invoke(ctx)
 
 
+def _verb(ctx: Any) -> str:
+    """ "build", "bench latency"."""
+    return str(ctx.command_path.partition(" ")[2])
+
+
 def make_app(verbs: Iterable[str]) -> typer.Typer:
     """A typer app that knows these verbs; their modules are imported."""
     app = _group("Build, run and serve large language models.")
     app.callback()(_slipstream)
     groups: dict[str, typer.Typer] = {}
     for verb in verbs:
-        module = import_module(f"slipstream.cli.{verb.replace(' ', '.')}")
+        module = import_module(f"slipstream.cli.{verb.replace(' ', '.').replace('-', '_')}")
         group, _, name = verb.rpartition(" ")
         if group and group not in groups:
             groups[group] = _group(import_module(f"slipstream.cli.{group}").__doc__ or "")
             app.add_typer(groups[group], name=group)
-        function = getattr(module, name)
+        function = getattr(module, name.replace("-", "_"))
         text, epilog = _split_example(function.__doc__ or "")
         groups.get(group, app).command(name, cls=VerbCommand, help=text, epilog=epilog)(function)
     return app

@@ -4,11 +4,12 @@ What each flag means, or why it means nothing here, is in the table of cli/_seed
 """
 
 import difflib
+import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from slipstream.cli._seed_flags import ANY, BARE, FLAGS, Answers, Means, Note, Refusal
+from slipstream.cli._seed_flags import ANY, BARE, FLAGS, Answers, Means, Note, Reads, Refusal
 from slipstream.errors import UsageError
 
 
@@ -82,12 +83,29 @@ class _Reader:
                 self.notes.setdefault(why, []).append(shown)
             case Means(arguments):
                 self.kept += arguments
+            case Reads(read, form):
+                self._keep(_read(name, value, read, form))
+
+    def _keep(self, arguments: tuple[str, ...]) -> None:
+        """What several flags say of drafts is one option."""
+        if arguments[:1] == ("--speculative",) and "--speculative" in self.kept:
+            place = self.kept.index("--speculative") + 1
+            arguments = ("--speculative", json.dumps(json.loads(self.kept[place]) | json.loads(arguments[1])))
+            del self.kept[place - 1 : place + 1]
+        self.kept += arguments
 
     def _unknown(self, typed: str, name: str) -> str:
         known = [*self.own.switches, *self.own.single, *self.own.repeatable, *self.flags]
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else "--help lists those there are."
         return f"There is no option {typed}; {hint}"
+
+
+def _read(name: str, value: str, read: Callable[[str], tuple[str, ...]], form: str) -> tuple[str, ...]:
+    try:
+        return read(value)
+    except (ValueError, TypeError):
+        raise UsageError(f"{name} is {value!r}; it must be {form.partition(':')[0]}.") from None
 
 
 def answer_seed_flags(verb: str, arguments: Sequence[str], own: OwnOptions) -> list[str]:

@@ -13,13 +13,45 @@ Dtype = Annotated[
 ]
 KvCacheDtype = Annotated[
     str,
-    typer.Option(help="How keys and values are kept: fp8, int8, or the --dtype. auto: as the model says, else that."),
+    typer.Option(
+        help="How keys and values are kept: fp8, int8, the --dtype, or bfloat16 under float32. auto: as the "
+        "model says, else the --dtype."
+    ),
+]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        help="Round the weights as they are read: fp8, fp8_block, int8, int8_wo, int4_wo or nvfp4. slipstream quantize "
+        "makes better ones. gguf: the file's own bits, on a CPU."
+    ),
 ]
 ModelClsFile = Annotated[
     Path | None, typer.Option(help="A model file of your own, for an architecture not known here; it is run as Python.")
 ]
 ModelClsName = Annotated[str, typer.Option(help="The class in --model_cls_file.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto: the GPU where there is one.")]
+TpSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Processes that share each layer, on as many GPUs.  [default: 1, or as an engine was built]"
+    ),
+]
+PpSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Stages of layers that follow each other, each of --tp_size processes.  [default: 1, or as an engine was "
+        "built]",
+    ),
+]
+MoeEpSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="As --tp_size to give each process some experts whole, or 1 for a part of each.  [default: 1, or as an "
+        "engine was built]",
+    ),
+]
 TokenizerDir = Annotated[
     Path | None, typer.Option(help="Folder of the tokenizer, where it is not the model's or engine's own.")
 ]
@@ -65,6 +97,12 @@ ChunkedContext = Annotated[bool, typer.Option(help="Long prompts are computed pi
 Deterministic = Annotated[
     bool,
     typer.Option("--deterministic", help="A text never depends on what runs beside it; GPU only, and slower."),
+]
+Speculative = Annotated[
+    str | None,
+    typer.Option(
+        help='Guess tokens for each step to verify, as JSON: {"method": "ngram", "max_draft_len": 8}. Texts stay as is.'
+    ),
 ]
 CapacityPolicy = Annotated[
     str, typer.Option(help="When a waiting request may start: guaranteed_no_evict, max_utilization or static_batch.")

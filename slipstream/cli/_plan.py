@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from slipstream.cli._tables import human_bytes, print_memory_plan, print_table
+from slipstream.cli._tables import human_bytes, print_memory_plan, print_ranks, print_table
 
 if TYPE_CHECKING:
     import torch
@@ -19,15 +19,17 @@ def print_plan(plan: "BuildPlan") -> None:
         f"{manifest.name}: {manifest.model_type} in {manifest.dtype}, at most {manifest.max_batch_size} "
         f"sequences and {manifest.max_num_tokens} tokens a step, {manifest.max_seq_len} tokens a sequence\n"
     )
-    print_memory_plan(manifest)
+    print_ranks(manifest)
+    print_memory_plan(manifest.of_rank(_fullest(plan)))
 
 
 def print_fit(plan: "BuildPlan", device: "Device") -> None:
     """The derivation of what fits, a line a step. Raises CapacityError where nothing does."""
     from slipstream.build.fit import fit
 
-    manifest = plan.manifest
-    found = fit(plan.graph, manifest, device, KV_FRACTION)
+    rank = _fullest(plan)
+    manifest = plan.manifest.of_rank(rank)
+    found = fit(plan.ranks[rank].graph, manifest, device, KV_FRACTION)
     limit = f", {human_bytes(device.kv_limit)} at most" if device.kv_limit is not None else ""
     kept = ", as far as windows keep them" if any(manifest.windows) else ""
     rows: list[tuple[str, str]] = [
@@ -45,6 +47,11 @@ def print_fit(plan: "BuildPlan", device: "Device") -> None:
         ("--max_seq_len", manifest.max_seq_len, found.max_seq_len, "one sequence alone; a model has its own limit"),
     ]  # fmt: skip
     print_table("Limits", ("limit", "now", "fits", "of what"), limits)
+
+
+def _fullest(plan: "BuildPlan") -> int:
+    """The rank with the most weights."""
+    return max(range(len(plan.ranks)), key=lambda rank: plan.ranks[rank].memory["weights"])
 
 
 def this_machine(where: "torch.device") -> "Device":

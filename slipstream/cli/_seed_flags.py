@@ -1,11 +1,13 @@
-"""The flags of TensorRT-LLM that are no options of ours: what each means here, or why it means nothing.
+"""The flags of other tools that are no options of ours: what each means here, or why it means nothing.
 
-From quantize.py, convert_checkpoint.py and build.py of its examples, trtllm-build, and run.py. A row is a flag and its
-answers by value: Note (nothing to do, said in a line), Refusal (it asks for what is not there), Means (our own
-options that say the same; none where that is how things are anyway). The help of each verb is printed from this table.
+From TensorRT-LLM (quantize.py, convert_checkpoint.py and build.py of its examples, trtllm-build, run.py) and TGI's
+launcher. A row is a flag and its answers by value: Note (nothing to do, said in a line), Refusal (it asks for what is
+not there), Means (our own options that say the same; none where that is how things are anyway), Reads (the same, by the
+value). The help of each verb is printed from this table.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 ANY = "*"  # whatever the value
@@ -27,7 +29,15 @@ class Means:
     arguments: tuple[str, ...] = ()
 
 
-Answer = Note | Refusal | Means
+@dataclass(frozen=True)
+class Reads:
+    """Our own arguments depend on the value; ValueError where it is not as `form` says."""
+
+    arguments: Callable[[str], tuple[str, ...]]
+    form: str  # what the flag's value means, and becomes
+
+
+Answer = Note | Refusal | Means | Reads
 Answers = Mapping[str, Answer]
 SO_ANYWAY = Means()
 
@@ -61,12 +71,20 @@ def refused_switch(why: str) -> Answers:
 _PLUGIN_DTYPES = ("float32", "float16", "bfloat16", "int32", "fp8", "nvfp4")
 _MEASURED = "each op gets the kernel that the build measures to be fastest, in the engine's own dtype"
 _NO_OP = "no op here is computed by it"
-_ONE_DEVICE = "an engine runs on one device so far; give 1 or leave it out"
-_NO_QUANTIZING = (
-    "quantizing is not here yet; leave it out to build in --dtype, or give a model that was published quantized"
+_NOT_SHARED = "ranks share the model by --tp_size, --pp_size and --moe_ep_size alone; give 1 or leave it out"
+_BUILT_FOR = (
+    "the ranks are those of an engine, slipstream build --tp_size --pp_size, as --engine_dir; give 1 or leave it out"
 )
+_IN_THE_BUILD = "a checkpoint is whole; slipstream build --tp_size --pp_size shares it out"
+_NO_QUANTIZING = "slipstream quantize does that, with --qformat int8_wo and others; go on with what it writes"
 _QUANTIZES_ONLY = "it matters to quantizing only"
-_NO_SPECULATION = "speculative decoding is not here yet; leave it out, the texts are the same without it"
+_NO_SUCH_DRAFTS = (
+    "drafts are of n-grams, a draft model, Medusa's heads or EAGLE's layer so far, as --speculative says; leave it "
+    "out, the texts are the same without it"
+)
+_DRAFT_MODEL = '--speculative {"method": "draft_model", "model": E, "max_draft_len": N}'
+_NGRAM_OF_N = '--speculative {"method": "ngram", "max_draft_len": N}'
+_NO_DRAFTING_BUILD = "any engine can verify drafts; run and serve make them, with --speculative"
 _NO_ADAPTERS = "adapters (LoRA, prompt tuning) are not here yet; merge them into the weights first"
 _FROM_CONFIG = "the model's config.json says it"
 _PER_REQUEST = "every engine gives logprobs of prompts and outputs; a request asks for them (SamplingParams)"
@@ -92,8 +110,6 @@ def _dtypes(answer: Answer) -> dict[str, Answer]:
 
 QUANTIZING: dict[str, Answers] = {
     "--qformat": refused(_NO_QUANTIZING, unless=("full_prec",)),
-    "--use_weight_only": refused_switch(_NO_QUANTIZING),
-    "--weight_only_precision": refused(_NO_QUANTIZING),
     "--int8_kv_cache": {BARE: Means(("--kv_cache_dtype", "int8"))},
     "--fp8_kv_cache": {BARE: Means(("--kv_cache_dtype", "fp8"))},
     "--smoothquant": refused(_NO_QUANTIZING),
@@ -114,23 +130,73 @@ QUANTIZING: dict[str, Answers] = {
     "--seed": note(_QUANTIZES_ONLY),
 }
 
-ONE_DEVICE: dict[str, Answers] = {
-    f"--{name}": refused(_ONE_DEVICE, unless=("1",))
-    for name in ("tp_size", "pp_size", "cp_size", "world_size", "auto_parallel", "moe_tp_size", "moe_ep_size")
+# Where weights are rounded as they are read.
+ON_LOAD: dict[str, Answers] = {
+    "--use_weight_only": {BARE: Means(("--quantization", "int8_wo"))},
+    "--weight_only_precision": {
+        "int8": Means(("--quantization", "int8_wo")),
+        "int4": Means(("--quantization", "int4_wo")),
+        ANY: Refusal(_NO_QUANTIZING),
+    },
+}
+NOT_ON_LOAD: dict[str, Answers] = {
+    "--use_weight_only": refused_switch(_NO_QUANTIZING),
+    "--weight_only_precision": refused(_NO_QUANTIZING),
 }
 
-SPECULATING: dict[str, Answers] = {
-    "--speculative_decoding_mode": refused(_NO_SPECULATION),
-    "--max_draft_len": refused(_NO_SPECULATION, unless=("0",)),
-    "--num_medusa_heads": refused(_NO_SPECULATION, unless=("0",)),
-    "--num_medusa_layers": refused(_NO_SPECULATION, unless=("0",)),
-    "--medusa_model_dir": refused(_NO_SPECULATION),
-    "--draft_engine_dir": refused(_NO_SPECULATION),
-    "--draft_target_model_config": refused(_NO_SPECULATION),
-    "--prompt_lookup_config": refused(_NO_SPECULATION),
-    "--medusa_choices": refused(_NO_SPECULATION),
-    "--eagle_choices": refused(_NO_SPECULATION),
-    "--lookahead_config": refused(_NO_SPECULATION),
+_OTHER_RANKS = ("cp_size", "auto_parallel", "moe_tp_size")
+BUILDING_RANKS: dict[str, Answers] = {f"--{name}": refused(_NOT_SHARED, unless=("1",)) for name in _OTHER_RANKS}
+CONVERTING_RANKS: dict[str, Answers] = {
+    f"--{name}": note(_IN_THE_BUILD) for name in ("tp_size", "pp_size", "world_size", "moe_ep_size", *_OTHER_RANKS)
+}
+
+
+def _ngram(max_draft_len: int) -> tuple[str, ...]:
+    return ("--speculative", json.dumps({"method": "ngram", "max_draft_len": max_draft_len})) if max_draft_len else ()
+
+
+def _prompt_lookup(value: str) -> tuple[str, ...]:
+    max_draft_len, _max_ngram, _devices = json.loads(value)
+    return _ngram(int(max_draft_len))
+
+
+def _drafted_by(**options: object) -> tuple[str, ...]:
+    return ("--speculative", json.dumps({"method": "draft_model", **options}))
+
+
+def _draft_target(value: str) -> tuple[str, ...]:
+    max_draft_len, _draft_devices, _target_devices, _use_logits = json.loads(
+        value.replace("False", "false").replace("True", "true")
+    )
+    return _drafted_by(max_draft_len=int(max_draft_len))
+
+
+def _tree_of(method: str) -> Answers:
+    def read(value: str) -> tuple[str, ...]:
+        json.loads(value)
+        return ("--speculative", json.dumps({"method": method, "choices": value}))
+
+    return {ANY: Reads(read, f'[[0], [0, 0], ...]: --speculative {{"method": "{method}", "model": F, "choices": C}}')}
+
+
+DRAFTING_BUILD: dict[str, Answers] = {
+    "--speculative_decoding_mode": {
+        **dict.fromkeys(("draft_tokens_external", "medusa", "eagle"), Note(_NO_DRAFTING_BUILD)),
+        ANY: Refusal(_NO_SUCH_DRAFTS),
+    },
+    "--max_draft_len": note(_NO_DRAFTING_BUILD),
+    "--num_medusa_heads": refused(_NO_SUCH_DRAFTS, unless=("0",)),
+    "--num_medusa_layers": refused(_NO_SUCH_DRAFTS, unless=("0",)),
+    "--medusa_model_dir": refused(_NO_SUCH_DRAFTS),
+}
+
+DRAFTING: dict[str, Answers] = {
+    "--draft_engine_dir": {ANY: Reads(lambda value: _drafted_by(model=value), f"E: {_DRAFT_MODEL}")},
+    "--draft_target_model_config": {ANY: Reads(_draft_target, f"[N, [DEVICES], [DEVICES], LOGITS]: {_DRAFT_MODEL}")},
+    "--prompt_lookup_config": {ANY: Reads(_prompt_lookup, f"[N, LONGEST, [DEVICES]]: {_NGRAM_OF_N}")},
+    "--medusa_choices": _tree_of("medusa"),
+    "--eagle_choices": _tree_of("eagle"),
+    "--lookahead_config": refused(_NO_SUCH_DRAFTS),
 }
 
 # What convert_checkpoint.py and the one-step build.py of v0.7 are told of a model.
@@ -235,6 +301,24 @@ CONVERTING: dict[str, Answers] = {
     "--disable_weight_only_quant_plugin": noted_switch("it matters to quantizing only"),
 }
 
+QUANTIZING_ITSELF: dict[str, Answers] = {
+    **{
+        f"--{name}": note(_IN_THE_BUILD) for name in ("tp_size", "pp_size", "cp_size", "calib_tp_size", "calib_pp_size")
+    },
+    "--batch_size": note("texts go through a block a few at a time, whose number does not change the result"),
+    "--tokenizer_max_seq_length": note("--calib_max_seq_length says it"),
+    "--device_map": note("one block is in memory at a time"),
+    "--log_level": note(_LEVELS),
+    "--nemo_ckpt_path": refused("give a Hugging Face folder as --model_dir"),
+    "--decoder_type": note(_FROM_CONFIG),
+    **{
+        f"--{name}": refused("drafters keep their dtype; leave it out")
+        for name in ("num_medusa_heads", "num_medusa_layers", "medusa_model_dir", "medusa_hidden_act")
+    },
+    "--quant_medusa_head": refused_switch("drafters keep their dtype; leave it out"),
+    "--max_draft_len": refused("drafters keep their dtype; leave it out", unless=("0",)),
+}
+
 RUNNING: dict[str, Answers] = {
     "--use_py_session": noted_switch("there is one runtime"),
     "--cuda_graph_mode": noted_switch("there is nothing to switch: where recording helps, steps are recorded"),
@@ -262,10 +346,55 @@ RUNNING: dict[str, Answers] = {
     },
 }
 
+# TGI's launcher. --max_input_length and --max_total_tokens are names of options of ours.
+SERVING: dict[str, Answers] = {
+    "--model_id": refused("the model is the first word after serve, as in: slipstream serve MODEL"),
+    "--num_shard": {ANY: Reads(lambda value: ("--tp_size", str(int(value))), "N: --tp_size N")},
+    "--sharded": refused("--tp_size says over how many processes; leave it out", unless=("false",)),
+    "--speculate": {ANY: Reads(lambda value: _ngram(int(value)), f"N: {_NGRAM_OF_N}")},
+    "--quantize": {
+        **dict.fromkeys(("awq", "gptq", "compressed-tensors"), Note("the model's config.json says it")),
+        "fp8": Means(("--quantization", "fp8")),
+        "eetq": Means(("--quantization", "int8_wo")),
+        ANY: Refusal(_NO_QUANTIZING),
+    },
+}
+
+# TensorRT-LLM's prepare_dataset.py.
+PREPARING: dict[str, Answers] = {
+    "--stdout": {BARE: SO_ANYWAY},
+    "--trust_remote_code": noted_switch("a tokenizer is read from its files, and no code of theirs is run"),
+    "--log_level": note(_LEVELS),
+}
+
+# trtllm-bench, and benchmarks/python/benchmark.py.
+BENCHING: dict[str, Answers] = {
+    "--mode": {"plugin": SO_ANYWAY, ANY: Note(_MEASURED)},
+    "--backend": note("there is one runtime"),
+    "--streaming": noted_switch("every token is timed as it comes"),
+    "--eos_id": refused("answers are as long as the data set says; leave it out", unless=("-1",)),
+    "--tp": refused(_BUILT_FOR, unless=("1",)),
+    "--pp": refused(_BUILT_FOR, unless=("1",)),
+    "--ep": refused(_BUILT_FOR, unless=("1",)),
+    "--num_beams": refused("beams are not measured; give 1 or leave it out", unless=("1",)),
+    "--beam_width": refused("beams are not measured; give 1 or leave it out", unless=("1",)),
+    "--kv_cache_free_gpu_mem_fraction": {
+        ANY: Reads(lambda value: ("--kv_cache_free_memory_fraction", str(float(value))),
+                   "a part of 1: --kv_cache_free_memory_fraction")
+    },
+    "--workspace": note("engines are kept in $SLIPSTREAM_CACHE"),
+    "--log_level": note(_LEVELS),
+}  # fmt: skip
+
 FLAGS: dict[str, dict[str, Answers]] = {
-    "convert": QUANTIZING | ONE_DEVICE | SPECULATING | DESCRIBING | CONVERTING,
-    "build": QUANTIZING | ONE_DEVICE | SPECULATING | DESCRIBING | PLUGINS | SWITCHES | BUILDING,
-    "run": SPECULATING | RUNNING,
+    "convert": QUANTIZING | NOT_ON_LOAD | CONVERTING_RANKS | DRAFTING_BUILD | DESCRIBING | CONVERTING,
+    "build": QUANTIZING | ON_LOAD | BUILDING_RANKS | DRAFTING_BUILD | DESCRIBING | PLUGINS | SWITCHES | BUILDING,
+    "quantize": QUANTIZING_ITSELF,
+    "run": DRAFTING | RUNNING,
+    "serve": SERVING,
+    "bench prepare-dataset": PREPARING,
+    "bench latency": BENCHING,
+    "bench throughput": BENCHING,
 }
 
 
@@ -284,4 +413,6 @@ def _help(value: str, answer: Answer) -> str:
             return f"no effect: {why}"
         case Refusal(why):
             return f"refused: {why}"
+        case Reads(form=form):
+            return form
     return f"{value}: {' '.join(answer.arguments)}" if answer.arguments else ""

@@ -59,6 +59,19 @@ def print_memory_plan(manifest: "Manifest", more: Iterable[Sequence[object]] = (
     print_table("Memory plan", (), rows)
 
 
+def print_ranks(manifest: "Manifest") -> None:
+    """Where there are several: what each of them has."""
+    rows = [
+        (
+            rank, manifest.mapping.stage(rank), "{}–{}".format(facts["layers"][0], facts["layers"][1] - 1),
+            facts["num_kv_heads"], *(human_bytes(facts["memory"].get(what, 0)) for what in ("weights", "activations")),
+        )
+        for rank, facts in enumerate(manifest.ranks)
+    ]  # fmt: skip
+    if rows:
+        print_table("Ranks", ("rank", "stage", "layers", "KV heads", "weights", "activations"), rows)
+
+
 def print_passes(passes: Iterable[Sequence[object]]) -> None:
     """Rows of (name, matches, ops before, ops after, benefit)."""
     rows = [

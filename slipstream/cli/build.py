@@ -43,6 +43,7 @@ def build(
     model_cls_name: options.ModelClsName = "Model",
     dtype: options.Dtype = "auto",
     kv_cache_dtype: options.KvCacheDtype = BuildConfig.kv_cache_dtype,
+    quantization: options.Quantization = BuildConfig.quantization,
     max_batch_size: Annotated[
         int, typer.Option(min=1, help="Most sequences in one step.")
     ] = BuildConfig.max_batch_size,
@@ -80,6 +81,18 @@ def build(
         bool, typer.Option("--visualize_network", help="Draw the graph, too: graph.svg in the engine folder.")
     ] = False,
     device: options.Device = "auto",
+    tp_size: Annotated[
+        int, typer.Option(min=1, help="Processes that share each layer, on as many GPUs; a file is written for each.")
+    ] = BuildConfig.tp_size,
+    pp_size: Annotated[
+        int, typer.Option(min=1, help="Stages of layers that follow each other, each of --tp_size processes.")
+    ] = BuildConfig.pp_size,
+    moe_ep_size: Annotated[
+        int, typer.Option(min=1, help="As --tp_size to give each process some experts whole, or 1 for a part of each.")
+    ] = BuildConfig.moe_ep_size,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="How many processes these make, to be sure: --tp_size × --pp_size.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry_run", help="Print the memory plan and what fits; read no weight, write nothing.")
     ] = False,
@@ -97,6 +110,11 @@ def build(
         raise UsageError("There is no --output_dir for the engine; give one, or --dry_run to see the memory plan only.")
     if gpu is not None and not dry_run:
         raise UsageError(f"--gpu {gpu} is a GPU to plan for, which only --dry_run does; add that, or leave --gpu out.")
+    if world_size not in (None, tp_size * pp_size):
+        raise UsageError(
+            f"--world_size is {world_size}, but --tp_size {tp_size} and --pp_size {pp_size} make {tp_size * pp_size} "
+            "processes; leave it out or change one of them."
+        )
     import torch
 
     from slipstream.build import plan_build, write_engine
@@ -113,6 +131,7 @@ def build(
     config = BuildConfig(
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
+        quantization=quantization,
         max_batch_size=max_batch_size,
         max_num_tokens=max_num_tokens,
         max_seq_len=_max_seq_len(max_seq_len, max_input_len, max_output_len),
@@ -120,6 +139,9 @@ def build(
         disabled_passes=tuple(disable_pass or ()),
         extra_passes=tuple(extra_pass or ()),
         disabled_plugins=tuple(disable_plugin or ()),
+        tp_size=tp_size,
+        pp_size=pp_size,
+        moe_ep_size=moe_ep_size,
     )
     known = None if input_timing_cache is None else _known_choices(input_timing_cache, where)
     checkpoint = open_checkpoint(
@@ -127,14 +149,14 @@ def build(
     )
     try:
         with progress_bar() as progress:
-            plan = plan_build(checkpoint, config, progress)
+            plan = plan_build(checkpoint, config, progress, device=str(where))
         print_plan(plan)
         if not output_dir or dry_run:
             print_fit(plan, target)
             return
         with progress_bar() as progress:
             report = write_engine(
-                plan, checkpoint, output_dir, device=str(where), known_choices=known, measure_kernels=not fast_build,
+                plan, output_dir, device=str(where), known_choices=known, measure_kernels=not fast_build,
                 progress=progress,
             )  # fmt: skip
     finally:

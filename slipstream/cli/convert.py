@@ -21,7 +21,11 @@ def convert(
     ] = "auto",
     kv_cache_dtype: options.KvCacheDtype = "auto",
     output_format: Annotated[
-        str, typer.Option(help="slipstream: a checkpoint. hf: a Hugging Face folder again.")
+        str,
+        typer.Option(
+            help="slipstream: a checkpoint. hf: a Hugging Face folder again; awq, compressed-tensors, fp8 or gptq: "
+            "one with packed weights in that layout."
+        ),
     ] = "slipstream",
 ) -> None:
     """Convert a model to a checkpoint: one dtype, our names, its tokenizer beside it.
@@ -42,7 +46,7 @@ def convert(
             own_model=own, progress=progress,
         )  # fmt: skip
     written = open_checkpoint(resolve(output_dir, own))
-    folder = Path(output_dir) if output_format == "hf" else Path(output_dir) / "tokenizer"
+    folder = Path(output_dir) / "tokenizer" if output_format == "slipstream" else Path(output_dir)
     tokenizer = "with" if any(folder.glob("tokenizer*.*")) else "without"
     print(
         f"{output_dir}: {written.options['model_type']}, {len(written.recipes)} tensors, "

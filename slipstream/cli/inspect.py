@@ -11,7 +11,7 @@ import typer
 from slipstream.cli import _options as options
 from slipstream.cli._drawing import save_drawing
 from slipstream.cli._engine import engine_folder
-from slipstream.cli._tables import human_bytes, print_memory_plan, print_passes, print_table
+from slipstream.cli._tables import human_bytes, print_memory_plan, print_passes, print_ranks, print_table
 from slipstream.errors import CapacityError, UsageError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def inspect(
         where = device_for(device)
         if not (graph or svg or memory):
             _print_facts(engine)
+            print_ranks(engine.manifest)
             _print_passes(engine)
             _print_kernels(engine, where)
         if memory or not (graph or svg):

@@ -18,10 +18,17 @@ from slipstream.engine.memory import plan_memory
 from slipstream.engine.shapes import infer_types
 from slipstream.errors import BuildError, EngineError
 from slipstream.kernels.attention.metadata import STEP_SHAPES
+from slipstream.kernels.linear.panels import ROWS as PANEL_ROWS
 from slipstream.kernels.registry import Argument, Op, known_ops
 
-ONLY_AT_BUILD = {"concat", "normalize_rows"}  # on weights, which the build computes; a step never does
-ONLY_AT_START = {"place_in_window", "streaming_attention"}  # where sinks are asked for: runtime/worker/groups.py
+ONLY_AT_BUILD = {
+    "concat",
+    "normalize_rows",
+    "to_panel_scales",
+    "to_panels",
+}  # on weights, which the build computes; a step never does
+# Where sinks are asked for, or drafts may branch: runtime/worker/groups.py.
+ONLY_AT_START = {"place_in_window", "streaming_attention", "tree_attention"}
 
 _STEP_INPUTS = {f"step.{name}": TensorType(shape, "int64") for name, shape in STEP_SHAPES.items()}
 # Arguments of ops that index something → the one input that may stand there.
@@ -47,15 +54,15 @@ def problem_of_call(node: Node) -> str | None:
     return None if ok else f"calls {node.op} in a way it cannot be called: {str(node)[:200]}"
 
 
-def check_program(graph: Graph, manifest: Manifest) -> None:
-    """Raise EngineError unless this graph can run as this manifest says. Nothing is run or allocated."""
+def check_program(graph: Graph, manifest: Manifest, rank: int = 0) -> None:
+    """Raise EngineError unless this rank's graph can run as its manifest says. Nothing is run or allocated."""
     producers = graph.producers()
     for node in graph.nodes:
         problem = problem_of_call(node) or _problem_of_values(node, graph, manifest)
-        problem = problem or _problem_of_ids(node, graph, producers)
+        problem = problem or _problem_of_ids(node, graph, producers) or _problem_of_ranks(node, graph, manifest, rank)
         if problem is not None:
             raise EngineError(f"the engine's graph {problem}; {_remedy(node, manifest)}.")
-    caches = {f"kv.{layer}" for layer in range(manifest.num_layers)}
+    caches = {f"kv.{layer}" for layer in range(*manifest.layers)}
     for name, kind in graph.inputs.items():
         if name not in caches and _STEP_INPUTS.get(name) != kind:
             raise EngineError(f"the engine's graph reads {name}: {kind}, which no step has; build it again.")
@@ -113,25 +120,42 @@ def _problem_of_values(node: Node, graph: Graph, manifest: Manifest) -> str | No
             return f"gives {node.op} {name} as {argument.name}, which {what}"
         if _ROW_PER_TOKEN.get(node.op) == argument.name and graph.types[str(name)].shape[:1] != ("T",):
             return f"gives {node.op} {name}: {graph.types[str(name)]} as {argument.name}, which must have a row a token"
-    if node.op == "embedding":
-        table, ids = node.inputs
+    if node.op in ("embedding", "embedding_panels"):
+        table, ids = node.inputs[0], node.inputs[-1]
         longest = {"step.token_ids": manifest.vocab_size, "step.positions": manifest.max_seq_len}
         rows = graph.types[str(table)].shape[0]
+        if node.op == "embedding_panels" and isinstance(rows, int):
+            rows *= PANEL_ROWS
         if ids not in longest or not isinstance(rows, int) or rows < longest[ids]:
             return f"looks up {ids} in {table}, which has {rows} rows"
     return None
 
 
 def _problem_of_ids(node: Node, graph: Graph, producers: dict[str, Node]) -> str | None:
-    """Ids of experts come from a router that knows as many."""
+    """Ids of experts come from a router that knows as many; or are of those that this rank has."""
     if node.op.partition("_")[0] != "experts":
         return None
     ids, gate = str(node.inputs[2]), str(node.inputs[3])
     router = producers.get(ids)
+    known = graph.types[gate].shape[:1]
+    if router is not None and router.op == "local_experts":
+        count = (router.attributes["count"],)
+        return None if known == count else f"has a part of {list(count)} experts for {list(known)}"
     if router is None or router.op not in ("route_softmax", "route_sigmoid") or router.outputs[1] != ids:
         return f"gives {node.op} {ids} as expert_ids, which must be what a router chose"
-    known, chosen = graph.types[gate].shape[:1], graph.types[str(router.inputs[1])].shape[:1]
+    chosen = graph.types[str(router.inputs[1])].shape[:1]
     return None if known == chosen else f"has a router of {list(chosen)} experts for {list(known)}"
+
+
+def _problem_of_ranks(node: Node, graph: Graph, manifest: Manifest, rank: int) -> str | None:
+    """What ranks put together is as they have it."""
+    if node.op != "all_gather":
+        return None
+    sizes, columns = node.attributes["sizes"], graph.types[str(node.inputs[0])].shape[1]
+    place = manifest.mapping.place(rank)
+    if isinstance(sizes, list) and len(sizes) == manifest.tp_size and sizes[place] == columns:
+        return None
+    return f"puts {sizes} columns together, of which rank {place} of {manifest.tp_size} has {columns}"
 
 
 def _takes(op: Op, inputs: tuple[str | None, ...]) -> bool:

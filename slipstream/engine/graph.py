@@ -9,8 +9,8 @@ so an engine on disk has none.
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from slipstream.errors import EngineError
 from slipstream.schema.format import WeightFormat
@@ -62,7 +62,15 @@ class Graph:
     prologue: list[Node] = field(default_factory=list)
     formats: dict[str, WeightFormat] = field(default_factory=dict)  # of packed weights, while the build rewrites
     equal: dict[str, str] = field(default_factory=dict)  # a weight → one before it that is the same, while it does
-    kv_dtype: str = ""  # of caches in 8 bits; "": as captured; while it does
+    kv_dtypes: dict[str, str] = field(default_factory=dict)  # of caches in fewer bits, by name; while it does
+    is_for_cpu: bool = False  # whose kernels read weights in an order of their own; while it does
+
+    def copy(self) -> Self:
+        """One that can be rewritten; nodes and types are never changed in place."""
+        return replace(
+            self, inputs=dict(self.inputs), weights=dict(self.weights), nodes=list(self.nodes),
+            types=dict(self.types), prologue=list(self.prologue), formats=dict(self.formats), equal=dict(self.equal),
+        )  # fmt: skip
 
     def users(self) -> dict[str, list[Node]]:
         """Each value's readers, in order."""

@@ -7,25 +7,41 @@ build rewrites graphs of ops, the runtime runs them; nobody else computes on ten
 Importing this package registers every op below `slipstream::`.
 """
 
-from slipstream.kernels import activation, arithmetic, embedding, moe, norm, packed_experts, quantized, rope
-from slipstream.kernels.attention import paged, streaming
-from slipstream.kernels.linear import dense, fp8, heads, w4a16, w8a8, w8a16
+from slipstream.kernels import (
+    activation,
+    arithmetic,
+    collectives,
+    embedding,
+    moe,
+    norm,
+    packed_experts,
+    quantized,
+    rope,
+)
+from slipstream.kernels.attention import paged, streaming, tree
+from slipstream.kernels.linear import dense, fp8, heads, nvfp4, panels, w4a8, w4a16, w4afp8, w8a8, w8a16
 
 __all__ = [
     "activation",
     "arithmetic",
+    "collectives",
     "dense",
     "embedding",
     "fp8",
     "heads",
     "moe",
     "norm",
+    "nvfp4",
     "packed_experts",
     "paged",
+    "panels",
     "quantized",
     "rope",
     "streaming",
+    "tree",
+    "w4a8",
     "w4a16",
+    "w4afp8",
     "w8a8",
     "w8a16",
 ]

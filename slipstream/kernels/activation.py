@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.kernels.cpu.library import native
 from slipstream.kernels.fits import need, need_floats
 from slipstream.kernels.registry import kernel, on_gpu, op
 
@@ -55,3 +56,7 @@ def gelu_and_mul_triton(x_TI2: Tensor, approximate: bool) -> Tensor:
     from slipstream.kernels.triton import rows
 
     return rows.activate(x_TI2, "gelu_tanh" if approximate else "gelu", is_gated=True)[0]
+
+
+for each in (silu, gelu, silu_and_mul, gelu_and_mul):
+    native(each)

@@ -1,10 +1,12 @@
 """Elementwise sums and products, and moving rows and columns about."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from slipstream.kernels.cpu.library import Kind, native
 from slipstream.kernels.fits import need, need_floats
 from slipstream.kernels.registry import op
 
@@ -38,7 +40,7 @@ def scale(x: Tensor, factor: float) -> Tensor:
 @op("soft_cap(Tensor x, float cap) -> Tensor", shapes=_like_first, is_row_by_row=True)
 def soft_cap(x: Tensor, cap: float) -> Tensor:
     """cap · tanh(x / cap): near x where x is small, never beyond cap (arXiv:2408.00118)."""
-    return torch.tanh(x / cap).mul_(cap)
+    return torch.tanh(x / cap) * cap
 
 
 @op("concat(Tensor[] parts) -> Tensor")
@@ -67,3 +69,19 @@ def _select_shapes(x_TH: Tensor, rows_R: Tensor) -> Tensor:
 @op("select_rows(Tensor x, Tensor rows) -> Tensor", shapes=_select_shapes, is_row_by_row=True)
 def select_rows(x_TH: Tensor, rows_R: Tensor) -> Tensor:
     return x_TH.index_select(0, rows_R)
+
+
+def _are_alike(kinds: dict[str, Kind | None], attributes: dict[str, Any]) -> bool:
+    """Rows with rows: nothing is repeated, and nothing else has a row to begin with."""
+    return kinds["x"] == kinds["y"] and kinds["x"] is not None and len(kinds["x"][1]) == 2
+
+
+def _has_rows(kinds: dict[str, Kind | None], attributes: dict[str, Any]) -> bool:
+    return kinds["x"] is not None and len(kinds["x"][1]) == 2
+
+
+for each in (add, mul):
+    native(each, _are_alike)
+for each in (scale, soft_cap):
+    native(each, _has_rows)
+native(select_rows)

@@ -103,7 +103,7 @@ def _experts(given: Given, outputs: Sequence[Tensor], attributes: Attributes) ->
     x_TH, ids_TK = _need(given, "x"), _need(given, "expert_ids")
     weights = [name for name in given if name.startswith(("gate", "up", "down"))]
     num_experts, width = _need(given, weights[0]).shape[:2]
-    read = _bytes_of(*(given[name] for name in weights)) * len(ids_TK.unique()) // num_experts
+    read = _bytes_of(*(given[name] for name in weights)) * len(ids_TK[ids_TK >= 0].unique()) // num_experts
     flops = 3 * 2 * ids_TK.numel() * width * x_TH.shape[1]
     return Work(_bytes_but(given, *weights) + _bytes_of(*outputs) + read, flops, x_TH.dtype)
 
@@ -116,7 +116,7 @@ def _experts_in_8_bits(given: Given, outputs: Sequence[Tensor], attributes: Attr
 # Ops by pattern; the first that fits counts.
 FAMILIES: dict[str, Callable[[Given, Sequence[Tensor], Attributes], Work]] = {
     "split": _views,
-    "embedding": _rows_of_a_table,
+    "embedding*": _rows_of_a_table,
     "select_rows": _rows_of_a_table,
     "*kv_write": _kv_write,
     "*attention": _attention,

@@ -125,6 +125,20 @@ def need_routes(x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor) -> None:
     need_shape("shares", shares_TK, num_tokens, top_k)
 
 
+def _local_shapes(ids_TK: Tensor, first: int, count: int) -> Tensor:
+    need(ids_TK.dtype == torch.int64, "expert_ids must be int64")
+    need(first >= 0 and count > 0, "there must be experts")
+    _, _ = ids_TK.shape
+    return ids_TK.new_empty(ids_TK.shape)
+
+
+@op("local_experts(Tensor expert_ids, int first, int count) -> Tensor", shapes=_local_shapes, is_row_by_row=True)
+def local_experts(ids_TK: Tensor, first: int, count: int) -> Tensor:
+    """The places of experts among those from `first` on that a rank has; -1 for all others."""
+    places_TK = ids_TK - first
+    return places_TK.masked_fill_((places_TK < 0) | (places_TK >= count), -1)
+
+
 def _experts_shapes(
     x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, gate_EIH: Tensor, up_EIH: Tensor, down_EHI: Tensor,
     gate_bias_EI: Tensor | None, up_bias_EI: Tensor | None, down_bias_EH: Tensor | None,
@@ -158,7 +172,8 @@ def experts(
     """The sum of each token's experts by their shares, an expert being down(g · sigmoid(alpha · g) · (u + up_offset)).
 
     g and u are the gate's and up's products; a limit above 0 clamps g from above and u on both sides (gpt-oss). With
-    alpha 1, no limit and no offset this is SwiGLU (arXiv:2002.05202). Sums of experts are taken in float32.
+    alpha 1, no limit and no offset this is SwiGLU (arXiv:2002.05202). Sums of experts are taken in float32. An id of
+    -1 is of an expert that another rank has.
     """
     return run_experts(
         x_TH, shares_TK, ids_TK, len(gate_EIH), partial(_linear, gate_EIH, gate_bias_EI),
@@ -192,8 +207,9 @@ def run_experts(
     out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
     top_k = ids_TK.shape[1]
     places = ids_TK.flatten()
-    order, counts = places.argsort(), places.bincount(minlength=num_experts)
-    for expert, chosen in enumerate(order.split(counts.tolist())):
+    order, counts = places.argsort(), (places + 1).bincount(minlength=num_experts + 1)
+    _, *pairs = order.split(counts.tolist())  # the first are of experts elsewhere
+    for expert, chosen in enumerate(pairs):
         if not len(chosen):
             continue
         rows = chosen // top_k

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.kernels.cpu.library import native
 from slipstream.kernels.fits import need_floats, need_heads, need_same_dtype, need_shape
 from slipstream.kernels.registry import kernel, on_gpu, op
 
@@ -130,3 +131,7 @@ def add_layer_norm_triton(
 
     normed_TH, _, total_TH = rows.norm(x_TH, residual_TH, weight_H, bias_H, eps, is_layer=True)
     return normed_TH, total_TH
+
+
+for each in (rms_norm, add_rms_norm, layer_norm, add_layer_norm):
+    native(each)

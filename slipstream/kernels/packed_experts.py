@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.fits import need
-from slipstream.kernels.linear import fp8, w8a8
 from slipstream.kernels.linear.groups import dequantize, packed_rows, product
-from slipstream.kernels.linear.parts import dense_weight, one_of
+from slipstream.kernels.linear.parts import dense_weight, one_of, rounding_op
 from slipstream.kernels.moe import need_routes, run_experts
 from slipstream.kernels.registry import Op, kernel, on_gpu, on_gpu_with_fp8, op
-from slipstream.schema.format import PACKED_DTYPES, WeightFormat
-
-ROUNDINGS = {"w8a8": w8a8.quantize_w8a8, "fp8": fp8.quantize_fp8}  # of activations, where a format has one
+from slipstream.schema.format import PACKED_DTYPES, QUANTIZES_ACTIVATIONS, WeightFormat
 
 
 def _declare(kind: str) -> Op:
@@ -75,15 +72,15 @@ def _linear(
     format: WeightFormat, parts: dict[str, Tensor], bias_EN: Tensor | None, expert: int, x_RK: Tensor
 ) -> Tensor:
     dtype, size = x_RK.dtype, format.input_group_size
-    if format.kind in ROUNDINGS:
-        rounded_RK, scale_RG = ROUNDINGS[format.kind].reference(x_RK, format.input_scale, size)
+    if format.kind in QUANTIZES_ACTIVATIONS:
+        rounded_RK, scale_RG = rounding_op(format.kind).reference(x_RK, format.input_scale, size)
         x_RK = dequantize(rounded_RK, scale_RG, None, size)
     weight_NK = dense_weight(format, one_of(parts, expert), x_RK.shape[1])
     return product(x_RK, weight_NK, None if bias_EN is None else bias_EN[expert], dtype)
 
 
 def _declare_triton(of: Op, kind: str) -> None:
-    @kernel(of, "triton", on_gpu_with_fp8 if "float8" in PACKED_DTYPES[kind] else on_gpu)
+    @kernel(of, "triton", on_gpu_with_fp8 if "fp8" in kind else on_gpu)
     def experts_triton(
         x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, gate_packed: Tensor, gate_scale: Tensor,
         gate_zero: Tensor | None, up_packed: Tensor, up_scale: Tensor, up_zero: Tensor | None, down_packed: Tensor,
@@ -95,9 +92,11 @@ def _declare_triton(of: Op, kind: str) -> None:
         from slipstream.kernels.triton import experts as grouped
 
         def quantize(x_MK: Tensor, is_widened: bool = False) -> tuple[Tensor, Tensor | None]:
-            if kind not in ROUNDINGS:
+            if kind not in QUANTIZES_ACTIVATIONS:
                 return x_MK, None
-            values_MK, scale_MG = ROUNDINGS[kind].kernels["triton"].function(x_MK, input_scale, input_group_size)
+            rounding = rounding_op(kind).kernels["triton"].batch_invariant  # which rounds one row, too
+            assert rounding is not None
+            values_MK, scale_MG = rounding(x_MK, input_scale, input_group_size)
             if is_widened:
                 return dequantize(values_MK, scale_MG, None, input_group_size).to(x_MK.dtype), None
             return values_MK, scale_MG
@@ -121,6 +120,7 @@ def _declare_triton(of: Op, kind: str) -> None:
 
 
 WEIGHTS = ("gate", "up", "down")
-OPS = {kind: _declare(kind) for kind in PACKED_DTYPES}
+# Not those whose scales have two levels, nor those of a GGUF file: stacks of these are dequantized.
+OPS = {kind: _declare(kind) for kind in PACKED_DTYPES if kind not in ("nvfp4a16", "w4a8")}
 for _kind, _op in OPS.items():
     _declare_triton(_op, _kind)

@@ -3,13 +3,19 @@
 The full-width result is never written. dtype names what a number is: int8, or float8_e4m3fn.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from slipstream.kernels import activation, norm
+from slipstream.kernels.cpu.library import native
 from slipstream.kernels.linear import fp8, w8a8
 from slipstream.kernels.linear.groups import quantized_shapes
 from slipstream.kernels.registry import kernel, on_gpu_with_fp8, op
+
+if TYPE_CHECKING:
+    from slipstream.kernels.triton.rows import Quantized
 
 _QUANTIZE = {"int8": w8a8.quantize_w8a8, "float8_e4m3fn": fp8.quantize_fp8}
 
@@ -154,74 +160,100 @@ def gelu_quantize(
     return quantize_by_reference(activation.gelu.reference(x_TI, approximate), input_scale, input_group_size, dtype)
 
 
-@kernel(rms_norm_quantize, "triton", on_gpu_with_fp8, is_row_by_row=True)
+def _how(input_scale: float, group_size: int, dtype: str, is_batch_invariant: bool) -> "Quantized":
+    """What quantizes for a product in E4M3 on a GPU may leave one row as it is: linear_fp8 multiplies either there."""
+    from slipstream.kernels.triton.rows import Quantized
+
+    return Quantized(input_scale, group_size, dtype, dtype == "float8_e4m3fn" and not is_batch_invariant)
+
+
+@kernel(rms_norm_quantize, "triton", on_gpu_with_fp8)
 def rms_norm_quantize_triton(
     x_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float, input_scale: float, input_group_size: int,
-    dtype: str,
+    dtype: str, is_batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from slipstream.kernels.triton import rows
 
-    how = rows.Quantized(input_scale, input_group_size, dtype)
+    how = _how(input_scale, input_group_size, dtype, is_batch_invariant)
     return rows.norm(x_TH, None, weight_H, None, eps, weight_offset=weight_offset, how=how)[:2]
 
 
-@kernel(add_rms_norm_quantize, "triton", on_gpu_with_fp8, is_row_by_row=True)
+@kernel(add_rms_norm_quantize, "triton", on_gpu_with_fp8)
 def add_rms_norm_quantize_triton(
     x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float, input_scale: float,
-    input_group_size: int, dtype: str,
+    input_group_size: int, dtype: str, is_batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from slipstream.kernels.triton import rows
 
-    how = rows.Quantized(input_scale, input_group_size, dtype)
+    how = _how(input_scale, input_group_size, dtype, is_batch_invariant)
     return rows.norm(x_TH, residual_TH, weight_H, None, eps, weight_offset=weight_offset, how=how)
 
 
-@kernel(layer_norm_quantize, "triton", on_gpu_with_fp8, is_row_by_row=True)
+@kernel(layer_norm_quantize, "triton", on_gpu_with_fp8)
 def layer_norm_quantize_triton(
     x_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float, input_scale: float, input_group_size: int,
-    dtype: str,
+    dtype: str, is_batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from slipstream.kernels.triton import rows
 
-    how = rows.Quantized(input_scale, input_group_size, dtype)
+    how = _how(input_scale, input_group_size, dtype, is_batch_invariant)
     return rows.norm(x_TH, None, weight_H, bias_H, eps, is_layer=True, how=how)[:2]
 
 
-@kernel(add_layer_norm_quantize, "triton", on_gpu_with_fp8, is_row_by_row=True)
+@kernel(add_layer_norm_quantize, "triton", on_gpu_with_fp8)
 def add_layer_norm_quantize_triton(
     x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float, input_scale: float,
-    input_group_size: int, dtype: str,
+    input_group_size: int, dtype: str, is_batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from slipstream.kernels.triton import rows
 
-    how = rows.Quantized(input_scale, input_group_size, dtype)
+    how = _how(input_scale, input_group_size, dtype, is_batch_invariant)
     return rows.norm(x_TH, residual_TH, weight_H, bias_H, eps, is_layer=True, how=how)
 
 
-@kernel(silu_and_mul_quantize, "triton", on_gpu_with_fp8, is_row_by_row=True)
+@kernel(silu_and_mul_quantize, "triton", on_gpu_with_fp8)
 def silu_and_mul_quantize_triton(
-    x_TI2: Tensor, input_scale: float, input_group_size: int, dtype: str
+    x_TI2: Tensor, input_scale: float, input_group_size: int, dtype: str, is_batch_invariant: bool = False
 ) -> tuple[Tensor, Tensor]:
     from slipstream.kernels.triton import rows
 
-    return rows.activate(x_TI2, "silu", is_gated=True, how=rows.Quantized(input_scale, input_group_size, dtype))
+    return rows.activate(
+        x_TI2, "silu", is_gated=True, how=_how(input_scale, input_group_size, dtype, is_batch_invariant)
+    )
 
 
-@kernel(gelu_and_mul_quantize, "triton", on_gpu_with_fp8, is_row_by_row=True)
+@kernel(gelu_and_mul_quantize, "triton", on_gpu_with_fp8)
 def gelu_and_mul_quantize_triton(
-    x_TI2: Tensor, approximate: bool, input_scale: float, input_group_size: int, dtype: str
+    x_TI2: Tensor,
+    approximate: bool,
+    input_scale: float,
+    input_group_size: int,
+    dtype: str,
+    is_batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     from slipstream.kernels.triton import rows
 
-    name, how = "gelu_tanh" if approximate else "gelu", rows.Quantized(input_scale, input_group_size, dtype)
+    name, how = "gelu_tanh" if approximate else "gelu", _how(input_scale, input_group_size, dtype, is_batch_invariant)
     return rows.activate(x_TI2, name, is_gated=True, how=how)
 
 
-@kernel(gelu_quantize, "triton", on_gpu_with_fp8, is_row_by_row=True)
+@kernel(gelu_quantize, "triton", on_gpu_with_fp8)
 def gelu_quantize_triton(
-    x_TI: Tensor, approximate: bool, input_scale: float, input_group_size: int, dtype: str
+    x_TI: Tensor,
+    approximate: bool,
+    input_scale: float,
+    input_group_size: int,
+    dtype: str,
+    is_batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     from slipstream.kernels.triton import rows
 
-    name, how = "gelu_tanh" if approximate else "gelu", rows.Quantized(input_scale, input_group_size, dtype)
+    name, how = "gelu_tanh" if approximate else "gelu", _how(input_scale, input_group_size, dtype, is_batch_invariant)
     return rows.activate(x_TI, name, is_gated=False, how=how)
+
+
+for each in (
+    rms_norm_quantize, add_rms_norm_quantize, layer_norm_quantize, add_layer_norm_quantize, silu_and_mul_quantize,
+    gelu_and_mul_quantize, gelu_quantize,
+):  # fmt: skip
+    native(each, lambda kinds, how: how["dtype"] == "int8")

@@ -62,6 +62,11 @@ class Op:
         return any(argument.is_mutated for argument in self.arguments)
 
     @property
+    def is_collective(self) -> bool:
+        """All ranks of an engine compute it together; its kernels take them as `ranks` (kernels/collectives.py)."""
+        return "ranks" in inspect.signature(self.reference).parameters
+
+    @property
     def tensor_arguments(self) -> tuple[Argument, ...]:
         return tuple(argument for argument in self.arguments if argument.is_tensor)
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from slipstream.kernels.attention.cache import need_cache
 from slipstream.kernels.attention.paged import kv_write
+from slipstream.kernels.cpu.library import native
 from slipstream.kernels.fits import need, need_floats, need_heads, need_shape
 from slipstream.kernels.registry import kernel, on_gpu, op
 
@@ -121,3 +122,7 @@ def rope_kv_write_triton(
     from slipstream.kernels.triton import rope as rotation
 
     return rotation.rope_kv_write(q, k, v, cos, sin, kv, slots, kv_scales)
+
+
+for each in (rope_cos_sin, rope, rope_kv_write):
+    native(each)

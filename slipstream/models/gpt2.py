@@ -83,14 +83,9 @@ _BODY = {
     **_conv1d("h.{i}.mlp.c_proj", "layers.{i}.mlp.down_proj"),
     "ln_f.{p}": "norm.{p}",
 }
-_IGNORED = ("h.{i}.attn.bias", "h.{i}.attn.masked_bias")  # the causal mask
+WEIGHTS = {f"transformer.{theirs}": ours for theirs, ours in _BODY.items()} | {"lm_head.weight": "lm_head.weight"}
 
-# The first exports, openai-community/gpt2 among them, lack the prefix.
-WEIGHTS = (
-    {f"transformer.{theirs}": ours for theirs, ours in _BODY.items()} | {"lm_head.weight": "lm_head.weight"} | _BODY
-)
-
-IGNORED_WEIGHTS = (*_IGNORED, *(f"transformer.{name}" for name in _IGNORED))
+IGNORED_WEIGHTS = ("transformer.h.{i}.attn.bias", "transformer.h.{i}.attn.masked_bias")  # the causal mask
 
 PROMISED_PASSES = ("fuse_qkv", "fuse_add_norm", "last_token")
 

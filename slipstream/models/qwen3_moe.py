@@ -34,6 +34,7 @@ class Config(DecoderConfig):
     def from_options(cls, options: Options) -> Self:
         options.choice("hidden_act", ("silu",), "silu")
         options.skip("output_router_logits", "router_aux_loss_coef", "max_window_layers")
+        options.rename("num_local_experts", "num_experts")  # as transformers 5 saves it
         decoder = read_decoder(options, max_position_embeddings=32768, num_kv_heads=4)
         num_layers, num_experts = decoder["num_layers"], options.integer("num_experts", 128)
         window = options.optional_integer("sliding_window", 4096) or 0

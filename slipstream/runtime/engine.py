@@ -2,40 +2,76 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from slipstream.engine.choices import Choices
 from slipstream.engine.folder import Engine as EngineFolder
 from slipstream.engine.manifest import Manifest
-from slipstream.errors import CapacityError, SlipstreamError
+from slipstream.errors import CapacityError, EngineError, RankError, SlipstreamError
 from slipstream.runtime.guidance import Guidance
+from slipstream.runtime.ranks import RankGroup
 from slipstream.runtime.scheduler import Scheduler
-from slipstream.runtime.worker.memory import check_kv_dtype, count_blocks
-from slipstream.runtime.worker.worker import Flight, Worker
+from slipstream.runtime.speculation import open_drafter
+from slipstream.runtime.worker.memory import check_kv_dtype
+from slipstream.runtime.worker.start import StartOptions, open_worker, use_threads
+from slipstream.runtime.worker.worker import Begun, Flight, Worker
 from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
-from slipstream.schema.kv import KVGroup, group_layers, narrow
-from slipstream.schema.request import EngineStats, GenerateRequest, TokenEvent
+from slipstream.schema.kv import narrow
+from slipstream.schema.request import EngineStats, GenerateRequest, RequestState, TokenEvent
+from slipstream.schema.speculative import Speculation
 from slipstream.schema.step import StepPlan
+from slipstream.speculative.drafter import Drafter, LayerDrafter, Target
 
 MAX_SEQ_LEN = 2**31 - 1
+
+
+@dataclass
+class _Step:
+    plan: StepPlan
+    begun: Begun | None = None
+    flight: Flight | None = None  # once it is launched
+    error: Exception | None = None  # instead of either
 
 
 class Engine:
     """The runtime of one engine folder. Not thread-safe: one thread adds, steps and aborts (runtime/loop.py)."""
 
-    def __init__(self, config: RuntimeConfig, worker: Worker, guidance: Guidance) -> None:
-        self.config, self._guidance = config, guidance
+    def __init__(
+        self, config: RuntimeConfig, worker: Worker, guidance: Guidance, group: RankGroup | None = None
+    ) -> None:
+        self.config, self._guidance, self._group = config, guidance, group
         self._scheduler, self._worker = Scheduler(config), worker
-        self._launched: deque[tuple[StepPlan, Flight | Exception]] = deque()  # steps not yet committed, two at most
+        self._steps: deque[_Step] = deque()  # not yet committed, the oldest first
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        """Whether a step would do something: also where it would find that a rank is gone."""
+        return self._scheduler.has_work or (self._group is not None and self._group.is_lost)
+
+    def when_lost(self, call: Callable[[], None]) -> None:
+        """Call this, from another thread, when there is work in that a rank is gone."""
+        if self._group is not None:
+            self._group.on_lost = call
+
+    def begin(self) -> None:
+        """On the thread that will step it."""
+        if self._group is not None:
+            self._group.at_start()
+
+    def close(self) -> None:
+        """End the other ranks."""
+        if self._group is not None:
+            self._group.close()
 
     @property
     def stats(self) -> EngineStats:
         return self._scheduler.stats()
+
+    def requests(self) -> list[RequestState]:
+        """All that have not ended; from any thread."""
+        return self._scheduler.requests()
 
     def prepare(self, request: GenerateRequest) -> None:
         """What `add` would wait for: compile a grammar. From any thread. Raises RequestError for a bad one."""
@@ -52,35 +88,59 @@ class Engine:
         return self._scheduler.abort(request_id)
 
     def step(self) -> list[TokenEvent]:
-        """One iteration over all running sequences: each event is what it did for one request.
+        """One iteration over running sequences: each event is what it did for one request.
 
-        On a GPU the next step is launched first, where it can be planned, so that the host's work costs no time.
+        With several stages as many steps are begun, so that each stage computes one of them. On a GPU the next step is
+        launched first, where it can be planned, so that the host's work costs no time.
+        Raises RankError where a rank is gone: nothing can be computed any more.
         """
-        if not self._launched:
-            plan = self._scheduler.plan()
+        if self._group is not None:
+            self._group.check()
+        while len(self._steps) < self.config.num_stages:
+            plan = self._scheduler.plan_ahead() if self._steps else self._scheduler.plan()
             if plan is None:
-                return []
-            self._launch(plan)
-        _, flight = self._launched[0]
-        if len(self._launched) == 1 and isinstance(flight, Flight) and self._worker.can_run_ahead(flight):
+                break
+            self._begin(plan)
+        if not self._steps:
+            return []
+        oldest = self._steps[0]
+        self._launch(oldest)
+        if len(self._steps) == 1 and oldest.flight is not None and self._worker.can_run_ahead(oldest.flight):
             ahead = self._scheduler.plan_ahead()
             if ahead is not None:
-                self._launch(ahead)
-        plan, flight = self._launched.popleft()
+                self._launch(self._begin(ahead))
+        self._steps.popleft()
         try:
-            if isinstance(flight, Exception):
-                raise flight
-            result = self._worker.collect(flight)
+            if oldest.error is not None:
+                raise oldest.error
+            assert oldest.flight is not None
+            result = self._worker.collect(oldest.flight)
         except Exception as error:  # whatever a kernel raises ends this step's requests, and no others
             why = str(error) if isinstance(error, SlipstreamError) else f"{type(error).__name__}: {error}"
-            return self._scheduler.fail_step(plan, f"the step failed: {why}")
-        return self._scheduler.commit(plan, result)
+            return self._scheduler.fail_step(oldest.plan, f"the step failed: {why}")
+        return self._scheduler.commit(oldest.plan, result)
 
-    def _launch(self, plan: StepPlan) -> None:
+    def _begin(self, plan: StepPlan) -> _Step:
+        step = _Step(plan)
+        self._steps.append(step)
         try:
-            self._launched.append((plan, self._worker.launch(plan)))
+            step.begun = self._worker.begin(plan)
         except Exception as error:
-            self._launched.append((plan, error))
+            self._fail(step, error)
+        return step
+
+    def _launch(self, step: _Step) -> None:
+        if step.begun is None or step.flight is not None or step.error is not None:
+            return
+        try:
+            step.flight = self._worker.launch(step.begun)
+        except Exception as error:
+            self._fail(step, error)
+
+    def _fail(self, step: _Step, error: Exception) -> None:
+        if self._group is not None:  # this rank may be in the midst of a step, alone
+            raise self._group.why(error) from None
+        step.error = error
 
 
 def start_engine(
@@ -101,7 +161,10 @@ def start_engine(
     enable_chunked_prefill: bool = True,
     enable_block_reuse: bool = True,
     deterministic: bool = False,
+    speculation: Speculation | None = None,
+    draft_engine: tuple[EngineFolder, Choices] | None = None,
     read_tokenizer: Callable[[], str] | None = None,
+    plugins: Sequence[str] = (),
 ) -> Engine:
     """Load the weights, allocate the KV cache in what they leave and be ready.
 
@@ -110,39 +173,93 @@ def start_engine(
     max_attention_window_size: tokens that a token sees, one for each layer or repeated over them; it narrows what the
     model has. sink_token_length: of these, the first tokens of a sequence, which stay in sight (StreamingLLM,
     arXiv:2309.17453); then max_seq_len may be more than the engine was built for. deterministic: a request's tokens and
-    logprobs are to the last bit those that it gets alone. read_tokenizer: the text of a tokenizer.json, for guided
-    requests; called with the first of them.
+    logprobs are to the last bit those that it gets alone. speculation: how drafts are made; draft_engine: of the model
+    that they are made by, where its method asks for one. read_tokenizer: the text of a tokenizer.json, for guided
+    requests; called with the first of them. plugins: modules that declare ops of the engine, which each rank imports.
     """
     manifest = folder.manifest
     # Positions inside a window are all that a model with sinks ever meets: a sequence may go on for ever.
     longest = MAX_SEQ_LEN if sink_token_length else manifest.max_seq_len
     max_seq_len = _lowered("max_seq_len", max_seq_len, longest, default=manifest.max_seq_len)
-    groups = _kv_groups(manifest, max_attention_window_size, sink_token_length, max_seq_len)
+    _check_windows(manifest, max_attention_window_size, sink_token_length, max_seq_len)
     check_kv_dtype(manifest, device)
     max_batch_size = _lowered("max_batch_size", max_batch_size, manifest.max_batch_size)
-    max_num_tokens = _lowered("max_num_tokens", max_num_tokens, manifest.max_num_tokens)
     guidance = Guidance(read_tokenizer, manifest.eos_token_ids)
-    worker = Worker(folder, choices, groups, max_batch_size, device, guidance=guidance, is_deterministic=deterministic)
-    num_blocks = count_blocks(
-        manifest, groups, device, worker.memory_left(max_num_tokens),
-        fraction=kv_cache_free_memory_fraction, max_tokens=kv_cache_max_tokens, max_bytes=kv_cache_max_bytes,
+    drafter = None
+    if speculation is not None:
+        target = Target(
+            folder, device, max_batch_size, max_seq_len, kv_cache_free_memory_fraction, draft_engine=draft_engine
+        )
+        drafter = open_drafter(speculation, target)
+        if drafter.reads_hidden and not folder.has_hidden_states:
+            raise EngineError(
+                f"{speculation.method} drafts from hidden states, which this engine does not give; build it again."
+            )
+    options = StartOptions(
+        max_batch_size=max_batch_size,
+        max_num_tokens=_lowered("max_num_tokens", max_num_tokens, manifest.max_num_tokens),
         max_seq_len=max_seq_len,
-    )  # fmt: skip
-    worker.allocate_kv(num_blocks)
-    worker.record(max_num_tokens)
+        kv_cache_max_tokens=kv_cache_max_tokens,
+        kv_cache_max_bytes=kv_cache_max_bytes,
+        kv_cache_free_memory_fraction=kv_cache_free_memory_fraction,
+        max_attention_window_size=tuple(max_attention_window_size),
+        sink_token_length=sink_token_length,
+        deterministic=deterministic,
+        max_draft_len=0 if drafter is None else drafter.max_draft_len,
+    )
+    group: RankGroup | None = None
+    if manifest.num_ranks == 1:
+        worker, num_blocks = open_worker(folder, choices, device, options, guidance=guidance, drafter=drafter)
+    else:
+        group, worker, num_blocks = _start_ranks(folder, choices, device, options, guidance, drafter, plugins)
     config = RuntimeConfig(
         num_blocks=num_blocks,
-        kv_groups=groups,
+        kv_groups=options.groups(manifest.windows),
         tokens_per_block=manifest.tokens_per_block,
         max_batch_size=max_batch_size,
-        max_num_tokens=max_num_tokens,
+        max_num_tokens=options.max_num_tokens,
         max_seq_len=max_seq_len,
         capacity_policy=capacity_policy,
         queue_policy=queue_policy,
         enable_chunked_prefill=enable_chunked_prefill,
         enable_block_reuse=enable_block_reuse,
+        max_draft_len=options.max_draft_len,
+        recomputes_last_found=isinstance(drafter, LayerDrafter),
+        num_stages=manifest.pp_size if drafter is None else 1,  # drafts are known when the step before has ended
     )
-    return Engine(config, worker, guidance)
+    return Engine(config, worker, guidance, group)
+
+
+def _start_ranks(
+    folder: EngineFolder, choices: Choices, device: torch.device, options: StartOptions, guidance: Guidance,
+    drafter: Drafter | None, plugins: Sequence[str],
+) -> tuple[RankGroup, Worker, int]:  # fmt: skip
+    """Start the other ranks, and this one with them. Raises what keeps any of them from it."""
+    mapping, first = folder.manifest.mapping, device.index or 0
+    size = mapping.num_ranks
+    before = torch.get_num_threads()
+    num_threads = max(1, before // size) if device.type == "cpu" else before
+    setups = [
+        {
+            "engine": str(folder.path), "rank": rank, "kernels": choices.kernels, "options": options.to_json(),
+            "device": "cpu" if device.type == "cpu" else f"cuda:{first + rank}", "num_threads": num_threads,
+            "plugins": list(plugins),
+        }
+        for rank in range(1, size)
+    ]  # fmt: skip
+    group = RankGroup(mapping, setups, device, lambda: use_threads(num_threads), at_end=lambda: use_threads(before))
+    try:
+        group.at_start()
+        worker, num_blocks = open_worker(
+            folder, choices, device, options, group.join(), guidance=guidance, drafter=drafter, announce=group.announce
+        )
+    except Exception as error:
+        why = group.why(error) if group.is_lost or isinstance(error, RankError) else error
+        group.close()
+        raise why from None
+    finally:
+        torch.set_num_threads(before)  # this thread's: each has a number of its own
+    return group, worker, num_blocks
 
 
 def _lowered(name: str, asked: int | None, built: int, default: int | None = None) -> int:
@@ -151,18 +268,14 @@ def _lowered(name: str, asked: int | None, built: int, default: int | None = Non
     return (default or built) if asked is None else asked
 
 
-def _kv_groups(
-    manifest: Manifest, asked: Sequence[int], sink_token_length: int, max_seq_len: int
-) -> tuple[KVGroup, ...]:
+def _check_windows(manifest: Manifest, asked: Sequence[int], sink_token_length: int, max_seq_len: int) -> None:
     num_layers = manifest.num_layers
     if len(asked) > num_layers:
         raise CapacityError(
             f"max_attention_window_size has {len(asked)} windows; give at most {num_layers}, one a layer."
         )
-    windows = narrow(manifest.windows, asked, max_seq_len)
     if sink_token_length:
-        _check_sinks(manifest, windows, sink_token_length, max_seq_len)
-    return group_layers(windows, sink_token_length)
+        _check_sinks(manifest, narrow(manifest.windows, asked, max_seq_len), sink_token_length, max_seq_len)
 
 
 def _check_sinks(manifest: Manifest, windows: Sequence[int], sink_token_length: int, max_seq_len: int) -> None:

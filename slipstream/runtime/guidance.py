@@ -11,7 +11,7 @@ Shape suffixes: R rows of logits, V vocabulary, N rows that are guided, W words 
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -121,6 +121,14 @@ class Guidance:
             raise RequestError(
                 f"guided cannot read this model's tokenizer ({_one_line(str(error))}); give another one as tokenizer."
             ) from error
+
+
+def num_taken(matcher: "LLMatcher", token_ids: Sequence[int]) -> int:
+    """How many of these tokens it would consume, one after the other; it is left as it is."""
+    trial = matcher.deep_copy()
+    return next(
+        (index for index, token_id in enumerate(token_ids) if not trial.consume_token(token_id)), len(token_ids)
+    )
 
 
 def why_stopped(matcher: "LLMatcher") -> str:

@@ -11,7 +11,8 @@ Shape suffixes: R rows (one sequence each), V vocabulary, S slots, P rows with a
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from copy import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class SequenceState:
         self.request = request
         self.sampling = sampling
         self.token_ids = [*request.prompt_token_ids, *output_token_ids]
+        self.num_ahead = 0  # of these, drafts: tokens that only may come
         self.has_penalty = (
             sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         )
@@ -58,6 +60,10 @@ class SequenceState:
         return self.token_ids[len(self.request.prompt_token_ids) :]
 
     @property
+    def ahead(self) -> list[int]:
+        return self.token_ids[len(self.token_ids) - self.num_ahead :]
+
+    @property
     def has_output(self) -> bool:
         return len(self.token_ids) > len(self.request.prompt_token_ids)
 
@@ -76,6 +82,19 @@ class SequenceState:
         size = self.sampling.no_repeat_ngram_size
         if size and len(self.token_ids) >= size:
             self._index_ngram(len(self.token_ids))
+
+    def after(self, draft: int) -> "SequenceState | None":
+        """As it will be if this token comes; None where its grammar does not take it, or ends with it."""
+        state = copy(self)
+        if self.matcher is not None:
+            state.matcher = self.matcher.deep_copy()
+            if draft in self.request.eos_token_ids or not state.matcher.try_consume_tokens([draft]):
+                return None
+        state.token_ids = list(self.token_ids)
+        state._followers = {prefix: list(ids) for prefix, ids in self._followers.items()}
+        state.append(draft)
+        state.num_ahead += 1
+        return state
 
     def banned(self) -> Iterator[int]:
         """The tokens that may not come next; some may be named twice."""
@@ -114,8 +133,8 @@ class PenaltyTable:
         output_counts_V.zero_().index_add_(0, outputs, torch.ones_like(outputs, dtype=torch.int32))
 
     def count(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Record one more output token for each of these slots."""
-        self._output_counts_SV[self._indices(slots), self._indices(token_ids)] += 1
+        """Record one more output token for each of these slots; a slot may come several times."""
+        _add_one(self._output_counts_SV, self._indices(slots), self._indices(token_ids))
 
     def apply(
         self, logits_RV: Tensor, rows: Sequence[int], slots: Sequence[int], states: Sequence[SequenceState]
@@ -134,6 +153,10 @@ class PenaltyTable:
         frequency_P1 = column([state.sampling.frequency_penalty for state in states])
         rows_P, slots_P = self._indices(rows), self._indices(slots)
         counts_PV = self._output_counts_SV[slots_P]
+        ahead = [(row, token_id) for row, state in enumerate(states) for token_id in state.ahead]
+        if ahead:
+            rows_E, token_ids_E = self._indices(ahead).unbind(1)
+            _add_one(counts_PV, rows_E, token_ids_E)
         seen_PV = self._in_prompt_SV[slots_P] | (counts_PV > 0)
 
         logits_PV = logits_RV[rows_P]
@@ -142,8 +165,13 @@ class PenaltyTable:
         logits_PV = logits_PV - frequency_P1 * counts_PV - presence_P1 * (counts_PV > 0)
         logits_RV[rows_P] = logits_PV
 
-    def _indices(self, values: Sequence[int]) -> Tensor:
+    def _indices(self, values: Sequence[Any]) -> Tensor:
         return on_device(values, torch.int64, self._in_prompt_SV.device)
+
+
+def _add_one(counts_SV: Tensor, rows_E: Tensor, token_ids_E: Tensor) -> None:
+    """For each time that a place is named."""
+    counts_SV.index_put_((rows_E, token_ids_E), torch.ones_like(rows_E, dtype=torch.int32), accumulate=True)
 
 
 def edit_logits(

@@ -8,6 +8,9 @@
 Where the worker runs by itself (a GPU), plan_ahead makes the next plan while this one is executed: what that one will
 sample is PENDING there. A sequence that ends with such a token has a row in the next step for nothing.
 
+Where the worker is a pipeline, as many steps as it has stages are under way at once. Then plan_ahead waits for tokens:
+it takes sequences of which no step is to sample one, and of all that run an equal share.
+
 There is one token counter and there are no phases: a sequence has tokens known and tokens computed, and a step closes
 part of the gap within a budget. Chunked prefill, prefix hits, decode and recomputation after preemption are all that
 one rule.
@@ -18,6 +21,7 @@ always go on (`add` refused what could never fit), and whoever goes on comes to 
 priorities.
 """
 
+import time
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from dataclasses import dataclass, field
@@ -28,12 +32,12 @@ from slipstream.runtime.kv import KVCacheManager, Match
 from slipstream.runtime.queue import WaitingQueue
 from slipstream.runtime.sequence import Rank, Sequence
 from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
-from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent
+from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, RequestState, TokenEvent
 from slipstream.schema.step import PENDING, BlockCopy, SequenceResult, SequenceStep, StepPlan, StepResult
 
 
 @dataclass(slots=True)
-class _Draft:
+class _Outline:
     """A plan in the making."""
 
     budget: int  # tokens that may still be added
@@ -41,21 +45,23 @@ class _Draft:
     steps: list[SequenceStep] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
 
-    def add(self, sequence: Sequence, end: int, *, is_new: bool = False) -> None:
-        """Compute the sequence's tokens from num_planned to `end`."""
+    def add(self, sequence: Sequence, end: int, num_drafts: int = 0, *, is_new: bool = False) -> None:
+        """Compute the sequence's tokens from num_planned to `end`, and verify drafts of what comes then."""
         assert sequence.slot is not None
-        start, sample = sequence.num_planned, end == sequence.num_expected
+        start, sample = sequence.num_planned, end == sequence.num_expected and sequence.request.pooling is None
         token_ids = tuple(sequence.token_ids[start:end])
         if len(token_ids) < end - start:
             token_ids += (PENDING,)
-        step = SequenceStep(sequence.slot, start, token_ids, sample, sequence.table.take_changes())
+        changes = sequence.table.take_changes()
+        step = SequenceStep(sequence.slot, start, token_ids, sample, changes, num_drafts=num_drafts)
         if is_new:
             generated = tuple(sequence.token_ids[sequence.num_prompt :])
             step = step._replace(new=sequence.request, output_token_ids=generated)
         self.sequences.append(sequence)
         self.steps.append(step)
-        self.budget -= end - start
+        self.budget -= step.num_tokens
         sequence.num_planned = end
+        sequence.num_drafts, sequence.is_verifying = 0, num_drafts > 0
         sequence.num_pending += sample
         sequence.num_in_flight += 1
 
@@ -74,15 +80,19 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}  # all that have not ended, by request id
         self._waiting = WaitingQueue()  # those that may be admitted; followers wait outside, in their leader's list
         self._running: list[Sequence] = []  # by rank; each has a slot and blocks
-        self._in_flight: deque[tuple[StepPlan, list[Sequence]]] = deque()  # the oldest first, two at most
+        self._in_flight: deque[tuple[StepPlan, list[Sequence]]] = deque()  # the oldest first
         self._free_slots = list(range(config.max_batch_size))  # a heap
         self._freed_slots: list[int] = []  # since the last plan
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_preemptions = 0
+        self._prompt_tokens = 0
         self._prompt_tokens_computed = 0
         self._prompt_tokens_cached = 0
         self._generated_tokens = 0
+        self._num_verifications = 0
+        self._num_draft_tokens = 0
+        self._num_accepted = [0] * config.max_draft_len  # by place in the draft
 
     # ------------------------------------------------------------------ requests
 
@@ -126,23 +136,31 @@ class Scheduler:
             raise RequestError(f"request_id {request.request_id!r} is in use; choose another one.")
         if num_prompt == 0:
             raise RequestError("the prompt has 0 tokens; it needs at least 1.")
-        if num_prompt >= config.max_seq_len:
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens, but prompt and output share max_seq_len {config.max_seq_len}; "
-                f"shorten it to at most {config.max_seq_len - 1}."
-            )
-        room = config.max_seq_len - num_prompt
-        if not 1 <= request.max_tokens <= room:
-            raise RequestError(
-                f"max_tokens is {request.max_tokens}; after {num_prompt} prompt tokens of max_seq_len "
-                f"{config.max_seq_len} it must be at least 1 and at most {room}."
-            )
+        self._check_length(request, num_prompt)
         if not config.enable_chunked_prefill and num_prompt > config.max_num_tokens:
             raise RequestError(
                 f"the prompt has {num_prompt} tokens, but without chunked prefill it must fit in one step; "
                 f"shorten it to at most {config.max_num_tokens} or set enable_chunked_prefill."
             )
         self._check_capacity(num_prompt, request.max_tokens)
+
+    def _check_length(self, request: GenerateRequest, num_prompt: int) -> None:
+        longest = self.config.max_seq_len
+        if request.pooling is not None:
+            if num_prompt > longest:
+                raise RequestError(f"the text has {num_prompt} tokens; shorten it to max_seq_len {longest}.")
+            return
+        if num_prompt >= longest:
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens, but prompt and output share max_seq_len {longest}; "
+                f"shorten it to at most {longest - 1}."
+            )
+        room = longest - num_prompt
+        if not 1 <= request.max_tokens <= room:
+            raise RequestError(
+                f"max_tokens is {request.max_tokens}; after {num_prompt} prompt tokens of max_seq_len "
+                f"{longest} it must be at least 1 and at most {room}."
+            )
 
     def _check_capacity(self, num_prompt: int, max_tokens: int) -> None:
         def num_needed(num_tokens: int) -> int:
@@ -162,13 +180,14 @@ class Scheduler:
         )
 
     def _most_in_flight(self, num_to_compute: int, max_computed: int) -> int:
-        """Most tokens of a sequence that steps in flight, two at most, compute from now on.
+        """Most tokens of a sequence that steps in flight compute from now on.
 
         Windows move when a step is committed. What was preempted computes all of its tokens again.
         """
         if self.config.capacity_policy is CapacityPolicy.MAX_UTILIZATION:
             num_to_compute = max_computed
-        return min(2 * self.config.max_num_tokens, max(1, num_to_compute) + 1)
+        num_steps = max(2, self.config.num_stages)
+        return min(num_steps * self.config.max_num_tokens, max(1, num_to_compute) + 1 + self.config.max_draft_len)
 
     # ------------------------------------------------------------------ plan
 
@@ -180,38 +199,39 @@ class Scheduler:
         return plan
 
     def plan_ahead(self) -> StepPlan | None:
-        """The step after the one in flight, planned without knowing what that one samples.
+        """The step after those in flight, planned without knowing what they sample.
 
         None where nothing can be said yet, or only by preempting what is in flight.
         """
-        assert len(self._in_flight) == 1, "there is not one step in flight"
+        assert self._in_flight, "there is no step in flight"
         return self._next_plan()
 
     def _next_plan(self) -> StepPlan | None:
-        draft = _Draft(self.config.max_num_tokens)
+        outline = _Outline(self.config.max_num_tokens)
         is_closed = self.config.capacity_policy is CapacityPolicy.STATIC_BATCH and bool(self._running)
-        has_room = self._continue_running(draft)
+        has_room = self._continue_running(outline)
         # What was just preempted would otherwise come straight back, to be preempted again.
         if not is_closed and has_room:
-            self._admit_waiting(draft)
-        if not draft.steps:
+            self._admit_waiting(outline)
+        if not outline.steps:
             return None
-        plan = StepPlan(self._num_steps, tuple(draft.steps), tuple(draft.copies), tuple(self._freed_slots))
-        self._in_flight.append((plan, draft.sequences))
+        plan = StepPlan(self._num_steps, tuple(outline.steps), tuple(outline.copies), tuple(self._freed_slots))
+        self._in_flight.append((plan, outline.sequences))
         self._freed_slots.clear()
         self._num_steps += 1
         return plan
 
-    def _continue_running(self, draft: _Draft) -> bool:
+    def _continue_running(self, outline: _Outline) -> bool:
         """Give each running sequence its next chunk, best rank first. Returns whether there was room for all."""
         num_preemptions = self._num_preemptions
-        index = 0
-        while index < len(self._running) and draft.budget > 0:  # _running shrinks at its end while we go
+        index, most = 0, self._share_of(len(self._running))
+        # _running shrinks at its end while we go.
+        while index < len(self._running) and outline.budget > 0 and len(outline.steps) < most:
             sequence = self._running[index]
             index += 1
-            if sequence.will_end:
+            if sequence.will_end or sequence.is_verifying or (self.config.num_stages > 1 and sequence.num_pending):
                 continue
-            end = self._chunk_end(sequence, sequence.num_planned, draft.budget)
+            end = self._chunk_end(sequence, sequence.num_planned, outline.budget)
             if end == sequence.num_planned:
                 continue
             if end > len(sequence.table.rows) * self.config.tokens_per_block:
@@ -220,8 +240,13 @@ class Scheduler:
                 if not self._make_room(sequence, end):
                     continue
                 self._kv.extend(sequence.table, end)
-            draft.add(sequence, end)
+            num_drafts = self._make_room_for_drafts(sequence, end, outline.budget, len(self._running) - index)
+            outline.add(sequence, end, num_drafts)
         return self._num_preemptions == num_preemptions
+
+    def _share_of(self, num_sequences: int) -> int:
+        """How many of these a step has, so that there are as many steps as stages."""
+        return -(-num_sequences // self.config.num_stages)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Preempt from the end until the sequence's table can be extended; False if that hit the sequence itself."""
@@ -232,23 +257,44 @@ class Scheduler:
                 return False
         return True
 
+    def _make_room_for_drafts(self, sequence: Sequence, end: int, budget: int, num_others: int) -> int:
+        """How many drafts go along after the token before `end`: others that come after keep a token and a block each.
+
+        Not more than could be of use: of a sequence's last token nothing is computed. So they stay within the blocks
+        that were promised to it.
+        """
+        if not sequence.num_drafts or end != sequence.num_expected:
+            return 0
+        budget -= end - sequence.num_planned + num_others
+        room = min(sequence.num_drafts, budget, sequence.max_computed - end)
+        held = len(sequence.table.rows) * self.config.tokens_per_block
+        if room > 0 and end + room > held:
+            if self._kv.can_extend(sequence.table, end + room, num_spared=num_others):
+                self._kv.extend(sequence.table, end + room)
+            else:
+                room = held - end
+        return max(0, room)
+
     def _preempt(self, sequence: Sequence) -> None:
         assert self.config.capacity_policy is CapacityPolicy.MAX_UTILIZATION, "a guaranteed block is missing"
         self._release(sequence)
-        sequence.num_computed = sequence.num_planned = 0
+        sequence.num_computed = sequence.num_planned = sequence.num_drafts = 0
         sequence.prompt_logprobs.clear()
         self._waiting.push(sequence)
         self._num_preemptions += 1
 
-    def _admit_waiting(self, draft: _Draft) -> None:
+    def _admit_waiting(self, outline: _Outline) -> None:
         """Start waiting sequences while they fit. Nobody overtakes one that does not, so that it starts some day."""
-        if not (self._waiting and self._free_slots and draft.budget):
+        if not (self._waiting and self._free_slots and outline.budget):
             return
         is_optimistic = self.config.capacity_policy is CapacityPolicy.MAX_UTILIZATION
         num_promised = 0 if is_optimistic else sum(map(self._promised, self._running))
-        while self._free_slots and draft.budget > 0:
+        most = self.config.max_batch_size
+        if self.config.capacity_policy is not CapacityPolicy.STATIC_BATCH:  # which is closed after this step
+            most = self._share_of(min(most, len(self._running) + len(self._waiting)))
+        while self._free_slots and outline.budget > 0 and len(outline.steps) < most:
             sequence = self._waiting.peek()
-            if sequence is None or not self._try_admit(sequence, draft, None if is_optimistic else num_promised):
+            if sequence is None or not self._try_admit(sequence, outline, None if is_optimistic else num_promised):
                 return
             num_promised += self._promised(sequence)
 
@@ -259,12 +305,12 @@ class Scheduler:
             chunk = self._most_in_flight(sequence.num_known - sequence.num_computed, sequence.max_computed)
         return self._kv.promised(sequence.table, sequence.max_computed, chunk)
 
-    def _try_admit(self, sequence: Sequence, draft: _Draft, num_promised: int | None) -> bool:
+    def _try_admit(self, sequence: Sequence, outline: _Outline, num_promised: int | None) -> bool:
         """num_promised: blocks that are others' and must stay so; None where nothing is promised to anybody."""
         for match in self._matches(sequence):
-            end = self._chunk_end(sequence, match.num_tokens, draft.budget)
+            end = self._chunk_end(sequence, match.num_tokens, outline.budget)
             if end > match.num_tokens and self._can_admit(sequence, match, end, num_promised):
-                self._admit(sequence, match, end, draft)
+                self._admit(sequence, match, end, outline)
                 return True
         return False
 
@@ -277,23 +323,28 @@ class Scheduler:
 
     def _matches(self, sequence: Sequence) -> list[Match]:
         """What may be taken from the prefix tree, best first."""
-        if sequence.wants_prompt_logprobs:
+        if sequence.needs_every_row:
             return [Match()]
-        match = self._kv.match(sequence.request.cache_salt, sequence.token_ids)
+        salt, token_ids = sequence.request.cache_salt, sequence.token_ids
+        match = self._kv.match(salt, token_ids)
+        if self.config.recomputes_last_found:
+            match = self._kv.match(salt, token_ids[: match.num_tokens])
         # The source of a copy is one block more than the request itself needs: in a tight pool, go without it.
         return [match] if match.source is None else [match, match.without_copy()]
 
-    def _admit(self, sequence: Sequence, match: Match, end: int, draft: _Draft) -> None:
+    def _admit(self, sequence: Sequence, match: Match, end: int, outline: _Outline) -> None:
         self._waiting.remove(sequence)
-        draft.copies += self._kv.admit(sequence.table, match)
+        outline.copies += self._kv.admit(sequence.table, match)
         self._kv.extend(sequence.table, end)
         sequence.num_computed = sequence.num_planned = match.num_tokens
         if sequence.num_cached is None:
             sequence.num_cached = match.num_tokens
+            sequence.seconds_queued = time.monotonic() - sequence.added_at
+            self._prompt_tokens += sequence.num_prompt
             self._prompt_tokens_cached += match.num_tokens
         sequence.slot = heappop(self._free_slots)
         insort(self._running, sequence, key=_rank)
-        draft.add(sequence, end, is_new=True)
+        outline.add(sequence, end, is_new=True)
 
     def _chunk_end(self, sequence: Sequence, start: int, budget: int) -> int:
         """Where a chunk from `start` ends, `start` itself if there can be none.
@@ -341,44 +392,72 @@ class Scheduler:
         if outcome.error is not None:
             return self._fail(sequence, outcome.error)
         sequence.num_pending -= step.sample
+        # Aborted meanwhile, or at its end with what the step before sampled.
+        is_over, is_first = sequence.is_finished, not sequence.is_prompt_computed
+        if outcome.prompt_logprobs and sequence.wants_prompt_logprobs and not is_over:
+            sequence.prompt_logprobs.extend(outcome.prompt_logprobs)
+        token_ids = () if is_over else _up_to_a_stop(sequence, outcome.token_ids)
+        sequence.token_ids += token_ids
         # Of one that was aborted before, the token that the step began with was never taken in.
-        sequence.num_computed = min(step.start + len(step.token_ids), len(sequence.token_ids))
+        num_computed = step.start + len(step.token_ids) + max(0, len(token_ids) - 1)
+        sequence.num_computed = min(num_computed, len(sequence.token_ids))
         if step.start < sequence.num_prompt:
             self._prompt_tokens_computed += min(sequence.num_computed, sequence.num_prompt) - step.start
         self._kv.commit(sequence.table, sequence.token_ids, sequence.num_computed)
-        if sequence.finish_reason is not None:  # aborted meanwhile, or at its end with what the step before sampled
+        if step.num_drafts:
+            sequence.num_planned, sequence.is_verifying = sequence.num_computed, False
+            self._count_accepted(step.num_drafts, len(outcome.token_ids) - 1)
+        if is_over:
             if not sequence.num_in_flight:
                 self._release(sequence)
             return None
-        if outcome.prompt_logprobs and sequence.wants_prompt_logprobs:
-            sequence.prompt_logprobs.extend(outcome.prompt_logprobs)
-        return self._append_token(sequence, outcome) if step.sample else None
+        if outcome.vector is not None:
+            return self._end_with(sequence, outcome.vector)
+        sequence.num_drafts = 0 if sequence.num_in_flight else outcome.num_drafts
+        return self._event(sequence, token_ids, outcome, is_first) if step.sample else None
 
-    def _append_token(self, sequence: Sequence, outcome: SequenceResult) -> TokenEvent:
-        token_id = outcome.token_id
-        assert token_id is not None, f"the worker sampled no token for {sequence.request.request_id!r}"
-        prompt_logprobs, num_cached = None, 0
-        if not sequence.is_prompt_computed:
-            num_cached = sequence.num_cached or 0
-            if sequence.wants_prompt_logprobs:
+    def _count_accepted(self, num_drafts: int, num_accepted: int) -> None:
+        self._num_verifications += 1
+        self._num_draft_tokens += num_drafts
+        for place in range(num_accepted):
+            self._num_accepted[place] += 1
+
+    def _event(
+        self, sequence: Sequence, token_ids: tuple[int, ...], outcome: SequenceResult, is_first: bool
+    ) -> TokenEvent:
+        """The tokens are taken in; is_first: they are the sequence's first."""
+        assert token_ids, f"the worker sampled no token for {sequence.request.request_id!r}"
+        prompt_logprobs, num_cached, seconds_queued = None, 0, 0.0
+        if is_first:
+            num_cached, seconds_queued = sequence.num_cached or 0, sequence.seconds_queued
+            if sequence.request.sampling.prompt_logprobs is not None:
                 prompt_logprobs = (None, *sequence.prompt_logprobs)
                 sequence.prompt_logprobs.clear()
             self._free_followers(sequence)
-        sequence.token_ids.append(token_id)
-        self._generated_tokens += 1
-        reason = _finish_reason(sequence, token_id)
+        self._generated_tokens += len(token_ids)
+        reason = _finish_reason(sequence)
         if reason is not None:
-            self._end(sequence, reason)
-            if not sequence.num_in_flight:
-                self._release(sequence)
+            self._end_and_release(sequence, reason)
         return TokenEvent(
             request_id=sequence.request.request_id,
-            token_ids=(token_id,),
-            logprobs=() if outcome.logprobs is None else (outcome.logprobs,),
+            token_ids=token_ids,
+            logprobs=outcome.logprobs[: len(token_ids)],
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
-            stop_token_id=token_id if reason is FinishReason.STOP else None,
+            stop_token_id=token_ids[-1] if reason is FinishReason.STOP else None,
             num_cached_tokens=num_cached,
+            seconds_queued=seconds_queued,
+        )
+
+    def _end_with(self, sequence: Sequence, vector: bytes) -> TokenEvent:
+        """All tokens of one that pools are computed."""
+        self._end_and_release(sequence, FinishReason.STOP)
+        return TokenEvent(
+            request_id=sequence.request.request_id,
+            finish_reason=FinishReason.STOP,
+            num_cached_tokens=sequence.num_cached or 0,
+            seconds_queued=sequence.seconds_queued,
+            vector=vector,
         )
 
     def _fail(self, sequence: Sequence, error: str) -> TokenEvent | None:
@@ -397,6 +476,11 @@ class Scheduler:
         )
 
     # ------------------------------------------------------------------ leaving
+
+    def _end_and_release(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._end(sequence, reason)
+        if not sequence.num_in_flight:
+            self._release(sequence)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         """The request is over; its blocks and slot may still be in use."""
@@ -425,6 +509,13 @@ class Scheduler:
 
     # ------------------------------------------------------------------ looking in
 
+    def requests(self) -> list[RequestState]:
+        """All that have not ended. From any thread, also while this one is busy or hangs."""
+        return [
+            RequestState(request_id, each.slot is not None, each.num_prompt, each.num_computed, each.num_output)
+            for request_id, each in list(self._sequences.items())  # copied at once, by Python's lock
+        ]
+
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=len(self._running),
@@ -433,9 +524,13 @@ class Scheduler:
             num_blocks_total=self._kv.num_total,
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
+            prompt_tokens=self._prompt_tokens,
             prompt_tokens_computed=self._prompt_tokens_computed,
             prompt_tokens_cached=self._prompt_tokens_cached,
             generated_tokens=self._generated_tokens,
+            num_drafts=self._num_verifications,
+            num_draft_tokens=self._num_draft_tokens,
+            num_accepted_tokens=tuple(self._num_accepted),
         )
 
     def check(self) -> None:
@@ -483,9 +578,17 @@ def _rank(sequence: Sequence) -> Rank:
     return sequence.rank
 
 
-def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:
-    """Why the sequence ends with the token just appended. (min_tokens is the sampler's: it does not offer a stop.)"""
-    if token_id in sequence.stop_ids:
+def _up_to_a_stop(sequence: Sequence, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Without what was accepted after a token that ends the sequence."""
+    for index, token_id in enumerate(token_ids, 1):
+        if token_id in sequence.stop_ids:
+            return token_ids[:index]
+    return token_ids
+
+
+def _finish_reason(sequence: Sequence) -> FinishReason | None:
+    """Why the sequence ends with its last token. (min_tokens is the sampler's: it does not offer a stop.)"""
+    if sequence.token_ids[-1] in sequence.stop_ids:
         return FinishReason.STOP
     # The sequence limit needs no look: `add` held prompt and max_tokens together to max_seq_len.
     return FinishReason.LENGTH if len(sequence.token_ids) >= sequence.max_known else None

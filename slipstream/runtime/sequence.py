@@ -1,9 +1,10 @@
 """Sequence: the state of one request, owned by the scheduler."""
 
+import time
 from dataclasses import dataclass, field
 
 from slipstream.runtime.kv import BlockTable
-from slipstream.schema.request import FinishReason, GenerateRequest, TokenLogprobs
+from slipstream.schema.request import FinishReason, GenerateRequest, Pooling, TokenLogprobs
 
 Rank = tuple[int, int]  # (priority, arrival); lower goes first. No two sequences have the same.
 
@@ -30,7 +31,11 @@ class Sequence:
     num_planned: int = 0
     num_pending: int = 0
     num_in_flight: int = 0  # steps that have it and are not committed
+    num_drafts: int = 0  # that the worker has for its next step
+    is_verifying: bool = False  # a step in flight has drafts of it: how far it gets is not known
     num_cached: int | None = None  # set at the first admission
+    added_at: float = field(default_factory=time.monotonic)
+    seconds_queued: float = 0.0  # until that
     slot: int | None = None  # set while running
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of prompt tokens 1 ..; until they are sent
     followers: list["Sequence"] = field(default_factory=list)  # wait until this prompt is computed
@@ -41,7 +46,7 @@ class Sequence:
         stop_ids = request.eos_token_ids.union(request.sampling.stop_token_ids)
         token_ids = list(request.prompt_token_ids)
         num_prompt = len(token_ids)
-        table = BlockTable(request.cache_salt)
+        table = BlockTable(request.cache_salt, is_reusable=request.pooling is not Pooling.MEAN)
         return cls(request, rank, token_ids, stop_ids, table, num_prompt, num_prompt + request.max_tokens)
 
     @property
@@ -78,5 +83,10 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether the logits of every prompt row are still needed; then no row may come from the prefix tree."""
+        """Whether the logits of every prompt row are still needed."""
         return self.request.sampling.prompt_logprobs is not None and not self.is_prompt_computed
+
+    @property
+    def needs_every_row(self) -> bool:
+        """Whether the rows of the prompt have to be computed, and none may come from the prefix tree."""
+        return self.wants_prompt_logprobs or self.request.pooling is Pooling.MEAN

@@ -7,8 +7,10 @@ from slipstream.schema.kv import KVGroup
 
 DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = {"fp8": "float8_e4m3fn", "int8": "int8"}  # of a KV cache in 8 bits, by their names in the field
+KV_DTYPES_OF = {"float32": ("bfloat16",)}  # of a KV cache in 16 bits, in an engine that computes in more
 MAX_BATCH_SIZE = 1 << 16  # a slot of sampling state each
 MAX_TOKENS_PER_BLOCK = 1 << 16  # attention reads whole blocks
+MAX_RANKS = 1024
 MAX_RECORDED_TOKENS = 2048  # longer steps of a GPU are launched from Python, behind their own work
 
 # TensorRT-LLM's names for what may be left out of an engine: the ops that then run their plain reference (patterns).
@@ -17,7 +19,7 @@ PLUGINS = {
     "gemm": ("linear", "linear_fp8*"),
     "fp8_rowwise_gemm": ("linear_fp8",),
     "weight_only_quant_matmul": ("linear_w[48]a16",),
-    "smooth_quant_gemm": ("linear_w8a8",),
+    "smooth_quant_gemm": ("linear_w8a8", "linear_panels"),
     "lookup": ("embedding",),
     "rmsnorm": ("*rms_norm*",),
     "layernorm": ("*layer_norm*",),
@@ -31,7 +33,10 @@ PLUGINS = {
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
     dtype: str = "auto"  # auto: the fastest safe one for the device
-    kv_cache_dtype: str = "auto"  # of KV_DTYPES, or the engine's dtype; auto: what the model says, else the engine's
+    kv_cache_dtype: str = (
+        "auto"  # of KV_DTYPES or KV_DTYPES_OF, or the engine's dtype; auto: what the model says, else the engine's
+    )
+    quantization: str | None = None  # a qformat that needs no texts: weights are rounded as they are read
     max_batch_size: int = 64  # sequences in one step
     max_num_tokens: int = 2048  # tokens in one step, over all sequences
     max_seq_len: int | None = None  # prompt + output of one sequence; default: the model's own limit
@@ -39,6 +44,9 @@ class BuildConfig:
     disabled_passes: tuple[str, ...] = ()
     extra_passes: tuple[str, ...] = ()  # a user's own, "module:name" each, run after the fusions
     disabled_plugins: tuple[str, ...] = ()  # of PLUGINS
+    tp_size: int = 1  # ranks that share each layer (tensor parallelism)
+    pp_size: int = 1  # stages that follow each other, each with some of the layers (pipeline parallelism)
+    moe_ep_size: int = 1  # of a layer's ranks, those that share out whole experts: 1 for none, or all of them
 
 
 class CapacityPolicy(StrEnum):
@@ -68,3 +76,7 @@ class RuntimeConfig:
     queue_policy: QueuePolicy = QueuePolicy.FIFO
     enable_chunked_prefill: bool = True
     enable_block_reuse: bool = True
+    max_draft_len: int = 0  # drafts of a sequence that a step may verify
+    # A drafter's KV of a token may depend on the next one: of a prefix found, the last token is computed again.
+    recomputes_last_found: bool = False
+    num_stages: int = 1  # of a pipeline: as many steps are under way at once, each of other sequences

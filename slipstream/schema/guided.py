@@ -59,12 +59,16 @@ class Guided:
         return [field.name for field in fields(self) if getattr(self, field.name) not in (None, False)]
 
 
+def has_lone_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _check_text(name: str, plain: Any) -> None:
     texts = plain if isinstance(plain, tuple) else (str(plain),)
     num_chars = sum(map(len, texts))
     if num_chars > MAX_CHARS:
         raise RequestError(f"guided.{name} has {num_chars} characters; it must have at most {MAX_CHARS}.")
-    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+    if any(map(has_lone_surrogate, texts)):
         raise RequestError(f"guided.{name} holds a lone surrogate, which no text can have; send valid Unicode.")
 
 

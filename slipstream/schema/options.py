@@ -75,6 +75,11 @@ class Options:
         if self._values.get(name) is None:
             self._values[name] = value
 
+    def rename(self, other: str, name: str) -> None:
+        """An option that some write under another name."""
+        if self.has(other):
+            self.assume(name, self._values.pop(other))
+
     def skip(self, *names: str) -> None:
         """Options that are known and change nothing here."""
         for name in names:

@@ -1,7 +1,9 @@
 """What goes into the engine and what comes out of it."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from itertools import zip_longest
 from typing import NamedTuple
 
 from slipstream.schema.sampling import SamplingParams
@@ -14,9 +16,20 @@ class FinishReason(StrEnum):
     ERROR = "error"  # this request failed; TokenEvent.error says why
 
 
+class Pooling(StrEnum):
+    """How the last layer's normed hidden states of a text become one vector."""
+
+    MEAN = "mean"  # over all tokens
+    LAST = "last"  # the last token's
+
+
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One sequence to generate: valid by construction, no text in it. n > 1 becomes n of these, one seed each."""
+    """One sequence to generate: valid by construction, no text in it. n > 1 becomes n of these, one seed each.
+
+    Or, with pooling, one to compute: it ends with a vector instead of tokens, its max_tokens is 1 and sampling says
+    nothing.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -28,6 +41,7 @@ class GenerateRequest:
     priority: int = 0  # lower runs first
     cache_salt: str = ""  # requests share cached KV blocks only within one salt
     after: str | None = None  # wait until this request's prompt is computed, then share its blocks
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,27 @@ class TokenEvent(NamedTuple):
     stop_token_id: int | None = None  # the token that ended it, where one did
     error: str | None = None
     num_cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
+    seconds_queued: float = 0.0  # with the first token or the vector: between its coming and the step that began it
     is_refused: bool = False  # with an error: the request itself was at fault, and would be again
+    is_busy: bool = False  # with an error: too many wait, later there may be room
+    vector: bytes | None = None  # with the end of one that pools: hidden_size numbers, little-endian float32
+
+
+class RequestState(NamedTuple):
+    """Of one that has not ended, for whoever looks for what is wrong."""
+
+    request_id: str
+    is_running: bool
+    num_prompt: int
+    num_computed: int
+    num_generated: int
+
+    def describe(self) -> str:
+        state = "running" if self.is_running else "waiting"
+        return (
+            f"{self.request_id} {state}: {self.num_prompt} prompt tokens, {self.num_generated} generated, "
+            f"{self.num_computed} computed"
+        )
 
 
 @dataclass(frozen=True)
@@ -64,6 +98,18 @@ class EngineStats:
     num_blocks_total: int = 0
     num_preemptions: int = 0
     num_steps: int = 0
+    prompt_tokens: int = 0  # of sequences that started
     prompt_tokens_computed: int = 0
     prompt_tokens_cached: int = 0
     generated_tokens: int = 0
+    num_drafts: int = 0  # steps of a sequence that verified drafts
+    num_draft_tokens: int = 0  # that they verified
+    num_accepted_tokens: tuple[int, ...] = ()  # by place in the draft, the first token's first; () without drafting
+
+    @classmethod
+    def together(cls, stats: "Sequence[EngineStats]") -> "EngineStats":
+        """The sums of several engines'."""
+        by_place = zip_longest(*(each.num_accepted_tokens for each in stats), fillvalue=0)
+        names = [field.name for field in fields(cls) if field.name != "num_accepted_tokens"]
+        counts = {name: sum(getattr(each, name) for each in stats) for name in names}
+        return cls(**counts, num_accepted_tokens=tuple(map(sum, by_place)))

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from slipstream.errors import RequestError
-from slipstream.schema.guided import Guided
+from slipstream.schema.guided import Guided, has_lone_surrogate
 
 # Takes the token ids known so far (prompt and output) and the float32 logits [vocab_size]; returns logits.
 LogitsProcessor = Callable[[list[int], Any], Any]
 
+LARGEST_INTEGER = 2**63 - 1  # that crosses to another process
 MAX_LOGPROBS = 100
 MAX_SEQUENCES = 256
 MIN_TEMPERATURE = 1e-5  # below this, logits divided by it would overflow, and only the largest could win: greedy
@@ -114,7 +115,7 @@ class SamplingParams:
             _integer("max_tokens", self.max_tokens, 1, None)
         _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.seed is not None:
-            _integer("seed", self.seed, 0, 2**63 - 1)
+            _integer("seed", self.seed, 0, LARGEST_INTEGER)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
@@ -127,6 +128,8 @@ class SamplingParams:
             for word in getattr(self, name):
                 if not isinstance(word, str) or not word:
                     raise RequestError(f"{name} holds {word!r}; each entry must be a string that is not empty.")
+                if has_lone_surrogate(word):
+                    raise RequestError(f"{name} holds {word!r}, which no text can have; send valid Unicode.")
         for token_id in self.stop_token_ids:
             _integer("stop_token_ids", token_id, 0, None)
         if not isinstance(self.logit_bias, Mapping | None):
@@ -181,8 +184,10 @@ def _tuple(name: str, value: Any) -> tuple[Any, ...]:
 
 
 def _integer(name: str, value: Any, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        upper = "" if high is None else f" and at most {high}"
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    most = LARGEST_INTEGER if high is None else high
+    if not is_integer or not low <= value <= most:
+        upper = f" and at most {most}" if high is not None or (is_integer and value > most) else ""
         raise RequestError(f"{name} is {value!r}; it must be a whole number of at least {low}{upper}.")
 
 

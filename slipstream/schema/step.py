@@ -17,7 +17,9 @@ class SequenceStep(NamedTuple):
     tokens known   |----------------------------|
     KV computed    |-----------|                       before the step
     this step                  |==========|            token_ids; their K and V are written, then attended to
-    sample                                ^            only where the chunk reaches the last known token
+    sample                                ^            only where the chunk reaches the last known token, and not
+                                                       where the request pools
+    drafts                                 |~~~|       then there may be drafts: the worker's own, which are verified
 
     Where the step before is still running, the last of token_ids may be PENDING: what it samples for this slot.
     """
@@ -31,6 +33,11 @@ class SequenceStep(NamedTuple):
     table_changes: tuple[tuple[int, tuple[int, ...]], ...] = ()
     new: GenerateRequest | None = None  # set in the first step after admission (again after preemption)
     output_token_ids: tuple[int, ...] = ()  # with `new`: tokens generated before a preemption
+    num_drafts: int = 0  # the first of those that the result of this slot's step before has told of
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_drafts
 
 
 @dataclass(frozen=True)
@@ -51,16 +58,18 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(sequence.token_ids) for sequence in self.sequences)
+        return sum(sequence.num_tokens for sequence in self.sequences)
 
 
 class SequenceResult(NamedTuple):
     """The outcome for one SequenceStep, in the same order."""
 
-    token_id: int | None = None  # None where nothing was sampled
-    logprobs: TokenLogprobs | None = None
+    token_ids: tuple[int, ...] = ()  # drafts that were accepted, and the token sampled after them
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where asked for
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # for the prompt tokens that FOLLOW each computed row
     error: str | None = None  # this sequence alone failed (a user's logits processor raised, say)
+    vector: bytes | None = None  # of one that pools, in the step of its last token
+    num_drafts: int = 0  # that the worker has for this sequence's next step
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
-"""The server: HTTP in front, the engine in a process of its own.
+"""The server: HTTP in front, each engine in a process of its own.
 
-app.py is the server as a whole, openai/ a protocol, replies.py how answers leave; frontend.py is the asyncio side of
-the process border, messages.py what crosses it, engine_process.py the other side. The front imports no torch.
+supervisor.py is the parent of all processes; front_process.py runs app.py, the application of one front. openai/ is a
+protocol, fields.py what the bodies of several have in common, chats.py their conversations, turns.py answers in blocks,
+replies.py how answers leave; frontend.py is the asyncio side of the process border, with a connection.py to each engine
+and a router.py that chooses one, messages.py what crosses the border, engine_process.py the other side. The fronts
+import no torch.
 """

@@ -1,16 +1,9 @@
-"""The server as a whole: the protocols of this folder over one engine, its gate, its start and its end."""
+"""The web application of a front: the protocols of this folder over its engines, and the gate before them."""
 
-import asyncio
-import hmac
-import signal
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import uvicorn
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -20,13 +13,33 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slipstream import __version__
-from slipstream.errors import SlipstreamError, UsageError
+from slipstream.errors import SlipstreamError
+from slipstream.serve.anthropic.answers import error_response as anthropic_error
+from slipstream.serve.anthropic.routes import Anthropic
+from slipstream.serve.chats import Chats
 from slipstream.serve.frontend import Frontend
-from slipstream.serve.messages import Ready
+from slipstream.serve.keys import UNKNOWN, Keys
+from slipstream.serve.kserve import http as kserve
+from slipstream.serve.kserve.http import KServe
+from slipstream.serve.kserve.model import Model
+from slipstream.serve.metrics import metrics_router
+from slipstream.serve.openai.embeddings import Embeddings
+from slipstream.serve.openai.responses import Responses
 from slipstream.serve.openai.routes import OpenAI, error_body
+from slipstream.serve.operation import operation_router
 from slipstream.serve.replies import CLIENT_GONE, ClientGone, Fault, fault_of, json_response
+from slipstream.serve.tgi import routes as tgi
+from slipstream.serve.tgi.routes import TGI
+from slipstream.serve.web.routes import PATHS, web_router
+from slipstream.text.tools import answer_format
 
-OPEN_PATHS = ("/health",)  # for probes, which have no key
+OPEN_PATHS = ("/health", "/v2/health/live", "/v2/health/ready")  # for probes, which have no key
+
+# Of what begins with this; OpenAI's is that of all else.
+ERROR_FORMS = dict.fromkeys(("", "generate", "generate_stream", "info"), tgi.error_response) | {
+    "v2": kserve.error_response,
+    "v1/messages": anthropic_error,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,41 +48,53 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000  # 0 takes any that is free
+    grpc_port: int | None = None  # of KServe's gRPC; alike
+    replicas: int = 1  # engines, each with devices or cores of its own
+    num_fronts: int = 1  # processes that speak HTTP
     served_model_names: Sequence[str] = ()  # default: the model's own
     api_keys: Sequence[str] = ()  # any of them opens; none: everybody may
     cors_origins: Sequence[str] = ()
     max_body_bytes: int = 32 << 20
     max_queue_size: int = 1024
+    max_concurrent_requests: int | None = None  # sequences that may run and wait; default: a batch and that queue
+    max_input_len: int | None = None  # tokens of a prompt
     chat_template: str | None = None
+    tool_parser: str = "auto"  # this and the next as text/tools/formats.py: answer_format has them
+    reasoning_parser: str = "auto"
+    request_timeout: float | None = None  # seconds, of requests that bring none of their own
     step_timeout: float = 120.0  # seconds
+    iteration_log: str | None = None
+    profile_dir: str | None = None
+    otlp_endpoint: str | None = None
     drain_timeout: float = 30.0  # seconds that requests in flight get after SIGTERM
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
 
 
-def run_server(options: Mapping[str, Any], config: ServeConfig, on_ready: Callable[[Ready, str], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then let the requests in flight finish.
-
-    options: of LLM(...), plain values.  on_ready: called with what the engine is and the server's address.
-    Raises UsageError for an address that cannot be had, StartFailed where the engine does not come up.
-    """
-    with _listen(config) as listener:
-        asyncio.run(_serve(options, config, listener, on_ready))
-
-
 def make_app(frontend: Frontend, config: ServeConfig) -> FastAPI:
     """The web application over a front that is ready."""
-    app = FastAPI(title="Slipstream", version=__version__, redoc_url=None)
+    # No pages of FastAPI's over /openapi.json: their scripts come from other servers.
+    app = FastAPI(title="Slipstream", version=__version__, docs_url=None, redoc_url=None)
     names = list(config.served_model_names) or [frontend.maker.facts.name]
-    app.include_router(OpenAI(frontend, names, started=int(time.time())).router)
+    chats = Chats(
+        frontend, names, answer_format(frontend.maker.chat_template, config.tool_parser, config.reasoning_parser)
+    )
+    app.include_router(OpenAI(chats, started=int(time.time())).router)
+    app.include_router(Embeddings(chats).router)
+    app.include_router(Responses(chats).router)
+    app.include_router(Anthropic(chats).router)
+    app.include_router(TGI(frontend, names[0]).router)
+    app.state.kserve = Model(frontend, names)  # gRPC has it, too
+    app.include_router(KServe(app.state.kserve).router)
+    app.include_router(metrics_router(frontend, names[0]))
+    app.include_router(operation_router(frontend, may_profile=config.profile_dir is not None))
+    app.include_router(web_router())
 
-    @app.get("/health")
-    async def health() -> Response:
-        """200 while the engine makes progress; its numbers with it."""
-        is_healthy = frontend.is_healthy
-        body = {"status": "ok" if is_healthy else "unhealthy", "engine": asdict(frontend.stats)}
-        return json_response(body, 200 if is_healthy else 503)
+    if config.otlp_endpoint is not None:
+        from slipstream.serve.tracing import Caller, Tracing  # needs an extra of its own
 
+        frontend.watch = Tracing(config.otlp_endpoint, names[0]).watch
+        app.add_middleware(Caller)
     for kind in (SlipstreamError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _reply_with_fault)
     app.add_exception_handler(ClientGone, _reply_to_nobody)
@@ -86,7 +111,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self._app = app
-        self._keys = [key.encode() for key in config.api_keys]
+        self._keys = Keys(config.api_keys)
         self._max_body_bytes = config.max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,22 +119,14 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        if not self._is_known(headers.get(b"authorization", b"")) and scope["path"] not in OPEN_PATHS:
-            fault = Fault(401, "The API key is missing or not known; send Authorization: Bearer KEY.")
-            await _fault_response(fault)(scope, receive, send)
+        if not self._keys.open(headers) and not _needs_no_key(scope):
+            await _fault_response(scope["path"], Fault(401, UNKNOWN))(scope, receive, send)
             return
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
-            await _fault_response(self._too_large())(scope, receive, send)
+            await _fault_response(scope["path"], self._too_large())(scope, receive, send)
             return
         await self._app(scope, self._counting(receive), send)
-
-    def _is_known(self, authorization: bytes) -> bool:
-        if not self._keys:
-            return True
-        kind, _, given = authorization.partition(b" ")
-        found = [hmac.compare_digest(given.strip(), key) for key in self._keys]  # all of them, at equal cost
-        return kind.lower() == b"bearer" and any(found)
 
     def _counting(self, receive: Receive) -> Receive:
         """A body without a length is cut off where it grows too large."""
@@ -129,86 +146,21 @@ class Gate:
         return Fault(413, f"The body has more than {self._max_body_bytes} bytes; send less (--max_body_size).")
 
 
-def _fault_response(fault: Fault) -> Response:
-    return json_response(error_body(fault), fault.status, fault.headers)
+def _needs_no_key(scope: Scope) -> bool:
+    """POST / is TGI's, and GET the page's."""
+    return scope["path"] in OPEN_PATHS or (scope["path"] in PATHS and scope["method"] in ("GET", "HEAD"))
 
 
-async def _reply_with_fault(_request: Request, error: Exception) -> Response:
-    return _fault_response(fault_of(error))
+def _fault_response(path: str, fault: Fault) -> Response:
+    """In the form of the protocol that the path belongs to."""
+    first, *more = path.strip("/").split("/")
+    form = ERROR_FORMS.get("/".join([first, *more[:1]])) or ERROR_FORMS.get(first)
+    return form(fault) if form else json_response(error_body(fault), fault.status, fault.headers)
+
+
+async def _reply_with_fault(request: Request, error: Exception) -> Response:
+    return _fault_response(request.url.path, fault_of(error))
 
 
 async def _reply_to_nobody(_request: Request, _error: Exception) -> Response:
     return Response(status_code=CLIENT_GONE)
-
-
-async def _serve(
-    options: Mapping[str, Any],
-    config: ServeConfig,
-    listener: socket.socket,
-    on_ready: Callable[[Ready, str], None],
-) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    frontend = Frontend(
-        options,
-        max_queue_size=config.max_queue_size,
-        chat_template=config.chat_template,
-        step_timeout=config.step_timeout,
-    )
-    starting = asyncio.create_task(frontend.start())
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            return
-        await starting
-        server = _Server(_uvicorn_config(make_app(frontend, config), config))
-        serving = asyncio.create_task(server.serve([listener]))
-        on_ready(frontend.engine, _url(config, listener))
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        server.should_exit = True  # takes no new connections, and waits for those in use
-        await serving
-    finally:
-        for task in (starting, stopping):
-            task.cancel()
-        await asyncio.gather(starting, stopping, return_exceptions=True)
-        await frontend.close()
-
-
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals are ours: uvicorn would raise them again once it has stopped, and the engine has to be ended."""
-        yield
-
-
-def _uvicorn_config(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=max(1, round(config.drain_timeout)),
-        ssl_certfile=config.ssl_certfile,
-        ssl_keyfile=config.ssl_keyfile,
-    )
-
-
-def _listen(config: ServeConfig) -> socket.socket:
-    """Before the engine starts: an address that is taken shows at once."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        return socket.create_server((config.host, config.port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(
-            f"{config.host}:{config.port} cannot be listened on ({reason}); give another --host or --port."
-        ) from None
-
-
-def _url(config: ServeConfig, listener: socket.socket) -> str:
-    scheme = "https" if config.ssl_certfile else "http"
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"{scheme}://{host}:{listener.getsockname()[1]}"

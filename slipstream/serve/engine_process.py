@@ -1,72 +1,95 @@
 """The engine's process: an LLM behind a ZeroMQ socket.
 
-    python -m slipstream.serve.engine_process ADDRESS      stdin: one line of JSON, what LLM(...) is given
+    python -m slipstream.serve.engine_process ADDRESS      stdin: lines of JSON from the parent (messages.py)
 
-It ends when its stdin does: whatever happens to the front that holds the other end, no engine stays behind.
+It ends when its stdin does: whatever happens to the parent that holds the other end, no engine stays behind.
 """
 
-import json
 import os
 import shutil
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
+import msgspec
 import zmq
 
 from slipstream.api import LLM
+from slipstream.api.replicas import place_replica
 from slipstream.errors import RequestError, SlipstreamError
-from slipstream.schema.request import FinishReason, GenerateRequest, TokenEvent
+from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent
+from slipstream.serve.engine_diagnostics import Profiler, StepLog, Watchdog
+from slipstream.serve.ledger import Ledger
 from slipstream.serve.messages import (
     BEAT_SECONDS,
     Abort,
     Beat,
+    EngineSetup,
     Events,
     FromEngine,
+    FrontGone,
     Hello,
+    Profile,
+    Profiled,
     Ready,
     Submit,
     decode_from_front,
     encode,
 )  # fmt: skip
 
+T = TypeVar("T")
+
+SWITCH_SECONDS = 0.0005  # of the interpreter: the socket's thread waits no longer for the one that plans steps
 USER_ERROR = 2  # exit code of a start that failed with a sentence, as the command line's
 
 
-class Outbox:
-    """Events on their way from the engine's thread to the one that owns the socket."""
+class Mailbox(Generic[T]):
+    """What other threads have for the one that owns the socket."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[bytes, TokenEvent]] = deque()
+        self._waiting: deque[T] = deque()
         self._is_woken = False
         self.fileno, self._wake = os.pipe()
 
-    def put(self, front: bytes, event: TokenEvent) -> None:
-        self._waiting.append((front, event))
+    def put(self, item: T) -> None:
+        self._waiting.append(item)
         if not self._is_woken:
             self._is_woken = True
             os.write(self._wake, b"!")
 
-    def take(self) -> dict[bytes, list[TokenEvent]]:
-        """By front, in their order. Call it where `fileno` can be read."""
+    def take(self) -> list[T]:
+        """In their order. Call it where `fileno` can be read."""
         os.read(self.fileno, 64)
         self._is_woken = False  # before looking: what comes now wakes again
-        taken: dict[bytes, list[TokenEvent]] = {}
-        while self._waiting:
-            front, event = self._waiting.popleft()
-            taken.setdefault(front, []).append(event)
-        return taken
+        return [self._waiting.popleft() for _ in range(len(self._waiting))]
 
 
 class EngineServer:
     """Fronts on one side, the engine's loop on the other; one thread, that of the socket."""
 
-    def __init__(self, llm: LLM, address: str) -> None:
+    def __init__(self, llm: LLM, address: str, setup: EngineSetup) -> None:
         self._llm = llm
         self._fronts: set[bytes] = set()
-        self._outbox = Outbox()
+        self._gone_fronts: set[bytes] = set()
+        self._sent_elsewhere: dict[bytes, list[list[int]]] = {}  # what a front is told of the others with the next beat
+        batch_and_queue = llm.runtime_config.max_batch_size + setup.max_queue_size
+        self._most = setup.max_concurrent_requests or batch_and_queue
+        self._ledger = Ledger(self._most)
+        self._outbox: Mailbox[tuple[bytes, TokenEvent]] = Mailbox()
+        self._prepared: Mailbox[tuple[bytes, GenerateRequest, SlipstreamError | None]] = Mailbox()
+        self._compilers = ThreadPoolExecutor(max_workers=2)  # of grammars
+        self._num_tokens = 0  # of all steps so far
+        self._step_log = None if setup.iteration_log is None else StepLog(_own_log(setup, setup.iteration_log))
+        self._watchdog = Watchdog(llm.loop.requests, setup.step_timeout)
+        self._profiler = Profiler(setup.profile_dir or "")
+        self._profiled: Mailbox[tuple[bytes, Profiled]] = Mailbox()
+        llm.loop.on_step = self._note_step
+        self._last_progress, self._num_steps = 0.0, 0
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         for limit in (zmq.SNDHWM, zmq.RCVHWM):
             self._socket.setsockopt(limit, 0)  # none: a dropped message would be a request that never ends
@@ -76,47 +99,139 @@ class EngineServer:
         """Until stdin ends, or the engine's loop dies."""
         poller = zmq.Poller()
         lifeline = sys.stdin.fileno()
-        for source in (self._socket, self._outbox.fileno, lifeline):
+        for source in (self._socket, self._outbox.fileno, self._prepared.fileno, self._profiled.fileno, lifeline):
             poller.register(source, zmq.POLLIN)
         next_beat = 0.0
         while self._llm.loop.is_alive:
             ready = dict(poller.poll(int(BEAT_SECONDS * 1000)))
-            if lifeline in ready:
+            if lifeline in ready and not self._obey_parent():
                 return
             if self._socket in ready:
                 self._receive()
+            if self._prepared.fileno in ready:
+                for prepared in self._prepared.take():
+                    self._start(*prepared)
+            if self._profiled.fileno in ready:
+                for front, profiled in self._profiled.take():
+                    self._send(front, profiled)
             if self._outbox.fileno in ready:
-                for front, events in self._outbox.take().items():
-                    self._send(front, Events(events))
+                self._send_events()
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + BEAT_SECONDS
-                for front in self._fronts:
-                    self._send(front, Beat(self._llm.stats))
+                self._beat()
         sys.exit("error: The engine's loop has died; its traceback is above.")
+
+    def _obey_parent(self) -> bool:
+        """False where there is none any more."""
+        line = _line_from_parent()
+        if line:
+            front = msgspec.json.decode(line, type=FrontGone).name.encode()
+            self._gone_fronts.add(front)
+            self._fronts.discard(front)
+            self._sent_elsewhere.pop(front, None)
+            for request_id in self._ledger.of_front(front):
+                self._abort(request_id, FinishReason.ABORT)
+        return bool(line)
 
     def _receive(self) -> None:
         while self._socket.poll(0):
             front, payload = self._socket.recv_multipart()
+            if front in self._gone_fronts:  # its last words
+                continue
             match decode_from_front(payload):
                 case Hello():
                     self._fronts.add(front)
                     self._send(front, self._ready())
-                case Submit(request):
-                    self._submit(front, request)
-                case Abort(request_id):
-                    self._llm.loop.abort(request_id)
+                case Submit() as submit:
+                    self._submit(front, submit)
+                case Abort(request_id, reason):
+                    self._abort(request_id, reason)
+                case Profile(call_id, start):
+                    self._llm.loop.call(partial(self._profile, front, call_id, start))
 
-    def _submit(self, front: bytes, request: GenerateRequest) -> None:
+    def _submit(self, front: bytes, submit: Submit) -> None:
+        if not len(self._ledger):
+            self._last_progress = time.monotonic()
+        why = self._ledger.why_busy(len(submit.requests)) if submit.begins_call else None
+        if why is not None:
+            for request in submit.requests:
+                self._refuse(front, request, why, is_busy=True)
+            return
+        for other in self._fronts - {front}:
+            self._sent_elsewhere.setdefault(other, []).extend(submit.block_keys)
+        for request in submit.requests:
+            self._ledger.open(request, front, submit.sent, is_measured=submit.begins_call)
+        if any(request.sampling.guided is not None for request in submit.requests):
+            self._compilers.submit(self._prepare, front, submit.requests)
+            return
+        for request in submit.requests:
+            self._start(front, request)
+
+    def _prepare(self, front: bytes, requests: Sequence[GenerateRequest]) -> None:
+        """On a thread of its own: compile the grammars, which keeps nobody else waiting."""
+        for request in requests:
+            error: SlipstreamError | None = None
+            try:
+                self._llm.loop.prepare(request)
+            except SlipstreamError as refusal:
+                error = refusal
+            except Exception as defect:  # a future would keep it to itself, and the request would never end
+                error = SlipstreamError(f"the grammar could not be compiled: {type(defect).__name__}: {defect}")
+            self._prepared.put((front, request, error))
+
+    def _start(self, front: bytes, request: GenerateRequest, error: SlipstreamError | None = None) -> None:
+        if request.request_id not in self._ledger:  # aborted meanwhile
+            return
         try:
-            self._llm.loop.submit(request, partial(self._outbox.put, front))
-        except SlipstreamError as error:
-            event = TokenEvent(
-                request.request_id,
-                finish_reason=FinishReason.ERROR,
-                error=str(error),
-                is_refused=isinstance(error, RequestError),
-            )
-            self._outbox.put(front, event)
+            if error is not None:
+                raise error
+            self._llm.loop.submit(request, lambda event: self._outbox.put((front, event)))
+        except SlipstreamError as refusal:
+            self._refuse(front, request, str(refusal), is_refused=isinstance(refusal, RequestError))
+
+    def _refuse(self, front: bytes, request: GenerateRequest, why: str, **kind: bool) -> None:
+        event = TokenEvent(request.request_id, finish_reason=FinishReason.ERROR, error=why, **kind)  # type: ignore[arg-type]
+        self._outbox.put((front, event))
+
+    def _abort(self, request_id: str, reason: FinishReason) -> None:
+        self._ledger.close(request_id, reason)
+        self._llm.loop.abort(request_id)
+
+    def _send_events(self) -> None:
+        self._last_progress = time.monotonic()
+        by_front: dict[bytes, list[TokenEvent]] = {}
+        for front, event in self._outbox.take():
+            self._ledger.note(event)
+            by_front.setdefault(front, []).append(event)
+        for front, events in by_front.items():
+            self._send(front, Events(events))
+
+    def _profile(self, front: bytes, call_id: str, start: bool) -> None:
+        """On the engine's thread, which is the one that is profiled."""
+        try:
+            profiled = Profiled(call_id, self._profiler.start() if start else self._profiler.stop())
+        except (SlipstreamError, OSError, RuntimeError) as error:
+            profiled = Profiled(call_id, "", str(error))
+        self._profiled.put((front, profiled))
+
+    def _note_step(self, stats: EngineStats, seconds: float) -> None:
+        """On the engine's thread."""
+        num_tokens = stats.prompt_tokens_computed + stats.generated_tokens - self._num_tokens
+        self._num_tokens += num_tokens
+        self._ledger.measures.iteration_tokens_total.add(num_tokens)
+        if self._step_log is not None:
+            self._step_log.note(stats, num_tokens, seconds)
+
+    def _beat(self) -> None:
+        stats = self._llm.stats
+        if stats.num_steps != self._num_steps:
+            self._num_steps, self._last_progress = stats.num_steps, time.monotonic()
+        seconds_stuck = time.monotonic() - self._last_progress if len(self._ledger) else 0.0
+        self._watchdog.look(seconds_stuck)
+        for front in self._fronts:
+            num_elsewhere = len(self._ledger) - len(self._ledger.of_front(front))
+            block_keys = self._sent_elsewhere.pop(front, [])
+            self._send(front, Beat(stats, self._ledger.measures, seconds_stuck, num_elsewhere, block_keys))
 
     def _send(self, front: bytes, message: FromEngine) -> None:
         self._socket.send_multipart([front, encode(message)])
@@ -132,20 +247,34 @@ class EngineServer:
             llm.manifest.dtype,
             {**llm.manifest.memory, "kv_cache": kv_bytes},
             sum(llm.startup_seconds.values()),
+            self._most,
         )
+
+
+def _own_log(setup: EngineSetup, path: str) -> str:
+    """Of several replicas the second's steps.jsonl is steps-1.jsonl."""
+    return str(Path(path).with_stem(f"{Path(path).stem}-{setup.replica}")) if setup.num_replicas > 1 else path
+
+
+def _line_from_parent() -> bytes:
+    """Unbuffered: what a buffer held would not wake the poller."""
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
+        return stdin.readline()
 
 
 def main() -> None:
     address = sys.argv[1]
-    options = json.loads(sys.stdin.buffer.readline())
+    setup = msgspec.json.decode(_line_from_parent(), type=EngineSetup)
     try:
-        llm = LLM(**options)
+        llm = LLM(**place_replica(setup.options, setup.replica, setup.num_replicas))
+        server = EngineServer(llm, address, setup)
     except SlipstreamError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(USER_ERROR)
+    sys.setswitchinterval(SWITCH_SECONDS)
     with llm:
-        EngineServer(llm, address).run()
-    shutil.rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)  # a front that was killed left it
+        server.run()
+    shutil.rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)  # a parent that was killed left it
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How answers and errors leave: as JSON, as a stream of server-sent events, or not at all where nobody listens."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,10 +11,11 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from slipstream.errors import ModelError, RequestError
-from slipstream.serve.frontend import Busy, EngineDown
+from slipstream.serve.connection import EngineDown
+from slipstream.serve.frontend import Busy, TimedOut
 
 T = TypeVar("T")
 
@@ -45,6 +46,8 @@ def fault_of(error: Exception) -> Fault:
             return Fault(400, str(error))
         case Busy():
             return Fault(429, str(error), headers={"Retry-After": "1"})
+        case TimedOut():
+            return Fault(504, str(error))
         case EngineDown():
             return Fault(503, str(error), headers={"Retry-After": "5"})
         case _:
@@ -54,13 +57,16 @@ def fault_of(error: Exception) -> Fault:
 def _invalid(error: RequestValidationError) -> Fault:
     """One sentence on the first thing wrong; of several readings of a field the one that went furthest."""
     found = max(error.errors(), key=lambda each: len(each["loc"]))
-    places = [str(each) for each in found["loc"] if each != "body"]
+    places = [str(each) for each in found["loc"] if each != "body" and "[" not in str(each)]  # not types of unions
     name = ".".join(places)
     match found["type"]:
         case "json_invalid":
             return Fault(400, "The body is not JSON; send an object, with Content-Type: application/json.")
         case "extra_forbidden":
             return Fault(400, f"{name} is not a field of this endpoint; leave it out.", name)
+        case "union_tag_invalid":
+            tag, known = found["ctx"]["tag"], found["ctx"]["expected_tags"].replace("'", "")
+            return Fault(400, f"{name}.type is {tag!r}; it must be one of {known}.", f"{name}.type")
         case "missing":
             return Fault(400, f"{name or 'The body'} is missing; it is required.", name or None)
         case "value_error":
@@ -73,9 +79,9 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
     return Response(msgspec.json.encode(value), status, headers, "application/json")
 
 
-def server_sent(value: Any) -> bytes:
-    """One event."""
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+def server_sent(*values: Any) -> bytes:
+    """Events that leave together: each write of its own would take longer than all that is in it."""
+    return b"".join(b"data: " + msgspec.json.encode(value) + b"\n\n" for value in values)
 
 
 class EventStream(StreamingResponse):
@@ -85,25 +91,44 @@ class EventStream(StreamingResponse):
         super().__init__(source, headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
         self._source = source
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Without the tasks that Starlette's own needs for the same."""
+        with suppress(ClientGone):
+            await unless_gone(Request(scope, receive), self.stream_response(send))
+
     async def stream_response(self, send: Send) -> None:
         async with aclosing(self._source):
             await super().stream_response(send)
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; it is cancelled where the client leaves first (ClientGone)."""
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The work's result; it is cancelled where the client leaves first (ClientGone).
 
-    async def leaving() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+    The work is done in the caller's own task: what it begins with is done at once, before other requests are looked at.
+    """
+    working = asyncio.current_task()
+    assert working is not None
+    has_left = is_over = False
 
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(leaving())
+    def cancel(leaving: asyncio.Task[None]) -> None:
+        nonlocal has_left
+        if not is_over and not leaving.cancelled():
+            has_left = True
+            working.cancel()
+
+    leaving = asyncio.create_task(_leaving(request))
+    leaving.add_done_callback(cancel)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if has_left and not working.uncancel():  # else somebody else has cancelled it, too
+            raise ClientGone from None
+        raise
     finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        is_over = True
+        leaving.cancel()
+
+
+async def _leaving(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -10,6 +10,7 @@ from slipstream.errors import ModelError, RequestError
 def render_chat(
     template: str | None,
     messages: Sequence[Mapping[str, Any]],
+    /,
     *,
     bos_token: str | None,
     eos_token: str | None,

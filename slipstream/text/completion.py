@@ -35,13 +35,12 @@ class Completion:
         """Take in one step; returns the text that became final with it."""
         if self.finish_reason is not None:
             return ""  # the engine was a step ahead of a stop string
-        self.logprobs += event.logprobs
-        if event.logprobs:
-            new_logprob = sum(entry.logprob for entry in event.logprobs)
-            self.cumulative_logprob = (self.cumulative_logprob or 0.0) + new_logprob
         new_text = ""
-        for token_id in event.token_ids:
+        for index, token_id in enumerate(event.token_ids):
             self.token_ids.append(token_id)
+            if event.logprobs:
+                self.logprobs.append(event.logprobs[index])
+                self.cumulative_logprob = (self.cumulative_logprob or 0.0) + event.logprobs[index].logprob
             if token_id != event.stop_token_id or self._sampling.include_stop_str_in_output:
                 new_text += self._push_token(token_id)
             if self.stopped_by_text:

@@ -38,6 +38,11 @@ class Detokenizer:
                 self._at_start = False
         return self._utf8.decode(bytes(new_bytes))
 
+    @property
+    def is_between_characters(self) -> bool:
+        """No byte is held back: all that the tokens say so far has been returned."""
+        return not self._utf8.getstate()[0]
+
     def finish(self) -> str:
         """Call once, at the end of the output. Returns U+FFFD if it ends inside a character, else ""."""
         return self._utf8.decode(b"", final=True)

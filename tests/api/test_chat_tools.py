@@ -80,7 +80,7 @@ def test_tools_that_nobody_would_read_are_refused(smollm2_gguf: Path, llm: LLM) 
         llm.chat(user("Hi"), tool_choice="required")
     with pytest.raises(RequestError, match="tool_choice is 'now'; it must be"):
         llm.chat(user("Hi"), tools=TOOLS, tool_choice="now")
-    with pytest.raises(RequestError, match="tool_choice and guided"):
+    with pytest.raises(RequestError, match="tools and a grammar"):
         llm.chat(user("Hi"), SamplingParams(guided=Guided(json_object=True)), tools=TOOLS, tool_choice="required")
     with (
         LLM(smollm2_gguf, max_batch_size=2, max_num_tokens=512) as plain,

@@ -1,4 +1,4 @@
-"""KV caches in 8 bits through the whole engine, against Llama in float64 whose cache rounds as the format does."""
+"""KV caches in fewer bits through the whole engine; 8 bits against Llama in float64 whose cache rounds as they do."""
 
 import json
 from collections.abc import Callable
@@ -127,6 +127,20 @@ def test_every_model_keeps_its_cache_in_8_bits(model_type: str, tmp_path: Path) 
     assert 0 < (found - exact).abs().median() < 0.2
 
 
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])  # two planes, and one
+def test_a_model_keeps_its_cache_in_bfloat16(model_type: str, tmp_path: Path) -> None:
+    """Half of float32's bytes, and no scales; scores a little away from those of float32."""
+    model = write_random_model(tmp_path / "model", model_file(model_type).TINY, seed=2)
+    limits = SIZES | {"max_num_tokens": 64, "dtype": "float32"}
+    with LLM(model, **limits) as llm:
+        wide, exact = llm.manifest, scores(llm, PROMPT[:30])
+    with LLM(model, **limits, kv_cache_dtype="bfloat16") as llm:
+        narrow, found = llm.manifest, scores(llm, PROMPT[:30])
+    assert narrow.kv_cache_dtype == "bfloat16"
+    assert narrow.kv_block_bytes(narrow.kv_groups) * 2 == wide.kv_block_bytes(wide.kv_groups)
+    assert 0 < (found - exact).abs().median() < 0.02
+
+
 @every_format
 def test_sinks_and_windows_go_together_with_8_bits(calibrated: dict[str, Path], name: str) -> None:
     options = SIZES | {"max_attention_window_size": 16, "sink_token_length": 2}
@@ -139,7 +153,13 @@ def test_what_cannot_be_is_said_in_a_sentence(calibrated: dict[str, Path], tiny_
         LLM(tiny_model, kv_cache_dtype="int8")
     with pytest.raises(SlipstreamError, match=r"int8 needs scales"):  # those of E4M3 are of no use
         LLM(calibrated["fp8"], kv_cache_dtype="int8")
-    with pytest.raises(SlipstreamError, match=r"kv_cache_dtype is 'fp4'; .* must be auto, fp8, int8, float32"):
+    with pytest.raises(
+        SlipstreamError, match=r"kv_cache_dtype is 'fp4'; .* must be auto, fp8, int8, float32, bfloat16"
+    ):
         LLM(tiny_model, kv_cache_dtype="fp4")
+    with pytest.raises(
+        SlipstreamError, match=r"kv_cache_dtype is 'float32'; .* in bfloat16 it must be auto, .*, bfloat16\."
+    ):
+        LLM(tiny_model, dtype="bfloat16", kv_cache_dtype="float32")
     with pytest.raises(SlipstreamError, match=r"kv_cache_dtype is 8; it must be a string"):
         LLM(tiny_model, kv_cache_dtype=8)  # type: ignore[arg-type]

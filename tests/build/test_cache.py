@@ -10,8 +10,9 @@ import torch
 
 from slipstream.build import cache
 from slipstream.build.kept import keep_compiled_kernels
-from slipstream.checkpoint import resolve
+from slipstream.checkpoint import Source, resolve
 from slipstream.errors import BuildError
+from slipstream.kernels.cpu.compiler import levels_here
 from slipstream.schema.build import BuildConfig
 
 CPU = torch.device("cpu")
@@ -68,3 +69,17 @@ def test_compiled_kernels_are_kept_beside_the_engines(tmp_path: Path, monkeypatc
     monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path / "file"))
     keep_compiled_kernels()  # cannot write there: Triton takes its own place
     assert "TRITON_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.skipif(not levels_here(), reason="no kernels for this CPU")
+def test_a_gguf_file_runs_in_its_own_bits_on_a_cpu_unless_something_else_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, cpu = Source("gguf", Path("model.gguf"), "SmolLM2"), torch.device("cpu")
+    assert cache.quantization_for(file, BuildConfig(), cpu) == "gguf"
+    assert cache.quantization_for(file, BuildConfig(quantization="int4_wo"), cpu) == "int4_wo"
+    assert cache.quantization_for(file, BuildConfig(dtype="float32"), cpu) is None
+    assert cache.quantization_for(file, BuildConfig(), torch.device("cuda")) is None
+    assert cache.quantization_for(Source("folder", Path("model"), "SmolLM2"), BuildConfig(), cpu) is None
+    monkeypatch.setenv("SLIPSTREAM_CPU_LEVEL", "torch")
+    assert cache.quantization_for(file, BuildConfig(), cpu) is None

@@ -26,7 +26,7 @@ def captured(model: object = llama) -> Graph:
 def test_each_cache_has_its_own_scales(model_type: str, dtype: str) -> None:
     model = model_file(model_type)
     graph = captured(model)
-    graph.kv_dtype = dtype
+    graph.kv_dtypes = {name: dtype for name in graph.inputs if name.startswith("kv.")}
     reports = run_pipeline(graph, promised=model.PROMISED_PASSES, disabled=())
     _, config = read_config(model.TINY, "tiny")
     scales = kv_scales(KVCache(dtype), config)
@@ -56,10 +56,10 @@ def test_an_op_that_cannot_read_8_bits_is_named() -> None:
 
     try:
         graph = captured()
-        (output,) = graph.outputs
+        output = graph.outputs[0]
         graph.nodes.append(Node("norm_of_cache", (output, "kv.0"), ("normed",)))
         graph.outputs, graph.types = ("normed",), infer_types(graph)
-        graph.kv_dtype = "int8"
+        graph.kv_dtypes = {"kv.0": "int8"}
         with pytest.raises(BuildError, match="norm_of_cache reads KV caches and takes no kv_scales; build with"):
             PASS.run(graph)
     finally:

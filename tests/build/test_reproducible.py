@@ -22,7 +22,7 @@ from slipstream.schema.build import BuildConfig
 for model in sorted(Path(sys.argv[1]).iterdir()):
     checkpoint = open_checkpoint(resolve(model), "float32")
     plan = plan_build(checkpoint, BuildConfig(max_batch_size=2, max_num_tokens=16))
-    write_engine(plan, checkpoint, Path(sys.argv[2]) / model.name, measure_kernels=False)
+    write_engine(plan, Path(sys.argv[2]) / model.name, measure_kernels=False)
 """
 
 

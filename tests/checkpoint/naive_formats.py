@@ -5,6 +5,7 @@ Nothing of slipstream is used here. FORMATS is the list that the format tests wa
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,8 +77,9 @@ def in_order(num_in: int, size: int) -> np.ndarray:
     return np.arange(num_in) // size
 
 
-def awq(weight: Tensor, rng: np.random.Generator) -> Quantized:
-    q, scale, zero, dense = to_integers(weight.numpy(), 4, in_order(weight.shape[1], GROUP), False, torch.float16)
+def awq(weight: Tensor, rng: np.random.Generator, symmetric: bool = False) -> Quantized:
+    group_of = in_order(weight.shape[1], GROUP)
+    q, scale, zero, dense = to_integers(weight.numpy(), 4, group_of, symmetric, torch.float16)
 
     def gemm(values_RN: np.ndarray) -> Tensor:
         packed = np.zeros((len(values_RN), values_RN.shape[1] // 8), np.uint32)
@@ -209,6 +211,34 @@ def fp8(layout: str, scale_name: str = "weight_scale", static: bool = False) -> 
     return quantize
 
 
+# ----- E2M1
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def nvfp4(modelopt: bool) -> Any:
+    """16 columns share a scale in E4M3; one number divides all scales (compressed-tensors), or multiplies them."""
+
+    def quantize(weight: Tensor, rng: np.random.Generator) -> Quantized:
+        w = weight.numpy()
+        factor = float(1 / np.float32(448 * 6 / np.abs(w).max()))
+        groups = w.reshape(len(w), -1, 16)
+        scales = to_e4m3(np.abs(groups).max(2) / 6 / factor)
+        magnitudes = np.abs(groups) / (scales * factor)[..., None]
+        index = np.abs(magnitudes[..., None] - E2M1).argmin(-1)
+        codes = (index + 8 * (groups < 0)).reshape(w.shape).astype(np.uint8)
+        dense = np.where(groups < 0, -1, 1) * E2M1[index] * (scales * factor)[..., None]
+        pairs = torch.tensor(codes[:, ::2] | codes[:, 1::2] << 4)
+        stored = {"weight_scale": torch.tensor(scales).to(torch.float8_e4m3fn)}
+        if modelopt:
+            stored |= {"weight": pairs, "weight_scale_2": torch.tensor(factor), "input_scale": torch.tensor(0.01)}
+        else:
+            stored |= {"weight_packed": pairs, "weight_global_scale": torch.tensor([1 / factor])}
+        return Quantized(stored, torch.tensor(dense.reshape(w.shape)))
+
+    return quantize
+
+
 # ----- activations: rows in float64, quantized and back
 
 
@@ -260,13 +290,28 @@ def gptq_config(bits: int, sym: bool, desc_act: bool = False, group: int = GROUP
 
 AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm",
               "modules_to_not_convert": None}  # fmt: skip
+# As transformers saves it again, and as GPTQModel writes it.
+AWQ_SAVED_AGAIN = AWQ_CONFIG | {
+    "act_group_aware": True, "backend": "auto", "batch_size": 1, "cache_block_outputs": True, "damp_percent": 0.1,
+    "desc_act": False, "format": "gemm", "meta": None, "sym": True, "tokenizer": None, "true_sequential": True,
+}  # fmt: skip
+GPTQMODEL_AWQ = {
+    "bits": 4, "checkpoint_format": "gemm", "desc_act": False, "format": "gemm", "group_size": GROUP, "lm_head": False,
+    "meta": {"fallback": {"strategy": "rtn"}}, "method": "awq", "pack_dtype": "int32", "quant_method": "awq",
+    "version": "gemm", "zero_point": False,
+}  # fmt: skip
+GPTQMODEL_V2 = {
+    "checkpoint_format": "gptq_v2", "format": "gptq_v2", "method": "gptq", "lm_head": False, "pack_dtype": "int32",
+    "meta": {"act_group_aware": True},
+}  # fmt: skip
 FP8_CONFIG = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
 GROUPS = {"strategy": "group", "group_size": GROUP}
 TOKEN_INT8 = rounded(to_int8, 127)
 TOKEN_FP8 = rounded(to_e4m3, 448)
 
 FORMATS: dict[str, Format] = {
-    "awq": Format("AWQ", "w4a16", awq, AWQ_CONFIG, bits=4),
+    "awq": Format("AWQ", "w4a16", awq, AWQ_SAVED_AGAIN, bits=4),
+    "awq-sym": Format("AWQ", "w4a16", partial(awq, symmetric=True), GPTQMODEL_AWQ, bits=4),
     "awq-old-file": Format(
         "AWQ", "w4a16", awq, bits=4,
         extra_file=("quant_config.json", {"zero_point": True, "q_group_size": GROUP, "w_bit": 4, "version": "GEMM"}),
@@ -280,7 +325,7 @@ FORMATS: dict[str, Format] = {
     "gptq-2-asym": Format("GPTQ", "w4a16", gptq(2, False), gptq_config(2, False), bits=4),
     "gptq-3-sym": Format("GPTQ", "w4a16", gptq(3, True), gptq_config(3, True), bits=4),
     "gptq-v2": Format(
-        "GPTQ", "w4a16", gptq(4, False, version=2), gptq_config(4, False, checkpoint_format="gptq_v2"), bits=4
+        "GPTQ", "w4a16", gptq(4, False, version=2), gptq_config(4, False, **GPTQMODEL_V2), bits=4
     ),
     "gptq-old-file": Format(
         "GPTQ", "w4a16", gptq(4, True), bits=4, extra_file=("quantize_config.json", gptq_config(4, True))
@@ -302,6 +347,15 @@ FORMATS: dict[str, Format] = {
     "ct-pack-8-channel": Format(
         "compressed-tensors", "w8a16", packed(8, True, 0),
         ct("pack-quantized", {"num_bits": 8, "strategy": "channel"}),
+    ),
+    "ct-pack-w4afp8": Format(
+        "compressed-tensors", "w4afp8", packed(4, True, GROUP), bits=4, activations=TOKEN_FP8,
+        config=ct("pack-quantized", {"num_bits": 4} | GROUPS, {"type": "float", "dynamic": True, "strategy": "token"}),
+    ),
+    "ct-nvfp4": Format(
+        "compressed-tensors", "nvfp4a16", nvfp4(False), bits=4,
+        config=ct("nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "tensor_group",
+                                           "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}),
     ),
     "ct-int-w8a8": Format(
         "compressed-tensors", "w8a8", bytes_of(8, True, 0), activations=TOKEN_INT8,
@@ -356,6 +410,14 @@ FORMATS: dict[str, Format] = {
         extra_file=("hf_quant_config.json", {
             "producer": {"name": "modelopt", "version": "0.39.0"},
             "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]},
+        }),
+    ),
+    "modelopt-nvfp4": Format(
+        "ModelOpt", "nvfp4a16", nvfp4(True), bits=4,
+        extra_file=("hf_quant_config.json", {
+            "producer": {"name": "modelopt", "version": "0.39.0"},
+            "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16,
+                             "exclude_modules": ["lm_head"]},
         }),
     ),
     "modelopt-fp8-channel": Format(

@@ -90,7 +90,9 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
 
 def test_an_unknown_output_format_is_refused(tmp_path: Path) -> None:
     first = write_random_model(tmp_path / "first", llama.TINY)
-    with pytest.raises(ModelError, match="output_format is 'gguf'; it must be slipstream, hf"):
+    with pytest.raises(
+        ModelError, match="output_format is 'gguf'; it must be slipstream, hf, awq, compressed-tensors, fp8, gptq"
+    ):
         convert(first, tmp_path / "out", output_format="gguf")
 
 

@@ -33,7 +33,7 @@ SHAPES = llama.TINY | {"hidden_size": 160, "intermediate_size": 224, "head_dim":
 LINEARS_PER_LAYER = 7
 TOLERANCE = 1e-4  # absolute, float32 logits
 # A number between two of an activation's steps may round the other way than in float64: one step of one number.
-ACTIVATION_TOLERANCE = 2e-2
+ACTIVATION_TOLERANCE = 5e-2
 TOKEN_IDS = list(range(3, 120, 7))
 
 
@@ -113,10 +113,12 @@ def test_a_format_runs_packed_and_right(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(GraphRunner(engine_folder).logits(TOKEN_IDS), expected, atol=tolerance, rtol=0)
 
     engine = open_engine(engine_folder)
-    assert engine.graph.count_ops()[f"linear_{format.kind}"] == 4 * 2, "q, k, v are one product, gate and up too"
+    ops = engine.graph.count_ops()
+    products = ops.get(f"linear_{format.kind}", 0) + ops.get("linear_panels", 0)  # what a CPU's kernels read instead
+    assert products == 4 * 2, "q, k, v are one product, gate and up too"
     sizes = {each: engine.weights.read(each).nbytes for each in engine.weights.names()}
     num_weights = sum(linear.weight.numel() for linear in quantized_linears(reference).values())
-    assert sum(size for each, size in sizes.items() if each.endswith("packed")) == num_weights * format.bits / 8
+    assert sum(size for each, size in sizes.items() if ".packed" in each) == num_weights * format.bits / 8
     assert sum(size for each, size in sizes.items() if ".layers." in f".{each}") < num_weights * 1.7
     engine.close()
 
@@ -133,8 +135,8 @@ def test_compressed_tensors_itself_reads_the_same_weights(name: str, tmp_path: P
     dequantize = CompressedTensorsConfig(dequantize=True)
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, quantization_config=dequantize)
     checkpoint = open_checkpoint(resolve(model))
-    # It multiplies in the scale's dtype, we in float32.
-    rounding = 2**-8 if "pack" in name else 1e-6
+    # It multiplies in the scale's dtype, or in bfloat16, we in float32.
+    rounding = 2**-8 if "pack" in name or "nvfp4" in name else 1e-6
     for ours in checkpoint.formats:
         weight = theirs.get_parameter(checkpoint.recipes[ours].sources[0])
         torch.testing.assert_close(checkpoint.read(ours), weight, atol=0, rtol=rounding)
@@ -143,7 +145,7 @@ def test_compressed_tensors_itself_reads_the_same_weights(name: str, tmp_path: P
 @pytest.mark.parametrize("name", FORMATS)
 def test_packed_weights_go_back_to_hugging_face_as_compressed_tensors(name: str, tmp_path: Path) -> None:
     model, _ = write_quantized(tmp_path / "model", SHAPES, FORMATS[name])
-    convert(model, tmp_path / "hf", output_format="hf")
+    convert(model, tmp_path / "hf", output_format="compressed-tensors")
     before, after = open_checkpoint(resolve(model)), open_checkpoint(resolve(tmp_path / "hf"))
     assert after.formats == before.formats
     for stored in before.stored_names():
@@ -219,6 +221,7 @@ BAD_TENSORS: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     ("gptq-4-act-order", edited("g_idx", lambda t: t * 0), r"g_idx must put 32 columns into .* 0 to 0"),
     ("gptq-4-act-order", edited("g_idx", lambda t: t[1:]), r"g_idx is int32 \[159\]; .* int64 \[160\]"),
     ("gptq-4-sym", edited("qzeros", lambda t: t + 1), "qzeros has zero points off the middle; sym must be false"),
+    ("awq-sym", edited("qzeros", lambda t: t + 1), "qzeros has zero points other than 8; zero_point must be true"),
     ("ct-pack-4", edited("weight_shape", lambda t: t * 0), r"weight_shape is \[0, 0\]; weight_packed has 224 rows"),
     ("ct-pack-4", edited("weight_shape", lambda t: t + torch.tensor([0, 2**50])), "weight_shape is .*224 rows"),
     ("ct-pack-4", edited("weight_packed", lambda t: t[:, 1:]), r"weight_packed is int32 \[224, 19\]; .* \[224, 20\]"),
@@ -249,13 +252,14 @@ BAD_CONFIGS: list[tuple[str, Any, str]] = [
     ("gptq-4-sym", {"bits": 5}, "bits is 5; the known values are 2, 3, 4, 8"),
     ("gptq-4-sym", {"group_size": "x"}, "group_size is 'x'; it must be a whole number"),
     ("gptq-4-sym", {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; the known values are gptq"),
-    ("gptq-4-sym", {"dynamic": {"-:.*": {}}}, "GPTQ does not know the option 'dynamic'"),
+    ("gptq-4-sym", {"dynamic": {"-:lm_head": {}, "+:.*up": {"bits": 8}}}, r"dynamic has '\+:\.\*up'; only line"),
+    ("gptq-4-sym", {"dynamic": ["-:lm_head"]}, "dynamic is .* it must be an object"),
     ("fp8-blocks", {"weight_block_size": [128]}, r"weight_block_size is \[128\]; it must be two sizes"),
     ("fp8-blocks", {"fmt": "e5m2"}, "fmt is 'e5m2'; the known values are e4m3"),
-    ("ct-pack-4", {"format": "nvfp4-pack-quantized"}, "format is 'nvfp4-pack-quantized'; the known values are p"),
+    ("ct-pack-4", {"format": "mxfp4-pack-quantized"}, "format is 'mxfp4-pack-quantized'; the known values are p"),
     ("ct-pack-4", {"config_groups": {}}, "is quantized, but no config group has it among its targets"),
     ("ct-pack-4", {"sparsity_config": {"format": "dense"}}, "has a sparsity_config; only models without one"),
-    ("modelopt-fp8-channel", {"quant_algo": "NVFP4"}, "quant_algo is 'NVFP4'; the known values are FP8"),
+    ("modelopt-fp8-channel", {"quant_algo": "MXFP8"}, "quant_algo is 'MXFP8'; the known values are FP8"),
 ]  # fmt: skip
 
 
@@ -299,7 +303,7 @@ def test_formats_of_our_own_checkpoint_are_checked(edit: Any, message: str, tmp_
 @pytest.mark.parametrize("name", ["awq", "fp8-blocks"])
 def test_experts_stay_packed_through_every_folder(name: str, tmp_path: Path) -> None:
     """The tool's folder, our checkpoint, and the Hugging Face folder made of it build the same engine."""
-    model, _ = write_quantized(tmp_path / "model", mixtral.TINY, FORMATS[name])
+    model, _ = write_quantized(tmp_path / "model", mixtral.TINY | {"intermediate_size": 64}, FORMATS[name])
     convert(model, tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "back", output_format="hf")
     engines = [build_engine(tmp_path / each, tmp_path / f"engine-{each}") for each in ("model", "ours", "back")]

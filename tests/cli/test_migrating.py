@@ -17,7 +17,7 @@ from tests.surface.sources import ROOT
 
 PAGE = (ROOT / "docs" / "migrating-from-tensorrt-llm.md").read_text(encoding="utf-8")
 VERBS = {
-    "convert_checkpoint.py": "convert", "quantize.py": "convert",
+    "convert_checkpoint.py": "convert", "quantize.py": "quantize",
     "trtllm-build": "build", "build.py": "build", "run.py": "run",
 }  # fmt: skip
 
@@ -40,7 +40,7 @@ CHAINS = {part.partition("\n")[0]: part for part in PAGE.split("\n## ")[1:]}
 
 def test_the_page_walks_three_chains() -> None:
     assert len(CHAINS) == 3
-    assert [len(commands(part, "bash")) for part in CHAINS.values()] == [3, 5, 2]
+    assert [len(commands(part, "bash")) for part in CHAINS.values()] == [3, 7, 2]
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -49,7 +49,7 @@ def test_what_to_type_runs(chain: str, call: Call, tmp_path: Path, monkeypatch: 
     llama3 = llama.TINY | {"vocab_size": 320}
     write_model(Path("Meta-Llama-3-8B-Instruct"), llama3 | {"max_position_embeddings": 8192})
     write_model(Path("Meta-Llama-3.3-70B-Instruct"), llama3 | {"max_position_embeddings": 131072})
-    write_model(Path("Llama-3.2-1B-Instruct"), llama3)
+    write_model(Path("Llama-3.2-1B-Instruct"), llama3 | {"max_position_embeddings": 131072})
     write_model(Path("Baichuan2-7B-Chat"), baichuan() | {"vocab_size": 320})
     for command in commands(CHAINS[chain], "bash"):
         assert command[0] == "slipstream"

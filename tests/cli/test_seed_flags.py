@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -45,21 +46,32 @@ SEEDS = {
         bad_words streaming streaming_interval prompt_table_path lora_dir lora_task_uids cuda_graph_mode use_py_session
         prompt_lookup_config medusa_choices eagle_choices lookahead_config
     """,
+    "quantize": """
+        model_dir dtype qformat kv_cache_dtype output_dir calib_size tp_size
+    """,
+    "serve": """
+        model_id max_input_length max_total_tokens max_concurrent_requests speculate quantize num_shard dtype
+    """,
 }
+
+
+def own_options(verb: str) -> set[str]:
+    command: Any = typer.main.get_command(make_app([verb]))
+    for word in verb.split():
+        command = command.commands[word]
+    return {name for option in command.params for name in option.opts}
 
 
 @pytest.mark.parametrize("verb", SEEDS)
 def test_every_flag_of_the_seeds_is_known(verb: str) -> None:
-    command = typer.main.get_command(make_app([verb])).commands[verb]  # type: ignore[attr-defined]
-    own = {name for option in command.params for name in option.opts}
+    own = own_options(verb)
     for name in SEEDS[verb].split():
         assert (f"--{name}" in own) != (f"--{name}" in FLAGS[verb]), f"{verb} --{name}: in one of the two places"
 
 
 @pytest.mark.parametrize("verb", FLAGS)
 def test_no_flag_is_both_ours_and_in_the_table(verb: str) -> None:
-    command = typer.main.get_command(make_app([verb])).commands[verb]  # type: ignore[attr-defined]
-    assert not {name for option in command.params for name in option.opts} & set(FLAGS[verb])
+    assert not own_options(verb) & set(FLAGS[verb])
 
 
 OWN = OwnOptions(switches=("--dry_run",), single=("--model",), repeatable=("--input_text", "--disable_plugin"))
@@ -87,7 +99,7 @@ def test_a_note_names_all_it_is_said_of(capsys: pytest.CaptureFixture[str]) -> N
     assert second == "note: no effect: --workers 1: one process builds the one engine file."
 
 
-@pytest.mark.parametrize("line", ["--use_paged_context_fmha=enable", "--remove_input_padding", "--tp_size 1",
+@pytest.mark.parametrize("line", ["--use_paged_context_fmha=enable", "--remove_input_padding", "--cp_size 1",
                                   "--kv_cache_type paged", "--qformat full_prec", "--use_gemm_plugin"])  # fmt: skip
 def test_what_is_so_anyway_is_silent(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert answered(*line.split()) == []
@@ -98,13 +110,38 @@ def test_flags_that_mean_options_of_ours() -> None:
     assert answered("--gemm_plugin", "disable") == ["--disable_plugin", "gemm"]
     assert answered("--rmsnorm_quantization_plugin=disable") == ["--disable_plugin", "rmsnorm_quantization"]
     assert answered("--use_fused_mlp", "disable") == ["--disable_pass", "fuse_gate_up"]
+    assert answered("--use_weight_only") == ["--quantization", "int8_wo"]
+    assert answered("--weight_only_precision", "int4") == ["--quantization", "int4_wo"]
+
+
+def test_flags_whose_value_becomes_an_option_of_ours() -> None:
+    own = OwnOptions(switches=(), single=("--speculative",), repeatable=())
+    drafting = ["--speculative", '{"method": "ngram", "max_draft_len": 7}']
+    assert answer_seed_flags("run", ["--prompt_lookup_config", "[7,2,[0]]"], own) == drafting
+    assert answer_seed_flags("serve", ["--speculate", "7"], own) == drafting
+    assert answer_seed_flags("serve", ["--speculate=0"], own) == []
+    flags = ["--draft_engine_dir", "./draft-engine", "--draft_target_model_config", "[10,[0,1],[0,1],False]"]
+    drafting = {"method": "draft_model", "model": "./draft-engine", "max_draft_len": 10}
+    for order in (flags, flags[2:] + flags[:2]):
+        name, value = answer_seed_flags("run", order, own)
+        assert (name, json.loads(value)) == ("--speculative", drafting)
+    given = ["--speculative", '{"method": "eagle", "model": "F"}', "--eagle_choices", "[[0], [0, 0]]"]
+    name, value = answer_seed_flags("run", given, own)
+    assert json.loads(value) == {"method": "eagle", "model": "F", "choices": "[[0], [0, 0]]"}
+    with pytest.raises(UsageError, match=r"--medusa_choices is '\[\[0'; it must be \[\[0\], \[0, 0\], \.\.\.\]\."):
+        answer_seed_flags("run", ["--medusa_choices", "[[0"], own)
+    with pytest.raises(UsageError, match=r"it must be \[N, \[DEVICES\], \[DEVICES\], LOGITS\]\."):
+        answer_seed_flags("run", ["--draft_target_model_config", "[4]"], own)
+    for verb, flag, value in (("serve", "--speculate", "some"), ("run", "--prompt_lookup_config", "7")):
+        with pytest.raises(UsageError, match=rf"{flag} is '{value}'; it must be (N|\[N, LONGEST, \[DEVICES\]\])\."):
+            answer_seed_flags(verb, [flag, value], own)
 
 
 @pytest.mark.parametrize(("line", "sentence"), [
-    ("--qformat fp8", "--qformat fp8 is refused: quantizing is not here yet"),
-    ("--tp_size 2", "--tp_size 2 is refused: an engine runs on one device"),
-    ("--use_weight_only", "--use_weight_only is refused: quantizing is not here yet"),
-    ("--speculative_decoding_mode=draft_tokens_external", "speculative decoding is not here yet"),
+    ("--qformat fp8", "--qformat fp8 is refused: slipstream quantize does that"),
+    ("--cp_size 2", "--cp_size 2 is refused: ranks share the model by --tp_size, --pp_size and --moe_ep_size"),
+    ("--weight_only_precision int2", "--weight_only_precision int2 is refused: slipstream quantize does that"),
+    ("--speculative_decoding_mode=lookahead_decoding", "drafts are of n-grams, a draft model, Medusa's heads or EAGLE"),
     ("--use_fused_mlp maybe", "--use_fused_mlp is 'maybe'; it must be enable or disable."),
     ("--gemm_plugin int7", "--gemm_plugin is 'int7'; it must be enable or disable or"),
     ("--strip_plan=yes", "--strip_plan is 'yes'; it must be given without a value."),
@@ -122,8 +159,8 @@ def test_what_is_refused(line: str, sentence: str) -> None:
 
 @pytest.mark.parametrize("verb", FLAGS)
 def test_the_help_shows_every_row(verb: str, call: Call) -> None:
-    shown = call(verb, "--help").out
-    assert "Flags of TensorRT-LLM" in shown
+    shown = call(*verb.split(), "--help").out
+    assert "Flags of other tools" in shown
     assert {name for names, _ in help_rows(verb) for name in names.split(", ")} == set(FLAGS[verb])
     assert all(name in shown for name in FLAGS[verb])
 

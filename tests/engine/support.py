@@ -15,7 +15,9 @@ import torch
 
 from slipstream.engine.graph import graph_from_json
 from slipstream.errors import SlipstreamError
+from slipstream.kernels.cpu.library import NativeKernel
 from slipstream.kernels.registry import known_ops
+from slipstream.runtime.worker.native import NativeRun
 
 CPU = torch.device("cpu")
 Change = Callable[[dict[str, Any]], Any]
@@ -71,14 +73,17 @@ def assert_calls_only_ops(step: Any) -> None:
     """The generated function looks nothing up but its own constants, and calls nothing but kernels."""
     assert isinstance(step, FunctionType)
     scope = {name: value for name, value in step.__globals__.items() if name not in ("step", "__builtins__")}
-    assert all(re.fullmatch(r"[wka]\d+(_\d+)?", name) for name in scope)
+    assert all(re.fullmatch(r"[wkan]\d+(_\d+)?", name) for name in scope)
     assert set(step.__code__.co_names) <= set(scope)
     opcodes = {instruction.opname for instruction in dis.get_instructions(step)}
     assert not {name for name in opcodes if "IMPORT" in name or "ATTR" in name or "METHOD" in name or "CLOSURE" in name}
     kernels = {each.function for op in known_ops().values() for each in op.candidates(CPU, torch.float32).values()}
     called = [value for name, value in scope.items() if name.startswith("k")]
     assert all(value in kernels or set(_choices(value)) <= kernels for value in called)
-    assert not any(callable(value) for name, value in scope.items() if not name.startswith("k"))
+    native = {each.address for each in kernels if isinstance(each, NativeKernel)}
+    runs = [value for name, value in scope.items() if name.startswith("n")]
+    assert all(isinstance(run, NativeRun) and set(run.kernels) <= native for run in runs)
+    assert not any(callable(value) for name, value in scope.items() if name[0] not in "kn")
 
 
 def _choices(choose: Any) -> list[Any]:

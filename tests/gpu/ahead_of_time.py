@@ -49,7 +49,17 @@ def main(capability: int) -> None:
     for module in (attention, experts, linear, rope, router, rows):
         module.starts_early = lambda device: capability >= 90
     attention.num_processors = lambda device: 132
-    for call in (attend, attend_with_everything, attend_latent, attend_streaming, place, sample, route, norm):
+    for call in (
+        attend,
+        attend_with_everything,
+        attend_latent,
+        attend_streaming,
+        attend_tree,
+        place,
+        sample,
+        route,
+        norm,
+    ):
         call()
     keep_in_8_bits(torch.int8)
     if capability >= 89:
@@ -75,6 +85,13 @@ def attend_streaming() -> None:
     for num_tokens in (1, 2048):
         sink_q_TX = torch.empty(num_tokens, 32 * 128, dtype=torch.bfloat16)
         _attend(num_tokens, 1, window=1024, sink_q_TX=sink_q_TX, sink_tokens=4)
+
+
+def attend_tree() -> None:
+    for num_tokens, num_sequences in ((26, 1), (2048, 32)):
+        places = torch.zeros(num_tokens, dtype=torch.int64)
+        tree = places, places[:num_sequences], torch.zeros(num_tokens, 1, dtype=torch.int64)
+        _attend(num_tokens, num_sequences, window=4096, alibi_slopes_H=torch.ones(32), tree=tree)
 
 
 def attend_latent() -> None:

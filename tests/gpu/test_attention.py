@@ -1,7 +1,6 @@
 """Paged attention in tiles, against softmax written out in float64; what no row may see is NaN."""
 
 import math
-import random
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from slipstream.kernels.triton import attention as tiles  # noqa: E402 - conftest chooses the interpreter first
+from tests.seed import SEED  # noqa: E402
 
-SEED = random.SystemRandom().randrange(2**32)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 IS_REAL = torch.cuda.is_available()
 HALF = torch.bfloat16 if IS_REAL else torch.float16  # the interpreter multiplies the bits of a bfloat16
@@ -270,6 +269,68 @@ def test_sinks_and_newest_tokens(device: torch.device, name: str, options: dict[
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def tree_of(device: torch.device, arguments: tuple[Any, ...], chunks: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """A random tree at the end of each chunk: positions, roots, masks."""
+    generator = torch.Generator().manual_seed(SEED)
+    num_words = 1 + max(rows for rows, _ in chunks) // 64
+    positions, masks, roots = list[int](), list[list[int]](), list[int]()
+    for rows, past in chunks:
+        num_nodes = int(torch.randint(1, rows + 1, (), generator=generator)) if rows else 0
+        roots.append(past + rows - num_nodes)
+        positions += range(past, roots[-1])
+        masks += [[-1] * num_words] * (roots[-1] - past)
+        above: list[set[int]] = []
+        for node in range(num_nodes):
+            above.append({node} | (above[int(torch.randint(node, (), generator=generator))] if node else set()))
+            positions.append(roots[-1] + len(above[-1]) - 1)
+            words = [sum(1 << n % 64 for n in above[-1] if n // 64 == word) for word in range(num_words)]
+            masks.append([word - (1 << 64 if word >> 63 else 0) for word in words])
+    padding = len(arguments[0]) - len(positions)
+    tree = [*positions, *[0] * padding], [*roots, *[0] * padding], [*masks, *[[0] * num_words] * padding]
+    return tuple(torch.tensor(each, device=device) for each in tree)
+
+
+def naive_tree(arguments: tuple[Any, ...], tree: tuple[Tensor, ...]) -> Tensor:
+    """Row by row, each as the last one of the text on its way down."""
+    q, kv, query_starts, kv_lens, tables, *rest = arguments
+    (_, roots, masks), block_size, out = tree, kv.shape[2], []
+    for sequence, kv_len in enumerate(kv_lens.tolist()):
+        first, end = query_starts[sequence : sequence + 2].tolist()
+        root = int(roots[sequence])
+        for row in range(first, end):
+            place = kv_len - (end - row)
+            nodes = [n for n in range(place - root + 1) if int(masks[row, n // 64]) >> n % 64 & 1]
+            way = torch.tensor([*range(min(root, place + 1)), *(root + node for node in nodes)], device=q.device)
+            cells = kv[:, tables[sequence, way // block_size], way % block_size]
+            own = cells.new_zeros(len(kv), -(-len(way) // block_size), block_size, *kv.shape[3:])
+            own.flatten(1, 2)[:, : len(way)] = cells
+            step = torch.tensor([0, 1]), torch.tensor([len(way)]), torch.arange(own.shape[1], device=q.device)[None]
+            out.append(naive(q[row : row + 1], own, *step, *rest))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_splits"),
+    [
+        ({}, 3),
+        ({"window": 7, "has_sinks": True}, 1),
+        ({"window": 30, "soft_cap": 3.0, "has_slopes": True, "has_sinks": True, "padding": 2}, 3),
+        ({"head_dim": 24, "value_dim": 7, "num_planes": 1, "dtype": HALF}, 1),
+    ],
+    ids=str,
+)
+def test_rows_of_a_tree_see_their_own_past(device: torch.device, options: dict[str, Any], num_splits: int) -> None:
+    few = tiles.Launch(tiles.Tile(16, 32, 4, 2), num_splits, max_rows=16)
+    many = tiles.Launch(tiles.Tile(64, 16, 4, 2), num_splits, min_rows=17)
+    chunks = [(9, 0), (1, 30), (0, 5), (70, 23)]
+    arguments = make(device, chunks, heads=(2, 1), **options)
+    tree = tree_of(device, arguments, chunks)
+    tolerance, num_rows = TOLERANCE[arguments[0].dtype], int(arguments[2][-1])
+    for launches in ((few, many), (tiles.Launch(few.tile, num_splits),)):
+        actual = tiles.attention(*arguments, launches=launches, tree=tree)[:num_rows]
+        torch.testing.assert_close(actual.double(), naive_tree(arguments, tree), rtol=tolerance, atol=tolerance)
+
+
 def test_rows_of_very_small_scores(device: torch.device) -> None:
     """A tile whose keys a row does not see leaves no trace of a score of 0 in its softmax."""
     arguments = list(make(device, [(40, 60)], window=3))
@@ -284,12 +345,16 @@ def test_no_tokens(device: torch.device) -> None:
 
 
 def test_a_plan_depends_on_shapes_and_fills_the_device() -> None:
-    def plan(num_tokens: int, num_sequences: int, max_keys: int = 8192) -> tuple[tiles.Launch, ...]:
-        return tiles.plan(num_tokens, num_sequences, 8, 4, max_keys, 128, 2, 132)
+    def plan(
+        num_tokens: int, num_sequences: int, max_keys: int = 8192, shared_bytes: int = 227 << 10
+    ) -> tuple[tiles.Launch, ...]:
+        return tiles.plan(num_tokens, num_sequences, 8, 4, max_keys, 128, 2, 132, shared_bytes)
 
     (one,) = plan(1, 1)
     assert one.num_splits > 8
     assert plan(1, 1, 64)[0].num_splits == 1
+    assert plan(1, 1, shared_bytes=163 << 10)[0].tile.num_stages < one.tile.num_stages
+    assert plan(64, 64)[0].tile.keys < one.tile.keys
     assert plan(512, 512)[0].num_splits == 1
     (prompt,) = plan(2048, 1)
     assert prompt.num_splits == 1

@@ -23,8 +23,8 @@ from tests.gpu.test_attention import make
 from tests.gpu.test_experts import SIZES
 from tests.gpu.test_experts import Problem as ExpertsProblem
 from tests.gpu.test_linear import FORMATS, Problem
+from tests.seed import SEED
 
-SEED = random.SystemRandom().randrange(2**32)
 IS_GPU = torch.cuda.is_available()
 HALF = torch.bfloat16 if IS_GPU else torch.float16  # the interpreter multiplies the bits of a bfloat16
 NUM_ROWS = 300 if IS_GPU else 65

@@ -13,7 +13,9 @@ import torch
 from slipstream import LLM, SamplingParams
 from slipstream.checkpoint.random import write_random_model
 from slipstream.models import known_models, model_file
+from slipstream.runtime.speculation import methods
 from tests.api.test_kv_cache import write_calibrated
+from tests.speculative.test_methods import METHODS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -44,6 +46,37 @@ def test_greedy_tokens_are_those_of_the_cpu(model_type: str, tmp_path: Path) -> 
         with LLM(model, device=device, **LIMITS) as llm:
             found[device] = tokens(llm, asked, sampling)
     assert found["cuda"] == found["cpu"]
+
+
+@pytest.mark.parametrize("method", methods())
+def test_drafts_change_no_text(method: str, tmp_path: Path) -> None:
+    """Chains and trees, in recorded steps; a draft model's steps are recorded as well."""
+    model = write_random_model(tmp_path / "model", model_file("llama").TINY, seed=2)
+    asked = prompts(12, seed=3)
+    sampling = [
+        SamplingParams(temperature=index % 2, seed=index, max_tokens=5 + 4 * index, ignore_eos=True)
+        for index in range(len(asked))
+    ]
+    with LLM(model, device="cuda", **LIMITS) as llm:
+        plain = tokens(llm, asked, sampling)
+    with LLM(model, device="cuda", **LIMITS, speculative=METHODS[method](model, tmp_path / "draft")) as llm:
+        assert tokens(llm, asked, sampling) == plain
+        assert 0 < sum(llm.stats.num_accepted_tokens) < llm.stats.num_draft_tokens
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_vectors_are_those_of_the_cpu(pooling: str, tmp_path: Path) -> None:
+    """In recorded steps and beside requests that generate; texts longer than a step come in pieces."""
+    model = write_random_model(tmp_path / "model", model_file("llama").TINY, seed=2)
+    asked = prompts(12, seed=3)
+    found = {}
+    for device in ("cpu", "cuda"):
+        with LLM(model, device=device, **LIMITS) as llm:
+            stream = llm.stream([1, 2, 3], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+            next(stream)
+            found[device] = torch.tensor([each.embedding.tolist() for each in llm.embed(asked, pooling=pooling)])
+            assert len([*stream][-1].outputs[0].token_ids) == 100
+    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=0, atol=1e-5)
 
 
 def test_sinks_are_kept_as_on_the_cpu(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Mixtures of experts on the GPU against float64: each format, routing, number of tokens and way to cut products up."""
 
 import math
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,10 +12,11 @@ from torch import Tensor
 from slipstream.kernels.linear.groups import dequantize
 from slipstream.kernels.linear.w4a16 import pack
 from slipstream.kernels.registry import known_ops
+from slipstream.schema.format import INTEGERS_OF_4_BITS, QUANTIZES_ACTIVATIONS
+from tests.seed import SEED
 
 grouped = pytest.importorskip("slipstream.kernels.triton.experts")
 
-SEED = random.SystemRandom().randrange(2**32)
 IS_GPU = torch.cuda.is_available()
 HALF = torch.bfloat16 if IS_GPU else torch.float16  # the interpreter multiplies the bits of bfloat16s
 FORMATS = {  # columns of a weight that share a scale, of an activation, and whether there are zero points
@@ -29,10 +29,12 @@ FORMATS = {  # columns of a weight that share a scale, of an activation, and whe
     "w8a8": (0, 0, False),
     "fp8": (0, 0, False),
     "fp8 blocks": (32, 32, False),
+    "w4afp8": (32, 0, False),
     "w4a16 odd groups": (24, 0, True),
     "w8a8 odd groups": (24, 0, False),
 }
-CASES = [(1, "any"), (7, "few experts"), (13, "any"), (13, "one expert")]  # tokens, and where they go
+# Tokens, and where they go.
+CASES = [(1, "any"), (7, "few experts"), (13, "any"), (13, "one expert"), (5, "elsewhere"), (13, "elsewhere")]
 PLAIN, GPT_OSS = (1.0, 0.0, 0.0), (1.702, 1.5, 1.0)
 SIZES = [(5, 3, 96, 64), (3, 2, 36, 20)]  # E, K, H, I
 if IS_GPU:
@@ -56,6 +58,8 @@ class Problem:
         if routing != "any":
             drawn_TE += torch.arange(num_experts)  # all tokens go to the first ones
         ids_TK = drawn_TE.argsort(1)[:, :top_k]
+        if routing == "elsewhere":  # with another rank, for some
+            ids_TK = ids_TK.where(ids_TK % 2 == 0, -1)
         if routing == "one expert":  # no router does, but nothing says that a token's experts differ
             ids_TK = torch.full_like(ids_TK, num_experts - 2)
         self.ids_TK = ids_TK.to(device)
@@ -71,7 +75,7 @@ class Problem:
         ]
         self.arguments: tuple[Any, ...] = (x_TH, shares_TK, self.ids_TK, *parts, *biases, *activation)
         self.op = known_ops()["experts" if self.kind == "dense" else f"experts_{self.kind}"]
-        self.rounding = known_ops().get(f"quantize_{self.kind}")
+        self.rounding = known_ops().get(f"quantize_{QUANTIZES_ACTIVATIONS.get(self.kind)}")
         self.x_group, self.biases, self.activation = x_group, biases, activation
         if self.kind != "dense":
             self.arguments += (group, 0.0, x_group)
@@ -92,12 +96,12 @@ class Problem:
             values_ENK = torch.randn(shape, generator=self.generator).to(torch.float8_e4m3fn)
         else:
             values_ENK = torch.randint(low, high, shape, generator=self.generator).to(packed_type)
-        zeros_ENG = torch.full_like(scale_ENG, 8) if self.kind == "w4a16" and zero_ENG is None else zero_ENG
+        zeros_ENG = torch.full_like(scale_ENG, 8) if self.kind in INTEGERS_OF_4_BITS and zero_ENG is None else zero_ENG
         weight_ENK = [
             dequantize(values_ENK[e], scale_ENG[e], None if zeros_ENG is None else zeros_ENG[e], group)
             for e in range(num_experts)
         ]
-        packed = torch.stack([pack(each) for each in values_ENK]) if self.kind == "w4a16" else values_ENK
+        packed = torch.stack([pack(each) for each in values_ENK]) if self.kind in INTEGERS_OF_4_BITS else values_ENK
         return [packed, scale_ENG, zero_ENG], torch.stack(weight_ENK).double()
 
     def rounded(self, x_MK: Tensor) -> Tensor:
@@ -150,13 +154,13 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     if not IS_GPU:
         monkeypatch.setattr(grouped, "_FEW_PAIRS", 24)
         quantize = known_ops()["quantize_fp8"]
-        exact = replace(quantize.kernels["triton"], function=quantize.reference)
+        exact = replace(quantize.kernels["triton"], batch_invariant=quantize.reference)
         monkeypatch.setitem(quantize.kernels, "triton", exact)
 
 
 def tolerance(name: str) -> float:
     """Of hidden numbers rounded to 8 bits a few are next to a tie, and become the neighbour."""
-    return 2e-2 if name.split()[0] in ("fp8", "w8a8") else 1e-2 if IS_GPU or "odd" in name else 2e-3
+    return 2e-2 if name.split()[0] in QUANTIZES_ACTIVATIONS else 1e-2 if IS_GPU or "odd" in name else 2e-3
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,23 @@
 """Products of few rows against float64, for each format, number of rows and way to cut them up."""
 
 import math
-import random
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from slipstream.kernels.linear import nvfp4
 from slipstream.kernels.linear.groups import dequantize
 from slipstream.kernels.linear.w4a16 import pack
 from slipstream.kernels.registry import known_ops
+from slipstream.schema.format import INTEGERS_OF_4_BITS
+from tests.seed import SEED
 
 linear = pytest.importorskip("slipstream.kernels.triton.linear")
 Tiles, Weight = linear.Tiles, linear.Weight
 
-SEED = random.SystemRandom().randrange(2**32)
 IS_GPU = torch.cuda.is_available()
 WIDE = torch.bfloat16 if IS_GPU else torch.float16  # the interpreter multiplies the bits of bfloat16s
 FORMATS = {  # group of columns of W that share a scale, of x, and whether there are zero points
@@ -31,6 +33,9 @@ FORMATS = {  # group of columns of W that share a scale, of x, and whether there
     "w4a16 groups": (128, 0, True),
     "w4a16 small groups": (32, 0, True),
     "w4a16 symmetric": (64, 0, False),
+    "w4afp8": (0, 0, False),
+    "w4afp8 groups": (128, 0, False),
+    "w4afp8 small groups": (32, 64, False),
     "w8a8": (0, 0, False),
     "w8a8 groups": (128, 64, False),
 }
@@ -65,26 +70,26 @@ class Problem:
             values_NK = normal(num_out, num_in).to(WIDE)
         elif kind.startswith("fp8"):
             values_NK = normal(num_out, num_in).to(torch.float8_e4m3fn)
-        elif kind == "w4a16":
+        elif kind in INTEGERS_OF_4_BITS:
             values_NK = whole(0, 16, num_out, num_in).to(torch.uint8)
             zero_NG = whole(0, 16, *scale_NG.shape).to(torch.uint8) if has_zeros else None
         else:
             values_NK = whole(-128, 128, num_out, num_in).to(torch.int8)
             zero_NG = whole(-128, 128, *scale_NG.shape).to(torch.int8) if has_zeros else None
-        if kind in ("fp8", "w8a8"):
-            x_MK = whole(-128, 128, num_rows, num_in).to(torch.int8) if kind == "w8a8" else x_MK.to(values_NK.dtype)
+        if kind in ("fp8", "w8a8", "w4afp8"):
+            x_MK = whole(-128, 128, num_rows, num_in).to(torch.int8) if kind == "w8a8" else x_MK.to(torch.float8_e4m3fn)
             x_scale_MG = scales(num_rows, x_group)
 
         wide_MK = x_MK.double() if x_scale_MG is None else dequantize(x_MK, x_scale_MG, None, x_group).double()
         if kind == "dense":
             wide_NK = values_NK.double()
         else:
-            zeros_NG = torch.full_like(scale_NG, 8) if kind == "w4a16" and zero_NG is None else zero_NG
+            zeros_NG = torch.full_like(scale_NG, 8) if kind in INTEGERS_OF_4_BITS and zero_NG is None else zero_NG
             wide_NK = dequantize(values_NK, scale_NG, zeros_NG, group).double()
         self.bias_N = normal(num_out)
         self.expected_MN = wide_MK @ wide_NK.t() + self.bias_N.double()
         self.bias_N, self.x_MK = self.bias_N.to(device), x_MK.to(device)
-        packed = pack(values_NK) if kind == "w4a16" else values_NK
+        packed = pack(values_NK) if kind in INTEGERS_OF_4_BITS else values_NK
         parts = (None if part is None else part.to(device) for part in (packed, scale_NG, zero_NG, x_scale_MG))
         packed, scale_NG, zero_NG, x_scale_MG = parts
         scale_NG = None if kind == "dense" else scale_NG
@@ -140,7 +145,7 @@ def test_many_rows_go_through_a_dense_weight(name: str, device: torch.device, mo
 
 @pytest.mark.parametrize("num_rows", [0, 1, 5])
 @pytest.mark.parametrize(
-    "name", ["linear", "linear_fp8", "linear_fp8a16", "linear_w8a16", "linear_w4a16", "linear_w8a8"]
+    "name", ["linear", "linear_fp8", "linear_fp8a16", "linear_w8a16", "linear_w4a16", "linear_w8a8", "linear_w4afp8"]
 )
 def test_the_op_takes_the_kernel_where_it_can_and_else_the_reference(
     name: str, num_rows: int, device: torch.device
@@ -156,6 +161,7 @@ def test_the_op_takes_the_kernel_where_it_can_and_else_the_reference(
             "linear_fp8": (weight.x_scale_MG, weight.packed, weight.scale_NG, bias, 0, 0, "float32"),
             "linear_fp8a16": (weight.packed, weight.scale_NG, bias, 0),
             "linear_w8a8": (weight.x_scale_MG, weight.packed, weight.scale_NG, bias, 0, 0, "float32"),
+            "linear_w4afp8": (weight.x_scale_MG, weight.packed, weight.scale_NG, bias, 0, 0, "float32"),
         }
         if name not in arguments:
             order_K = torch.randperm(num_in).to(torch.int32).to(device) if has_order else None
@@ -164,6 +170,33 @@ def test_the_op_takes_the_kernel_where_it_can_and_else_the_reference(
         expected_MN = op.reference(problem.x_MK, *arguments[name])
         assert y_MN.dtype == expected_MN.dtype and y_MN.shape == expected_MN.shape
         assert (y_MN - expected_MN).float().norm() <= 2e-2 * expected_MN.float().norm()
+
+
+@pytest.mark.parametrize("candidate", ["triton", "cublas"])
+def test_fp8_multiplies_one_row_that_is_not_rounded(candidate: str, device: torch.device) -> None:
+    problem = Problem("fp8a16", 1, 48, 96, device)
+    weight = problem.weight
+    call = known_ops()["linear_fp8"].kernels[candidate].function
+    ones = torch.ones(1, 1, device=device)
+    y_MN = call(problem.x_MK, ones, weight.packed, weight.scale_NG, None, 0, 0, "float32")
+    expected_MN = problem.expected_MN - problem.bias_N.cpu().double()
+    assert (y_MN.cpu().double() - expected_MN).norm() <= 1e-5 * expected_MN.norm(), f"seed {SEED}"
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 19, 130])
+@pytest.mark.parametrize("num_in", [176, 24])
+def test_nvfp4_is_that_of_float64(num_rows: int, num_in: int, device: torch.device, poisoned: None) -> None:
+    """Rows, columns of the weight and of x that no tile divides; 24 columns are left to the reference."""
+    generator = torch.Generator().manual_seed(SEED)
+    packed = torch.randint(256, (70, num_in // 2), generator=generator).to(torch.uint8)
+    scale_NG = (torch.rand(70, -(-num_in // 16), generator=generator) * 448).to(torch.float8_e4m3fn)
+    row_scale_N1, bias_N = torch.rand(70, 1, generator=generator) / 1e3, torch.randn(70, generator=generator)
+    x_MK = torch.randn(num_rows, num_in, generator=generator).to(WIDE)
+    expected_MN = x_MK.double() @ nvfp4.weight(packed, scale_NG, row_scale_N1, num_in).double().t() + bias_N
+    arguments = [each.to(device) for each in (x_MK, packed, scale_NG, row_scale_N1, bias_N)]
+    for call in (nvfp4.linear_nvfp4a16_triton, partial(nvfp4.linear_nvfp4a16_triton, is_batch_invariant=True)):
+        y_MN = call(*arguments).cpu().double()
+        torch.testing.assert_close(y_MN, expected_MN, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.skipif(not IS_GPU, reason="cuBLASLt is on a GPU alone")

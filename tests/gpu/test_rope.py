@@ -1,14 +1,12 @@
 """Rotation and the KV write against the ops' references in float64; slots that no token has keep what they held."""
 
-import random
-
 import pytest
 import torch
 from torch import Tensor
 
 from slipstream.kernels.registry import known_ops
+from tests.seed import SEED
 
-SEED = random.SystemRandom().randrange(2**32)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 BLOCK_SIZE = 4
 IS_REAL = torch.cuda.is_available()

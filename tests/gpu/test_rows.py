@@ -90,3 +90,29 @@ def test_quantized(size: int, rounded: str, static: float, group_size: int, devi
         assert (difference > 0).float().mean() < 0.02
         for ours, naive in zip(actual[2:], expected[2:], strict=True):
             torch.testing.assert_close(ours, naive)
+
+
+@pytest.mark.parametrize("group_size", [0, 32])
+@pytest.mark.parametrize("rounded", ROUNDED)
+def test_one_row_may_stay_as_it_is(rounded: str, group_size: int, device: torch.device) -> None:
+    """In E4M3, whose product takes either; not where rows must not depend on how many there are."""
+    x, residual, gated = (numbers(device, "float16", 1, size) for size in (128, 128, 256))
+    weight, how = numbers(device, "float16", 128), (0.0, group_size, rounded)
+    calls: dict[str, tuple[tuple[Any, ...], Any]] = {
+        "add_rms_norm_quantize": ((x, residual, weight, 1e-5, 0.0, *how), ("add_rms_norm", 1e-5, 0.0)),
+        "silu_and_mul_quantize": ((gated, *how), ("silu_and_mul",)),
+        "quantize_w8a8" if rounded == "int8" else "quantize_fp8": ((x, 0.0, group_size), None),
+    }
+    for name, (arguments, plain) in calls.items():
+        kernel = known_ops()[name].kernels["triton"]
+        found, scales = kernel.function(*arguments)[:2]
+        assert scales.shape == (1, 128 // group_size if group_size else 1)
+        if rounded == "int8":
+            assert found.dtype == torch.int8
+            continue
+        tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
+        expected = x if plain is None else known_ops()[plain[0]].kernels["triton"].function(*tensors, *plain[1:])
+        assert torch.equal(found, expected[0] if isinstance(expected, tuple) else expected)
+        assert torch.equal(scales, torch.ones_like(scales))
+        assert kernel.batch_invariant is not None
+        assert kernel.batch_invariant(*arguments)[0].dtype == torch.float8_e4m3fn

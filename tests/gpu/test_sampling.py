@@ -201,8 +201,8 @@ def test_drawing_waits_for_nothing(device: torch.device) -> None:
             draw = sampler.draw(slots, positions, logits_RV, chosen_R)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        found.append([result.token_id for result in sampler.finish(draw)])
-    assert found[0] == found[1] and None not in found[0]
+        found.append([result.token_ids for result in sampler.finish(draw)])
+    assert found[0] == found[1] and () not in found[0]
 
 
 def test_no_rows(device: torch.device) -> None:

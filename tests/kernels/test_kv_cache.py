@@ -1,11 +1,10 @@
-"""KV caches in 8 bits: what is written is the nearest number of the format, and what is read is what was written.
+"""KV caches in fewer bits: what is written is the nearest number of the format, and what is read is what was written.
 
 Attention over such a cache is held against attention over a cache of the same numbers in float64, which test_ops.py
 holds against softmax written out.
 """
 
 import math
-import random
 from typing import Any
 
 import pytest
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.registry import known_ops
+from tests.seed import SEED
 
-SEED = random.SystemRandom().randrange(2**32)
 CPU = torch.device("cpu")
 FORMATS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 every_format = pytest.mark.parametrize("dtype", FORMATS.values(), ids=FORMATS)
@@ -122,6 +121,51 @@ def test_streaming_attention_reads_what_the_numbers_mean(dtype: torch.dtype) -> 
     expected = op.reference(q.double(), sink_q.double(), exact, starts, lens, tables, None, *numbers)
     actual = op.reference(q, sink_q, kv, starts, lens, tables, scales, *numbers)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kv_write", "rope_kv_write"])
+def test_float32_is_stored_as_the_nearest_bfloat16(name: str) -> None:
+    """NaN and infinity stay, and ties go to even: where a number is written is test_ops.py's."""
+    bits = torch.randint(-(2**31), 2**31, (64, KV_HEADS * HEAD_DIM), generator=torch.Generator().manual_seed(SEED))
+    ties = bits[:8] & ~0xFFFF | 0x8000
+    x = torch.cat([bits, ties]).to(torch.int32).view(torch.float32)
+    x[0, :4] = torch.tensor([math.inf, -math.inf, math.nan, -0.0])
+    unturned = torch.ones(len(x), HEAD_DIM // 2), torch.zeros(len(x), HEAD_DIM // 2)
+    numbers = x.where(x.isfinite() | (torch.tensor(name == "kv_write")), 1.0)  # 0 · inf is NaN when it is turned
+    for kernel in known_ops()[name].candidates(CPU, torch.float32).values():
+        kv = torch.zeros(2, 20, BLOCK_SIZE, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
+        query = (torch.ones(len(x), 32),) if name == "rope_kv_write" else ()
+        angles = unturned if name == "rope_kv_write" else ()
+        kernel.function(*query, numbers, numbers, *angles, kv, torch.arange(len(x)), None)
+        stored = kv.flatten(1, 2)[:, : len(x)].flatten(2)
+        torch.testing.assert_close(stored, numbers.bfloat16().expand(2, -1, -1), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", ["attention", "streaming_attention"])
+@pytest.mark.parametrize("chunks", [CHUNKS, ONE_EACH], ids=["all kinds", "generation"])
+def test_float32_queries_meet_a_cache_in_bfloat16(op: str, chunks: list[tuple[int, int]]) -> None:
+    generator = torch.Generator().manual_seed(SEED)
+    wide, starts, lens, tables, _ = paged(torch.float32, chunks)
+    kv = (wide / 60).bfloat16()
+    q, sink_q = torch.randn(2, int(starts[-1]), 4 * HEAD_DIM, generator=generator)
+    rest = (starts, lens, tables)
+    exact: tuple[Any, ...]
+    if op == "attention":
+        given = q, kv, *rest, torch.rand(4), torch.rand(4), None, 0.3, 5, 2.0, HEAD_DIM
+    else:
+        given = q, sink_q, kv, *rest, None, 0.3, 6, 0.0, HEAD_DIM, 2
+    exact = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
+    expected = known_ops()[op].reference(*exact)
+    for kernel in known_ops()[op].candidates(CPU, torch.float32).values():
+        torch.testing.assert_close(kernel.function(*given).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_wider_than_its_queries_is_refused() -> None:
+    kv, starts, lens, tables, _ = paged(torch.float32, ONE_EACH)
+    q = torch.ones(3, 4 * HEAD_DIM, dtype=torch.bfloat16)
+    for each in (kv, kv.half()):
+        with pytest.raises(ValueError, match=r"kv must be torch.bfloat16, or a narrower"):
+            known_ops()["attention"].shapes(q, each, starts, lens, tables, None, None, None, 1.0, 0, 0.0, HEAD_DIM)
 
 
 @pytest.mark.parametrize(

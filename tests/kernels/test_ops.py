@@ -1,11 +1,10 @@
 """Every op against a float64 computation written naively here: the reference, and each candidate that runs on a CPU.
 
 The runner walks the registry, so an op or kernel that is added is tested; an op without an entry in CASES fails.
-Fresh random numbers each run: the seed is in the test's id.
+The seed of the random numbers (tests/seed.py) is in the id.
 """
 
 import math
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +17,10 @@ from torch import Tensor
 import slipstream.kernels  # noqa: F401 - registers the ops
 from slipstream.kernels.linear import w4a16
 from slipstream.kernels.registry import Op, known_ops
-from slipstream.schema.format import PACKED_DTYPES
+from slipstream.schema.format import INTEGERS_OF_4_BITS, PACKED_DTYPES, QUANTIZES_ACTIVATIONS
+from tests.seed import SEED
 
 CPU = torch.device("cpu")
-SEED = random.SystemRandom().randrange(2**32)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
 # Activations computed in float32 are rounded to 8 bits inside these: near a tie, the other way than in float64.
 ONE_STEP = {"experts_w8a8": 3e-2, "experts_fp8": 1e-1}
@@ -100,9 +99,9 @@ def attention_inputs(
     is_latent: bool = False,
     has_slopes: bool = False,
     has_sinks: bool = False,
+    head_dim: int = 8,
 ) -> tuple[Any, ...]:
     num_heads, num_kv_heads = heads
-    head_dim = 8
     step = paged(generator, chunks, num_kv_heads, head_dim, poison)
     if window:
         forget_unseen(step, chunks, window, poison)
@@ -161,6 +160,68 @@ def naive_attention(
                 total = weights.sum() + (0 if sinks is None else sinks[head].exp())
                 out[row, head * value_dim : (head + 1) * value_dim] = weights / total @ values
     return out
+
+
+def tree_inputs(generator: torch.Generator, chunks: list[tuple[int, int]], **options: Any) -> tuple[Any, ...]:
+    """As attention's; the last rows of each chunk are a tree, of one node or more, of any shape."""
+    q, kv, *metadata, slopes, sinks, scales, scale, window, soft_cap, value_dim = attention_inputs(
+        generator, chunks, **options
+    )
+    positions: list[int] = []
+    masks: list[list[int]] = []
+    roots = []
+    num_words = -(-max([rows for rows, _ in chunks], default=1) // 64) or 1
+    for rows, past in chunks:
+        num_nodes = int(whole(generator, rows, 1)) + 1 if rows else 0
+        root = past + rows - num_nodes
+        roots.append(root)
+        positions += range(past, root)
+        masks += [[-1] * num_words] * (root - past)
+        above: list[set[int]] = []
+        for node in range(num_nodes):
+            above.append({node} if not node else above[int(whole(generator, node, 1))] | {node})
+            positions.append(root + len(above[-1]) - 1)
+            bits = [[64 * word + bit in above[-1] for bit in range(64)] for word in range(num_words)]
+            masks.append([sum(1 << bit for bit in range(63) if word[bit]) - (word[63] << 63) for word in bits])
+    tree = torch.tensor(positions, dtype=torch.int64), torch.tensor(roots, dtype=torch.int64)
+    masks_TW = torch.tensor(masks, dtype=torch.int64).view(-1, num_words)
+    return q, kv, *metadata, *tree, masks_TW, slopes, sinks, scales, scale, window, soft_cap, value_dim
+
+
+def naive_tree_attention(
+    q_TX: Tensor,
+    kv: Tensor,
+    query_starts: Tensor,
+    kv_lens: Tensor,
+    tables: Tensor,
+    positions: Tensor,
+    tree_starts: Tensor,
+    tree_masks: Tensor,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    kv_scales: None,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    value_dim: int,
+) -> Tensor:
+    """Each row alone, as the last one of the text on its way down: in blocks of its own."""
+    head_dim, out = kv.shape[4], []
+    for sequence, kv_len in enumerate(kv_lens.tolist()):
+        first, end = query_starts[sequence : sequence + 2].tolist()
+        root = int(tree_starts[sequence])
+        for row in range(first, end):
+            place = kv_len - (end - row)
+            nodes = [n for n in range(place - root + 1) if int(tree_masks[row, n // 64]) >> n % 64 & 1]
+            way = [*range(min(root, place + 1)), *(root + node for node in nodes)]
+            assert len(way) == positions[row] + 1
+            cells = torch.stack([kv[:, int(tables[sequence, p // BLOCK_SIZE]), p % BLOCK_SIZE] for p in way], 1)
+            own = cells.new_zeros(len(kv), -(-len(way) // BLOCK_SIZE), BLOCK_SIZE, *kv.shape[3:])
+            own.flatten(1, 2)[:, : len(way)] = cells
+            step = torch.tensor([0, 1]), torch.tensor([len(way)]), torch.arange(own.shape[1])[None]
+            rest = (slopes, sinks, kv_scales, scale, window, soft_cap, value_dim)
+            out.append(naive_attention(q_TX[row : row + 1], own, *step, *rest))
+    return torch.cat(out) if out else q_TX.new_zeros(0, q_TX.shape[1] // head_dim * value_dim)
 
 
 def streaming_inputs(
@@ -363,6 +424,8 @@ def naive_experts(
     out = torch.zeros_like(x)
     for token in range(len(x)):
         for share, expert in zip(shares[token], ids[token].tolist(), strict=True):
+            if expert < 0:  # another rank's
+                continue
             g = gate[expert] @ rounded(x[token]) + (0 if gate_bias is None else gate_bias[expert])
             u = up[expert] @ rounded(x[token]) + (0 if up_bias is None else up_bias[expert])
             if limit:
@@ -399,11 +462,115 @@ def naive_quantized(
 def naive_quantized_activations(
     x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor, group: int, x_group: int, _dtype: str
 ) -> Tensor:
+    return naive_quantized(naive_widened(x, x_scale, x_group), packed, scale, None, None, bias, group)
+
+
+def naive_widened(x: Tensor, x_scale: Tensor, group: int) -> Tensor:
     x = x.double().clone()
     for row in range(len(x)):
         for j in range(x.shape[1]):
-            x[row, j] *= x_scale[row, j // (x_group or x.shape[1])]
-    return naive_quantized(x, packed, scale, None, None, bias, group)
+            x[row, j] *= x_scale[row, j // (group or x.shape[1])]
+    return x
+
+
+def naive_w4a8(
+    x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor, group: int,
+    x_group: int, _dtype: str,
+) -> Tensor:  # fmt: skip
+    weight = torch.zeros(packed.shape[0], x.shape[1], dtype=torch.float64)
+    for n in range(weight.shape[0]):
+        for j in range(weight.shape[1]):
+            value, by = (int(packed[n, j // 2]) >> (4 * (j % 2))) % 16, scale[n, j // group]
+            weight[n, j] = (value - 8) * by if shift is None else value * by - shift[n, j // group]
+    return naive_widened(x, x_scale, x_group) @ weight.t() + bias
+
+
+def naive_panels(packed: Tensor, bits: int) -> Tensor:
+    """Number by number: columns four at a time, 4-bit values with those four columns further on in the high halves."""
+    num_out, num_bytes = packed.shape
+    steps, per_step = -(-num_bytes // 4), 32 // bits
+    panels = torch.zeros(-(-num_out // 16), steps * 64, dtype=torch.uint8)
+    for n in range(16 * len(panels)):
+        for k in range(steps * per_step):
+            value = 0
+            if n < num_out and k < num_bytes * 8 // bits:
+                number = int(packed[n, k * bits // 8])
+                value = number + 128 if bits == 8 else number >> 4 * (k % 2) & 15
+            place = k // per_step * 64 + n % 16 * 4 + k % 4
+            panels[n // 16, place] += value << (4 if k % per_step >= 4 else 0)
+    return panels
+
+
+def naive_panel_scales(scale: Tensor, zero: Tensor | None) -> Tensor:
+    num_out, groups = scale.shape
+    found = torch.zeros(-(-num_out // 16), groups * 16, dtype=torch.float64)
+    for n in range(num_out):
+        for group in range(groups):
+            found[n // 16, group * 16 + n % 16] = scale[n, group] * (1 if zero is None else float(zero[n, group]))
+    return found
+
+
+def linear_panels_inputs(generator: torch.Generator, num_tokens: int) -> tuple[Any, ...]:
+    """8 bits with a scale a row, then with groups; 4 bits with groups, without and with shifts."""
+    kinds = ((8, 0, 8, False), (8, 16, 0, False), (4, 8, 16, False), (4, 16, 8, True))
+    bits, group_size, x_group_size, has_shift = kinds[num_tokens % 4]
+    groups = -(-40 // group_size) if group_size else 1
+    packed = eight_bits(generator, 19, 40) if bits == 8 else whole(generator, 256, 19, 20).to(torch.uint8)
+    scale = (numbers(generator, 19, groups) / 900).to(torch.float16 if num_tokens % 3 and groups > 1 else torch.float32)
+    shift = numbers(generator, 19, groups) / 90 if has_shift else None
+    scales, shifts = (
+        None if each is None else naive_panel_scales(each, None).to(each.dtype) for each in (scale, shift)
+    )
+    x, x_scale = eight_bits(generator, num_tokens, 40), numbers(generator, num_tokens, -(-40 // (x_group_size or 40)))
+    rest = scales, shifts, numbers(generator, 19), bits, group_size, x_group_size, 19
+    return x, x_scale.abs() / 90, naive_panels(packed, bits), *rest
+
+
+def naive_linear_panels(
+    x: Tensor, x_scale: Tensor, panels: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor, bits: int,
+    group_size: int, x_group_size: int, num_out: int,
+) -> Tensor:  # fmt: skip
+    weight = torch.zeros(num_out, x.shape[1], dtype=torch.float64)
+    for n in range(num_out):
+        for k in range(x.shape[1]):
+            per_step = 32 // bits
+            byte = int(panels[n // 16, k // per_step * 64 + n % 16 * 4 + k % 4])
+            number = byte if bits == 8 else byte >> (4 if k % per_step >= 4 else 0) & 15
+            place = (k // group_size if group_size else 0) * 16 + n % 16
+            zero = 0 if shift is not None else 2 ** (bits - 1)
+            weight[n, k] = (number - zero) * scale[n // 16, place] - (0 if shift is None else shift[n // 16, place])
+    x = x.double()
+    for k in range(x.shape[1]):
+        x[:, k] *= x_scale[:, k // x_group_size if x_group_size else 0]
+    return x @ weight.t() + bias
+
+
+def embedding_panels_inputs(generator: torch.Generator, num_tokens: int) -> tuple[Any, ...]:
+    """As linear_panels has them."""
+    _, _, panels, scale, shift, _, bits, group_size, _, num_out = linear_panels_inputs(generator, num_tokens)
+    return panels, scale, shift, whole(generator, num_out, num_tokens), bits, group_size, 40
+
+
+def naive_embedding_panels(
+    panels: Tensor, scale: Tensor, shift: Tensor | None, ids: Tensor, bits: int, group_size: int, num_in: int
+) -> Tensor:
+    """Products of the weight with each column alone."""
+    eye, ones, bias = torch.eye(num_in), torch.ones(num_in, 1), torch.zeros(16 * len(panels))
+    weight = naive_linear_panels(eye, ones, panels, scale, shift, bias, bits, group_size, 0, len(bias)).t()
+    return weight[ids]
+
+
+def naive_nvfp4(x: Tensor, packed: Tensor, scale: Tensor, row_scale: Tensor, bias: Tensor) -> Tensor:
+    """Each number of four bits: a sign, two bits of exponent of bias 1, one of fraction."""
+    weight = torch.zeros(packed.shape[0], x.shape[1], dtype=torch.float64)
+    for n in range(weight.shape[0]):
+        for j in range(weight.shape[1]):
+            bits = (int(packed[n, j // 2]) >> (4 * (j % 2))) % 16
+            exponent, fraction = bits // 2 % 4, bits % 2 / 2
+            magnitude = (1 + fraction) * 2.0 ** (exponent - 1) if exponent else fraction
+            number = -magnitude if bits >= 8 else magnitude
+            weight[n, j] = number * float(scale[n, j // 16]) * row_scale[n, 0]
+    return x @ weight.t() + bias
 
 
 def packed_experts_inputs(generator: torch.Generator, num_tokens: int, kind: str) -> tuple[Any, ...]:
@@ -411,9 +578,10 @@ def packed_experts_inputs(generator: torch.Generator, num_tokens: int, kind: str
     x, shares, ids, *_, gate_bias, up_bias, down_bias, alpha, limit, offset = experts_inputs(generator, num_tokens)
     parts: list[Tensor | None] = []
     for num_out, num_in in ((10, 12), (10, 12), (12, 10)):
-        if kind == "w4a16":
+        if kind in INTEGERS_OF_4_BITS:
+            zero = whole(generator, 16, 5, num_out, 2).to(torch.uint8)
             parts += [whole(generator, 256, 5, num_out, num_in // 2).to(torch.uint8)]
-            parts += [numbers(generator, 5, num_out, 2) / 60, whole(generator, 16, 5, num_out, 2).to(torch.uint8)]
+            parts += [numbers(generator, 5, num_out, 2) / 60, zero if kind == "w4a16" else None]
         elif kind.startswith("w8"):
             parts += [eight_bits(generator, 5, num_out, num_in), numbers(generator, 5, num_out, 2) / 100, None]
         else:
@@ -427,7 +595,7 @@ def naive_packed_experts(kind: str, x: Tensor, shares: Tensor, ids: Tensor, *res
     *parts, gate_bias, up_bias, down_bias, alpha, limit, offset, group, _, _ = rest
     weights = []
     for packed, scale, zero in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-        eye = torch.eye(packed.shape[2] * (2 if kind == "w4a16" else 1), dtype=torch.float64)
+        eye = torch.eye(packed.shape[2] * (2 if kind in INTEGERS_OF_4_BITS else 1), dtype=torch.float64)
         stack = [
             naive_quantized(eye, packed[e], scale[e], None if zero is None else zero[e], None, 0, group).t()
             for e in range(len(packed))
@@ -436,7 +604,17 @@ def naive_packed_experts(kind: str, x: Tensor, shares: Tensor, ids: Tensor, *res
     if kind.endswith("a16"):
         return naive_experts(x, shares, ids, *weights, gate_bias, up_bias, down_bias, alpha, limit, offset)
     return naive_experts(
-        x, shares, ids, *weights, gate_bias, up_bias, down_bias, alpha, limit, offset, partial(naive_rounded, kind)
+        x,
+        shares,
+        ids,
+        *weights,
+        gate_bias,
+        up_bias,
+        down_bias,
+        alpha,
+        limit,
+        offset,
+        partial(naive_rounded, QUANTIZES_ACTIVATIONS[kind]),
     )
 
 
@@ -563,6 +741,17 @@ CASES: dict[str, Case] = {
         lambda g, t: (numbers(g, 11, 6), whole(g, 11, t)),
         lambda weight, ids: torch.nn.functional.one_hot(ids, 11).double() @ weight,
     ),
+    "embedding_part": Case(
+        lambda g, t: (numbers(g, 4, 6), whole(g, 11, t), 3),
+        lambda weight, ids, first: torch.nn.functional.one_hot(ids, 11).double()[:, first : first + 4] @ weight,
+    ),
+    # What ranks do together is in tests/build/test_shard.py and tests/runtime/test_ranks.py; these have one.
+    "all_reduce": Case(lambda g, t: (numbers(g, t, 6),), lambda x: x),
+    "all_gather": Case(lambda g, t: (numbers(g, t, 6), [6]), lambda x, sizes: x),
+    "send": Case(lambda g, t: (numbers(g, t, 6),), lambda x: x),
+    "receive": Case(
+        lambda g, t: (whole(g, 20, t), 6, "float32"), lambda positions, columns, _: torch.zeros(len(positions), columns)
+    ),
     "linear": Case(
         lambda g, t: (numbers(g, t, 24), numbers(g, 10, 24) / 5, numbers(g, 10)),
         lambda x, weight, bias: (x[:, None] * weight).sum(2) + bias,
@@ -601,6 +790,43 @@ CASES: dict[str, Case] = {
         ),
         lambda x, packed, scale, bias, group: naive_quantized(x, packed, scale, None, None, bias, group),
     ),
+    "linear_nvfp4a16": Case(
+        lambda g, t: (
+            numbers(g, t, 24),
+            whole(g, 256, 10, 12).to(torch.uint8),
+            (numbers(g, 10, 2) * 9).to(torch.float8_e4m3fn),
+            numbers(g, 10, 1) / 90,
+            numbers(g, 10),
+        ),
+        naive_nvfp4,
+    ),
+    "linear_w4afp8": Case(
+        lambda g, t: (
+            (numbers(g, t, 24) * 90).to(torch.float8_e4m3fn),
+            numbers(g, t, 2).abs() / 200,
+            whole(g, 256, 10, 12).to(torch.uint8),
+            numbers(g, 10, 3) / 60,
+            numbers(g, 10),
+            8,
+            16,
+            "float32",
+        ),
+        naive_quantized_activations,
+    ),
+    "linear_w4a8": Case(
+        lambda g, t: (
+            eight_bits(g, t, 24),
+            numbers(g, t, 2).abs() / 90,
+            whole(g, 256, 10, 12).to(torch.uint8),
+            numbers(g, 10, 3) / 60,
+            numbers(g, 10, 3) / 9 if t % 2 else None,
+            numbers(g, 10),
+            8,
+            16,
+            "float32",
+        ),
+        naive_w4a8,
+    ),
     "linear_w8a8": Case(
         lambda g, t: (
             eight_bits(g, t, 24),
@@ -614,6 +840,16 @@ CASES: dict[str, Case] = {
         ),
         naive_quantized_activations,
     ),
+    "to_panels": Case(
+        lambda g, t: (eight_bits(g, t + 1, 10), 8) if t % 2 else (whole(g, 256, t + 1, 10).to(torch.uint8), 4),
+        naive_panels,
+    ),
+    "to_panel_scales": Case(
+        lambda g, t: (numbers(g, t + 1, 3), whole(g, 16, t + 1, 3).to(torch.uint8) if t % 2 else None),
+        naive_panel_scales,
+    ),
+    "linear_panels": Case(linear_panels_inputs, naive_linear_panels),
+    "embedding_panels": Case(embedding_panels_inputs, naive_embedding_panels),
     "linear_fp8": Case(
         lambda g, t: (
             (numbers(g, t, 24) * 90).to(torch.float8_e4m3fn),
@@ -716,12 +952,20 @@ CASES: dict[str, Case] = {
     "route_sigmoid": Case(
         lambda g, t: (*router_inputs(g, t, torch.sigmoid), 3, 4, 2, t % 2 == 0, 2.5), naive_route_sigmoid
     ),
+    "local_experts": Case(
+        lambda g, t: (whole(g, 8, t, 3), 2, 4),
+        lambda ids, first, count: torch.tensor(
+            [id - first if first <= id < first + count else -1 for id in ids.flatten().tolist()]
+        ).view(ids.shape),
+    ),
     "experts": Case(experts_inputs, naive_experts),
     **{
         f"experts_{kind}": Case(partial(packed_experts_inputs, kind=kind), partial(naive_packed_experts, kind))
         for kind in PACKED_DTYPES
+        if kind not in ("nvfp4a16", "w4a8")
     },
     "attention": Case(lambda g, t: attention_inputs(g, chunks_of(t)), naive_attention),
+    "tree_attention": Case(lambda g, t: tree_inputs(g, chunks_of(t)), naive_tree_attention),
     "streaming_attention": Case(lambda g, t: streaming_inputs(g, chunks_of(t)), naive_streaming_attention),
     "place_in_window": Case(
         lambda g, t: (whole(g, 20, t), 8),
@@ -731,14 +975,17 @@ CASES: dict[str, Case] = {
 # Angles and scales are float32 whatever the engine's dtype; a product of 8-bit numbers is in the dtype it is asked for.
 QUANTIZING = {name for name in known_ops() if name.endswith("_quantize")}
 ANGLES = {"rope_cos_sin", "far_cos_sin", "place_in_window"}
-EIGHT_BITS = {f"{what}_{kind}" for what in ("linear", "quantize", "experts") for kind in ("w8a8", "fp8")}
-FLOAT32_ONLY = EIGHT_BITS | ANGLES | QUANTIZING
+EIGHT_BITS = {f"{what}_{kind}" for what in ("linear", "quantize", "experts") for kind in QUANTIZES_ACTIVATIONS}
+PANELS = {"to_panels", "to_panel_scales", "linear_panels", "embedding_panels"}
+FLOAT32_ONLY = EIGHT_BITS | ANGLES | QUANTIZING | PANELS | {"local_experts", "receive"}
 OTHER_DTYPES = {
     "quantize_w8a8": (torch.int8, torch.float32),
     "quantize_fp8": (torch.float8_e4m3fn, torch.float32),
     "route_softmax": (torch.float32, torch.int64),
     "route_sigmoid": (torch.float32, torch.int64),
+    "local_experts": (torch.int64,),
     "place_in_window": (torch.int64,),
+    "to_panels": (torch.uint8,),
 } | dict.fromkeys(QUANTIZING, (torch.int8, torch.float8_e4m3fn, torch.float32))
 
 
@@ -843,8 +1090,18 @@ def test_shapes_are_those_of_the_real_outputs(op: Op, num_tokens: int) -> None:
         assert all(each.is_meta for each in on_meta)
 
 
-AT_BUILD = {"concat", "normalize_rows"}
-INDICES = {"positions", "slots", "query_starts", "kv_lens", "block_tables", "rows", "token_ids"}  # the step's own
+AT_BUILD = {"concat", "normalize_rows", "to_panels", "to_panel_scales"}
+INDICES = {
+    "positions",
+    "slots",
+    "query_starts",
+    "kv_lens",
+    "block_tables",
+    "rows",
+    "token_ids",
+    "tree_starts",
+    "tree_masks",
+}  # the step's own
 # Of what indices count the rows or the blocks of, only the other axes: engine/check.py sees to those.
 SHORTENED = {("", "kv"): (0, 3, 4), ("embedding", "weight"): (1,), ("select_rows", "x"): (1,)}
 SIZES = (0, -1, 1, 2, 3, 5, 7, 1000, 2**40)
@@ -876,6 +1133,8 @@ def test_arguments_that_do_not_fit_are_refused_by_the_shapes(name: str) -> None:
     op, num_refused = known_ops()[name], 0
     arguments = [cast(value, torch.float32) for value in inputs_of(op, 7)]
     for what, changed in misfits(op, arguments):
+        if op.is_collective and what.startswith("sizes"):
+            continue  # what fits the ranks is known when an engine is opened (engine/check.py)
         try:
             told = as_list(op.shapes(*(value.to("meta") if isinstance(value, Tensor) else value for value in changed)))
         except (ValueError, IndexError, RuntimeError, TypeError):
@@ -968,6 +1227,35 @@ def test_streaming_attention_reads_sinks_and_newest_tokens_only(
     check(op, op.reference, arguments, torch.float32)
 
 
+@pytest.mark.parametrize("chunks", [*BATCHES.values(), [(70, 9), (1, 20), (67, 0)]], ids=[*BATCHES, "wide"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"heads": (5, 1)},
+        {"window": 6, "has_sinks": True},
+        {"is_latent": True, "heads": (4, 1)},
+        {"window": 3, "soft_cap": 3.0, "has_slopes": True, "has_sinks": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("kernel", known_ops()["tree_attention"].candidates(CPU, torch.float32).values(), ids=str)
+def test_tree_attention_takes_its_options(kernel: Any, options: dict[str, Any], chunks: list[tuple[int, int]]) -> None:
+    arguments = tree_inputs(torch.Generator().manual_seed(SEED), chunks, **options)
+    check(known_ops()["tree_attention"], kernel.function, arguments, torch.float32)
+
+
+def test_a_tree_whose_bits_are_all_set_is_a_chain() -> None:
+    q, kv, *step, _, roots, masks, slopes, sinks, scales, scale, window, cap, dim = tree_inputs(
+        torch.Generator().manual_seed(SEED), BATCHES["all kinds"], window=5
+    )
+    places = [p for rows, past in BATCHES["all kinds"] for p in range(past, past + rows)]
+    rest = (slopes, sinks, scales, scale, window, cap, dim)
+    for kernel in known_ops()["tree_attention"].candidates(CPU, torch.float32).values():
+        found = kernel.function(q, kv, *step, torch.tensor(places), roots, torch.full_like(masks, -1), *rest)
+        torch.testing.assert_close(found, ATTENTION.reference(q, kv, *step, *rest))
+
+
 # ----- mixture of experts in particular
 
 EXPERTS = known_ops()["experts"]
@@ -979,7 +1267,9 @@ def test_experts_take_any_routing(is_plain: bool, top_k: int) -> None:
     for num_tokens in NUM_TOKENS:
         generator = torch.Generator().manual_seed(SEED)
         x, shares, ids, *rest = experts_inputs(generator, num_tokens, is_plain=is_plain, top_k=top_k)
-        for chosen in (ids, torch.full_like(ids, 3), torch.full_like(ids, 0)):  # the same one twice counts twice
+        elsewhere = ids.where(ids % 2 == 0, -1), torch.full_like(ids, -1)
+        # The same one twice counts twice.
+        for chosen in (ids, torch.full_like(ids, 3), torch.full_like(ids, 0), *elsewhere):
             check(EXPERTS, EXPERTS.reference, (x, shares, chosen, *rest), torch.float32)
 
 

@@ -7,7 +7,8 @@ put a wrong cell into a block table; none can do so unseen. Each KV group has ce
 is in its sight, and all else must have been given up.
 
 The "model" is a hash of the history too: the next token is a fixed function of it, so a request's output can be
-computed alone (`expected_output`) and must be the same in any company.
+computed alone (`expected_output`) and must be the same in any company. Drafts are what comes, with mistakes; a rejected
+one leaves its history in the cells, where nobody may read it.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from slipstream.runtime.kv.blocks import NULL_BLOCK
 from slipstream.schema.build import RuntimeConfig
 from slipstream.schema.kv import KVGroup
-from slipstream.schema.request import GenerateRequest, TokenLogprobs
+from slipstream.schema.request import GenerateRequest, Pooling, TokenLogprobs
 from slipstream.schema.sampling import SamplingParams
 from slipstream.schema.step import PENDING, SequenceResult, SequenceStep, StepPlan, StepResult
 
@@ -57,6 +58,12 @@ def expected_output(request: GenerateRequest, num_tokens: int) -> tuple[int, ...
     return tuple(output)
 
 
+def expected_vector(request: GenerateRequest) -> bytes:
+    """What a request that pools ends with: of the mean all tokens must have been computed, and each once."""
+    hashes = fold_all(request, list(request.prompt_token_ids))
+    return str(sum(hashes) if request.pooling is Pooling.MEAN else hashes[-1]).encode()
+
+
 def prompt_logprob(request: GenerateRequest, position: int) -> TokenLogprobs:
     return TokenLogprobs(request.prompt_token_ids[position], -float(position), rank=position)
 
@@ -75,7 +82,10 @@ class Row:
     token_ids: list[int]
     hashes: list[int]
     tables: list[list[int]]  # the block table of each KV group
-    last_start: int = -1  # of its step before
+    starts: list[int] = field(default_factory=list)  # of its steps
+    sum: int = 0  # of the hashes computed since it began
+    most_places: int = 0  # that its steps have needed
+    drafts: list[int] = field(default_factory=list)
     has_failed: bool = False  # what it goes on to compute, until that is known, is rubbish
 
 
@@ -139,36 +149,50 @@ class FakeWorker:
 
     def _check_step(self, step: SequenceStep, row: Row) -> None:
         end, size = step.start + len(step.token_ids), self.config.tokens_per_block
+        assert 0 <= step.num_drafts <= len(row.drafts) and (step.sample or not step.num_drafts)
+        num_places, num_steps = end + step.num_drafts, max(2, self.config.num_stages)
+        row.most_places = max(row.most_places, num_places)
         if not row.has_failed:
             own = tuple(row.token_ids[step.start : end])
             assert len(own) == len(step.token_ids) > 0
-            assert step.token_ids in (own, (*own[:-1], PENDING))
-            assert step.sample == (end == len(row.token_ids))
+            assert step.token_ids == own or (num_steps == 2 and step.token_ids == (*own[:-1], PENDING))
+            assert step.sample == (end == len(row.token_ids) and row.request.pooling is None)
         for group, block_ids in zip(self.config.kv_groups, row.tables, strict=True):
-            assert len(block_ids) == -(-end // size)
+            assert -(-num_places // size) <= len(block_ids) <= -(-row.most_places // size)
             given_up = {place for place, block_id in enumerate(block_ids) if block_id == NULL_BLOCK}
-            # A step that was planned ahead may still hold what the one before it was the last to see.
-            before = row.last_start if row.last_start >= 0 else step.start
+            # A step that was planned ahead may still hold what those under way were the last to see.
+            before = ([*row.starts, step.start][-num_steps:])[0]
             assert set(group.hidden(before, size)) <= given_up <= set(group.hidden(step.start, size))
-        row.last_start = step.start
+        row.starts.append(step.start)
         held = [block_id for block_ids in row.tables for block_id in block_ids if block_id != NULL_BLOCK]
         assert len(set(held)) == len(held)
 
     def _write(self, step: SequenceStep, hashes: list[int] | None) -> None:
+        if hashes is not None:
+            hashes = self._with_drafts(step)
         for block_ids in self.rows[step.slot].tables:
-            for position in range(step.start, step.start + len(step.token_ids)):
+            for position in range(step.start, step.start + step.num_tokens):
                 is_known = hashes is not None and position < len(hashes)
                 self.cells[self._cell(block_ids, position)] = hashes[position] if is_known else None
 
+    def _with_drafts(self, step: SequenceStep) -> list[int]:
+        """The history hash at each position, the step's drafts included."""
+        row = self.rows[step.slot]
+        hashes = list(row.hashes)
+        for token_id in row.drafts[: step.num_drafts]:
+            hashes.append(fold(hashes[-1], token_id))
+        return hashes
+
     def _read(self, step: SequenceStep) -> None:
-        row, end = self.rows[step.slot], step.start + len(step.token_ids)
+        row, end = self.rows[step.slot], step.start + step.num_tokens
         if row.has_failed:
             return
+        hashes = self._with_drafts(step)
         for group, block_ids in zip(self.config.kv_groups, row.tables, strict=True):
             for query in range(step.start, end):
                 for position in in_sight(group, query):
                     cell = self.cells.get(self._cell(block_ids, position))
-                    assert cell == row.hashes[position], f"{row.request} reads rubbish at {position}: {step}"
+                    assert cell == hashes[position], f"{row.request} reads rubbish at {position}: {step}"
 
     def _cell(self, block_ids: list[int], position: int) -> tuple[int, int]:
         size = self.config.tokens_per_block
@@ -180,17 +204,43 @@ class FakeWorker:
         if fails:
             return SequenceResult(error="broken logits processor")
         request, end = row.request, step.start + len(step.token_ids)
+        row.sum += sum(row.hashes[step.start : end])
+        if request.pooling is not None:
+            if end < len(request.prompt_token_ids):
+                return SequenceResult()
+            pooled = row.sum if request.pooling is Pooling.MEAN else row.hashes[-1]
+            return SequenceResult(vector=str(pooled).encode())
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         if request.sampling.prompt_logprobs is not None:
             rows = range(step.start, min(end, len(request.prompt_token_ids) - 1))
             prompt_logprobs = tuple(prompt_logprob(request, position + 1) for position in rows)
         if not step.sample:
             return SequenceResult(prompt_logprobs=prompt_logprobs)
+        token_ids = [self._take_next(row)]
+        for draft in row.drafts[: step.num_drafts]:
+            if draft != token_ids[-1]:
+                break
+            token_ids.append(self._take_next(row))
+        wants_logprobs = request.sampling.logprobs is not None
+        logprobs = tuple(TokenLogprobs(token_id, -1.0, rank=1) for token_id in token_ids if wants_logprobs)
+        row.drafts = self._draft(row)
+        return SequenceResult(tuple(token_ids), logprobs, prompt_logprobs, num_drafts=len(row.drafts))
+
+    def _take_next(self, row: Row) -> int:
         token_id = self._sample(row)
         row.token_ids.append(token_id)
         row.hashes.append(fold(row.hashes[-1], token_id))
-        logprobs = None if request.sampling.logprobs is None else TokenLogprobs(token_id, -1.0, rank=1)
-        return SequenceResult(token_id, logprobs, prompt_logprobs)
+        return token_id
+
+    def _draft(self, row: Row) -> list[int]:
+        """Up to max_draft_len tokens, of which three in four are right."""
+        current, drafts = row.hashes[-1], list[int]()
+        for place in range(abs(current) % (self.config.max_draft_len + 1)):
+            drafts.append(next_token(current, row.request.seed, self.num_tokens))
+            if hash((current, place)) % 4 == 0:
+                drafts[-1] = (drafts[-1] + 1) % self.num_tokens
+            current = fold(current, drafts[-1])
+        return drafts
 
     def _sample(self, row: Row) -> int:
         if row.request.request_id in self.script:

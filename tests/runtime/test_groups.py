@@ -7,7 +7,7 @@ import pytest
 from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.engine.shapes import infer_types
 from slipstream.errors import EngineError
-from slipstream.runtime.worker.groups import with_groups
+from slipstream.runtime.worker.groups import with_groups, with_trees
 from slipstream.schema.kv import KVGroup
 
 STEP = ("step.query_starts", "step.kv_lens", "step.block_tables")
@@ -66,3 +66,19 @@ def test_with_sinks_a_query_is_rotated_to_its_place_in_the_window_too():
 def test_sinks_are_refused_where_positions_are_not_rotary_alone(options: tuple[str | None, ...]):
     with pytest.raises(EngineError, match=r"sink_token_length needs plain rotary attention .*; leave it out\.$"):
         with_groups(graph_of(attention(0, *options)), [KVGroup((0,), window=8, sink_tokens=2)])
+
+
+def test_where_drafts_branch_attention_is_told_what_each_row_sees():
+    graph = with_trees(with_groups(graph_of(attention(0, "q", None)), [KVGroup((0,), window=8)]), 2)
+    graph.check()
+    tree = ("step.positions", "step.tree_starts", "step.tree_masks")
+    assert graph.nodes[0].op == "tree_attention"
+    assert graph.nodes[0].inputs == ("q", "kv.0", *STEP, *tree, "q", None, None)
+    assert graph.nodes[0].attributes == ATTRIBUTES | {"window": 8}
+    assert graph.inputs["step.tree_masks"] == TensorType(("T", 2), "int64")
+
+
+def test_an_op_that_reads_the_cache_in_its_own_way_takes_no_branches():
+    graph = graph_of(replace(attention(0), op="my_attention"))
+    with pytest.raises(EngineError, match="branch, which this model's op my_attention cannot; take another"):
+        with_trees(graph, 1)

@@ -61,6 +61,7 @@ def expected(
         found["token_slots"] += [step.slot] * len(step.token_ids)
         found["step.query_starts"].append(first + len(step.token_ids))
         found["step.kv_lens"].append(end)
+        found["step.tree_starts"].append(end - 1)
         found["step.logit_rows"] += range(first + len(step.token_ids) - count, first + len(step.token_ids))
         found["row_slots"] += [NO_SLOT] * (count - 1) + [step.slot if is_mine else NO_SLOT] if count else []
         found["row_positions"] += [0] * (count - 1) + [end if is_mine else 0] if count else []

@@ -29,6 +29,15 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.requests)
 
+    def when_lost(self, call: Callable[[], None]) -> None:
+        pass
+
+    def begin(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
     def prepare(self, request: GenerateRequest) -> None:
         assert request.sampling.guided is None
 

@@ -1,5 +1,6 @@
 """How large a KV cache becomes, and weights that go to a device by way of buffers."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from slipstream.engine.folder import open_engine
 from slipstream.engine.manifest import Manifest
 from slipstream.errors import CapacityError
 from slipstream.runtime.engine import start_engine
-from slipstream.runtime.worker.memory import check_kv_dtype, count_blocks
+from slipstream.runtime.worker.memory import check_kv_dtype, count_blocks, free_in_groups
 from slipstream.runtime.worker.weights import copy_through, load_weights
 from slipstream.runtime.worker.worker import Worker
 from tests.runtime.fake_worker import make_request
@@ -121,7 +122,7 @@ def test_the_step_that_is_measured_is_the_largest_and_needs_no_block(
     longest = engine.manifest.max_seq_len
     for num_tokens, num_rows in ((3, 3), (longest + 5, longest + 5), (longest + 5, 2)):
         assert worker._measure(num_tokens, num_rows) == 5
-        logits_RV, token_ids_R = made.pop()
+        logits_RV, token_ids_R, *_ = made.pop()
         assert logits_RV.shape == (num_rows, engine.manifest.vocab_size) and token_ids_R.shape == (num_rows,)
 
 
@@ -139,3 +140,24 @@ def test_a_step_that_finds_no_memory_says_what_to_lower(engine: Any, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(CapacityError, match=r"lower --max_num_tokens to 32\."):
         patch.setattr("slipstream.runtime.worker.worker.peak_memory", lambda call, device: call())
         started._worker._measure(64, 64)
+
+
+def test_a_container_has_what_its_limits_leave(tmp_path: Path) -> None:
+    def group(path: str, limit: str, current: int) -> None:
+        folder = tmp_path / "cgroup" / path
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{current}\n")
+        (folder / "memory.stat").write_text("anon 700\ninactive_file 100\nactive_file 200\n")
+
+    def left(own: str) -> int:
+        (tmp_path / "own").write_text(own)
+        return free_in_groups(tmp_path / "cgroup", tmp_path / "own")
+
+    group("pod/container", "max", 1000)
+    assert left("0::/pod/container\n") == sys.maxsize
+    group("pod", "5000", 1000)
+    assert left("0::/pod/container\n") == 5000 - 1000 + 300
+    group("pod/container", "2000", 1000)
+    assert left("1:memory:/other\n0::/pod/container\n") == 2000 - 1000 + 300
+    assert left("4:memory:/pod\n") == left("0::/gone\n") == sys.maxsize  # version 1; not ours to see

@@ -20,11 +20,11 @@ from slipstream.errors import CapacityError, RequestError
 from slipstream.runtime.scheduler import Scheduler
 from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
 from slipstream.schema.kv import KVGroup
-from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent
+from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, Pooling, TokenEvent
 from slipstream.schema.sampling import SamplingParams
 from slipstream.schema.step import StepPlan, StepResult
 
-from .fake_worker import FakeWorker, expected_output, make_request, prompt_logprob
+from .fake_worker import FakeWorker, expected_output, expected_vector, make_request, prompt_logprob
 
 NUM_HISTORIES = int(os.environ.get("SLIPSTREAM_HISTORIES", "10000"))
 MAX_STEPS = 2000  # far more than any history needs: reaching it is a livelock
@@ -43,7 +43,12 @@ def random_config(rng: random.Random) -> RuntimeConfig:
         queue_policy=rng.choice(list(QueuePolicy)),
         enable_chunked_prefill=rng.random() < 0.7,
         enable_block_reuse=rng.random() < 0.9,
+        max_draft_len=rng.choice((0, 0, 1, 3, 6)),
     )
+
+
+def pipelined_config(rng: random.Random) -> RuntimeConfig:
+    return replace(random_config(rng), num_stages=rng.randint(2, 4), max_draft_len=0)
 
 
 def crowded_config(rng: random.Random) -> RuntimeConfig:
@@ -85,11 +90,14 @@ class Story:
             self.first_event = event
         else:
             assert event.prompt_logprobs is None and event.num_cached_tokens == 0
-        assert event.token_ids or event.error
+        assert event.token_ids or event.error or event.vector
         self.token_ids += event.token_ids
         self.finish_reason = event.finish_reason
 
     def check(self, num_tokens: int) -> None:
+        if self.request.pooling is not None:
+            self.check_vector()
+            return
         expected = expected_output(self.request, num_tokens)
         if self.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
             expected = expected[: len(self.token_ids)]
@@ -102,6 +110,14 @@ class Story:
             rest = (prompt_logprob(self.request, i) for i in range(1, len(self.request.prompt_token_ids)))
             assert self.first_event is not None and self.first_event.prompt_logprobs == (None, *rest)
             assert self.first_event.num_cached_tokens == 0
+
+    def check_vector(self) -> None:
+        assert not self.token_ids
+        if self.finish_reason is FinishReason.STOP:
+            assert self.first_event is not None and self.first_event.vector == expected_vector(self.request)
+            assert self.request.pooling is not Pooling.MEAN or self.first_event.num_cached_tokens == 0
+        else:
+            assert self.finish_reason in (FinishReason.ABORT, FinishReason.ERROR)
 
 
 class History:
@@ -148,6 +164,7 @@ class History:
             prompt = (*story.request.prompt_token_ids, *story.token_ids)[: self.config.max_seq_len - 1]
         else:
             prompt = tuple(rng.randrange(self.num_tokens) for _ in range(rng.randint(1, 9)))
+        pooling = rng.choice((None, None, None, *Pooling))
         sampling = SamplingParams(
             stop_token_ids=(0,) if rng.random() < 0.1 else (),
             prompt_logprobs=0 if rng.random() < 0.15 else None,
@@ -155,13 +172,14 @@ class History:
         return make_request(
             f"r{self.num_to_come}",
             prompt,
-            max_tokens=rng.randint(1, 8),
+            max_tokens=1 if pooling else rng.randint(1, 8),
             sampling=sampling,
             seed=rng.randrange(3),
             eos_token_ids=frozenset({1}) if rng.random() < 0.2 else frozenset(),
             priority=rng.randrange(3),
             cache_salt=rng.choice(("", "", "", "other")),
             after=rng.choice([*self.stories, None, "unknown"]) if rng.random() < 0.4 else None,
+            pooling=pooling,
         )
 
     def maybe_abort(self) -> None:
@@ -183,12 +201,13 @@ class History:
             if plan is None:
                 return
             self.launch(plan)
-        if self.rng.random() < self.how_often_ahead:
+        while len(self.flights) < max(2, self.config.num_stages) and self.rng.random() < self.how_often_ahead:
             ahead = self.scheduler.plan_ahead()
             self.scheduler.check()
-            if ahead is not None:
-                self.num_ahead += 1
-                self.launch(ahead)
+            if ahead is None:
+                break
+            self.num_ahead += 1
+            self.launch(ahead)
         plan, result = self.flights.popleft()
         if result is None:
             events = self.scheduler.fail_step(plan, "out of memory")
@@ -245,6 +264,11 @@ def test_random_histories():
         run_history(seed, random_config)
 
 
+def test_several_steps_of_a_pipeline_are_under_way():
+    for seed in range(NUM_HISTORIES // 5):
+        run_history(seed, pipelined_config)
+
+
 def test_crowded_windows_with_sinks_are_preempted_and_reuse_prefixes():
     num_seeds = NUM_HISTORIES // 10
     stats = [run_history(seed, crowded_config) for seed in range(num_seeds)]
@@ -252,6 +276,6 @@ def test_crowded_windows_with_sinks_are_preempted_and_reuse_prefixes():
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.randoms(use_true_random=False), st.sampled_from([random_config, crowded_config]))
+@given(st.randoms(use_true_random=False), st.sampled_from([random_config, crowded_config, pipelined_config]))
 def test_random_histories_that_shrink(rng: random.Random, configure: Configure):
     History(rng, configure(rng)).run()

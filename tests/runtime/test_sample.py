@@ -42,7 +42,7 @@ def sample(sampler: Sampler, slots: list[int], logits_RV: Tensor) -> list[Sequen
     chosen_R = sampler.slots.choose(logits_RV, *(torch.tensor(each).long() for each in (row_slots, positions)))
     results = sampler.finish(sampler.draw(slots, positions, logits_RV, chosen_R))
     for slot, result in zip(slots, results, strict=True):
-        assert result.token_id is None or sampler.slots.last_token[slot] == result.token_id
+        assert result.error or (sampler.slots.last_token[slot],) == result.token_ids
     return results
 
 
@@ -168,10 +168,10 @@ def test_penalties_follow_the_tokens_as_they_are_sampled_and_a_slot_can_be_used_
     logits_1V[0, :3] = torch.tensor([3.0, 2.9, 2.8])
     for _ in range(2):
         sampler.add(7, request_of((20,), temperature=0, presence_penalty=1.0), ())
-        assert [sample(sampler, [7], logits_1V)[0].token_id for _ in range(4)] == [0, 1, 2, 0]
+        assert [sample(sampler, [7], logits_1V)[0].token_ids[0] for _ in range(4)] == [0, 1, 2, 0]
         sampler.remove(7)
     sampler.add(7, request_of((20,), temperature=0, presence_penalty=1.0), (0, 1))  # resumed after a preemption
-    assert sample(sampler, [7], logits_1V)[0].token_id == 2
+    assert sample(sampler, [7], logits_1V)[0].token_ids == (2,)
 
 
 # ---- draws ----------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_draws_follow_the_distribution(name: str) -> None:
     scores_1V = logits_V[None]
     for processor in processors:
         scores_1V = processor(torch.tensor([[*prompt, *outputs]]), scores_1V)
-    assert_drawn_from([result.token_id for result in results], scores_1V[0].double().softmax(dim=0).numpy())
+    assert_drawn_from([result.token_ids[0] for result in results], scores_1V[0].double().softmax(dim=0).numpy())
 
 
 def test_draws_with_presence_frequency_and_bias_follow_the_distribution() -> None:
@@ -235,7 +235,7 @@ def test_draws_with_presence_frequency_and_bias_follow_the_distribution() -> Non
     expected_V[9] -= 0.7 + 0.3
     expected_V[0] += 2
     expected_V[4] = -torch.inf
-    assert_drawn_from([result.token_id for result in results], expected_V.softmax(dim=0).numpy())
+    assert_drawn_from([result.token_ids[0] for result in results], expected_V.softmax(dim=0).numpy())
 
 
 def test_successive_tokens_of_one_seed_are_independent() -> None:
@@ -245,7 +245,7 @@ def test_successive_tokens_of_one_seed_are_independent() -> None:
     for slot in range(num_draws):
         sampler.add(slot, request_of((1, 2), seed=slot))
     first, second = (
-        [result.token_id for result in sample(sampler, range(num_draws), logits_V.expand(num_draws, -1))]
+        [result.token_ids[0] for result in sample(sampler, range(num_draws), logits_V.expand(num_draws, -1))]
         for _ in range(2)
     )
     probs = logits_V.double().softmax(dim=0).numpy()
@@ -277,7 +277,7 @@ def test_a_seed_gives_its_tokens_alone_and_in_any_batch_and_across_a_preemption(
     for step in range(steps):
         if step == 3:  # preempted, and resumed in another slot with what it had
             crowd.remove(11)
-            tokens = tuple(result.token_id for result in expected[:3] if result.token_id is not None)
+            tokens = tuple(result.token_ids[0] for result in expected[:3])
             crowd.add(30, mine, tokens)
         slot = 11 if step < 3 else 30
         slots = [slot, *generator.sample([other for other in range(20) if other != 11], generator.randrange(19))]
@@ -285,9 +285,9 @@ def test_a_seed_gives_its_tokens_alone_and_in_any_batch_and_across_a_preemption(
         logits_RV = random_logits(len(slots), vocab, seed=step + 100)
         logits_RV[slots.index(slot)] = logits_TV[step]
         result = sample(crowd, slots, logits_RV)[slots.index(slot)]
-        assert result.token_id == expected[step].token_id
-        assert result.logprobs is not None and expected[step].logprobs is not None
-        assert result.logprobs.logprob == pytest.approx(expected[step].logprobs.logprob, abs=1e-6)
+        assert result.token_ids == expected[step].token_ids
+        (mine_logprob,), (its_logprob,) = result.logprobs, expected[step].logprobs
+        assert mine_logprob.logprob == pytest.approx(its_logprob.logprob, abs=1e-6)
 
 
 # ---- greedy rows and what they cost ----------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_greedy_rows_take_the_lowest_id_of_a_tie_beside_random_rows() -> None:
         sampler.add(slot, request_of(**fields))
     logits_RV = torch.zeros(4, VOCAB)
     logits_RV[:3, [4, 9, 20]] = 1
-    assert [result.token_id for result in sample(sampler, [0, 1, 2, 3], logits_RV)][:3] == [4, 4, 4]
+    assert [result.token_ids for result in sample(sampler, [0, 1, 2, 3], logits_RV)][:3] == [(4,)] * 3
 
 
 def test_plain_greedy_rows_do_nothing_but_an_argmax(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +317,7 @@ def test_plain_greedy_rows_do_nothing_but_an_argmax(monkeypatch: pytest.MonkeyPa
     ]:
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"called {name}"))
     logits_RV = torch.eye(3, VOCAB)
-    assert [result.token_id for result in sample(sampler, [2, 0, 1], logits_RV)] == [0, 1, 2]
+    assert [result.token_ids[0] for result in sample(sampler, [2, 0, 1], logits_RV)] == [0, 1, 2]
 
 
 def test_bfloat16_logits_and_an_empty_batch() -> None:
@@ -336,12 +336,12 @@ def test_logprobs_are_the_models_own() -> None:
     result = sample_one(request, logits_V)
     logprobs = logits_V.log_softmax(dim=0)
     order = logprobs.argsort(descending=True).tolist()
-    assert result.logprobs is not None and result.token_id is not None
-    assert result.token_id != likeliest
-    assert result.logprobs.token_id == result.token_id
-    assert result.logprobs.logprob == pytest.approx(logprobs[result.token_id].item(), rel=1e-6)
-    assert result.logprobs.rank == order.index(result.token_id) + 1
-    assert [token_id for token_id, _ in result.logprobs.top] == order[:3]
+    (described,), (token_id,) = result.logprobs, result.token_ids
+    assert token_id != likeliest
+    assert described.token_id == token_id
+    assert described.logprob == pytest.approx(logprobs[token_id].item(), rel=1e-6)
+    assert described.rank == order.index(token_id) + 1
+    assert [top_id for top_id, _ in described.top] == order[:3]
 
 
 def test_each_row_gets_as_many_alternatives_as_it_asked_for() -> None:
@@ -350,8 +350,8 @@ def test_each_row_gets_as_many_alternatives_as_it_asked_for() -> None:
     for slot, num_top in enumerate(asked):
         sampler.add(slot, request_of(logprobs=num_top, seed=slot))
     results = sample(sampler, [3, 2, 1, 0], random_logits(4))
-    lengths = [None if result.logprobs is None else len(result.logprobs.top) for result in results]
-    assert lengths == [VOCAB, 5, 0, None]
+    lengths = [[len(described.top) for described in result.logprobs] for result in results]
+    assert lengths == [[VOCAB], [5], [0], []]
 
 
 def test_prompt_logprobs_describe_the_token_after_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,7 +404,7 @@ def test_a_processor_that_fails_fails_its_row_alone(temperature: float, processo
         sampler.add(slot, request_of(temperature=temperature, seed=slot, presence_penalty=0.1, logprobs=1, **fields))
     logits_RV = random_logits(3)
     results = sample(sampler, [0, 1, 2], logits_RV)
-    assert results[1].token_id is None and results[1].logprobs is None
+    assert results[1].token_ids == () and results[1].logprobs == ()
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(results[1].error)
     for slot in (0, 2):
@@ -424,7 +424,7 @@ def test_everything_banned_and_nan_fail_their_rows_alone() -> None:
     logits_RV[2, 5] = torch.nan
     logits_RV[3] = -torch.inf
     results = sample(sampler, range(5), logits_RV)
-    assert [result.token_id is None for result in results] == [True, True, True, True, False]
+    assert [result.error is not None for result in results] == [True, True, True, True, False]
     assert all("left none" in str(result.error) for result in results[:2])
     assert all("the model's logits" in str(result.error) for result in results[2:4])
-    assert results[4].error is None and results[4].logprobs is not None
+    assert results[4].error is None and len(results[4].logprobs) == 1

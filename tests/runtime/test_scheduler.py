@@ -7,11 +7,11 @@ from slipstream.runtime.queue import WaitingQueue
 from slipstream.runtime.scheduler import Scheduler
 from slipstream.runtime.sequence import Sequence
 from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
-from slipstream.schema.request import FinishReason, GenerateRequest, TokenEvent
+from slipstream.schema.request import FinishReason, GenerateRequest, Pooling, TokenEvent
 from slipstream.schema.sampling import SamplingParams
 from slipstream.schema.step import SequenceResult, StepPlan, StepResult
 
-from .fake_worker import FakeWorker, expected_output, make_request, prompt_logprob
+from .fake_worker import FakeWorker, expected_output, expected_vector, make_request, prompt_logprob
 
 
 class Engine:
@@ -172,6 +172,41 @@ def test_prompt_logprobs_are_gathered_over_the_chunks_and_sent_once():
     assert first.prompt_logprobs == (None, *(prompt_logprob(request, i) for i in range(1, 10)))
     assert all(event.prompt_logprobs is None for event in rest)
     assert first.num_cached_tokens == 0  # each row's logits are wanted, so each row is computed
+
+
+def test_a_mean_computes_every_token_once_and_leaves_nothing_to_reuse():
+    engine = Engine(max_num_tokens=8)
+    engine.add(make_request("a", prompt_of(14), max_tokens=1))
+    engine.run()
+    mean = make_request("mean", prompt_of(20), max_tokens=1, pooling=Pooling.MEAN)
+    engine.add(mean)
+    assert [engine.step() for _ in range(3)] == [{"mean": (0, 8)}, {"mean": (8, 16)}, {"mean": (16, 20)}]
+    (event,) = engine.events["mean"]
+    assert (event.vector, event.finish_reason) == (expected_vector(mean), FinishReason.STOP)
+    assert not event.token_ids and not event.num_cached_tokens
+    engine.add(make_request("b", prompt_of(24)))
+    engine.run()
+    assert engine.events["b"][0].num_cached_tokens == 14  # of "a", as if "mean" had not been
+
+
+def test_a_last_token_is_all_that_its_vector_needs():
+    engine = Engine()
+    for name in ("first", "again"):
+        engine.add(request := make_request(name, prompt_of(12), max_tokens=1, pooling=Pooling.LAST))
+        engine.run()
+        assert engine.events[name][0].vector == expected_vector(request)
+    assert [engine.events[name][0].num_cached_tokens for name in ("first", "again")] == [0, 11]
+
+
+def test_a_text_that_pools_may_fill_a_whole_sequence_and_pool():
+    engine = Engine(num_blocks=17, max_num_tokens=10)
+    with pytest.raises(RequestError, match="has 65 tokens; shorten it to max_seq_len 64"):
+        engine.add(make_request("a", prompt_of(65), max_tokens=1, pooling=Pooling.MEAN))
+    engine.add(make_request("a", prompt_of(64), max_tokens=1, pooling=Pooling.MEAN))
+    engine.run()
+    assert engine.events["a"][0].vector
+    with pytest.raises(CapacityError, match="shorten the prompt to at most 60 tokens"):
+        Engine(num_blocks=16).add(make_request("a", prompt_of(64), max_tokens=1, pooling=Pooling.LAST))
 
 
 def test_a_follower_waits_for_the_prompt_and_shares_it():
@@ -407,7 +442,29 @@ def test_plans_and_commits_alternate():
         engine.scheduler.plan()
     engine.commit(plan)
     with pytest.raises(AssertionError, match="step 0 is not in flight"):
-        engine.scheduler.commit(plan, StepResult((SequenceResult(0),)))
+        engine.scheduler.commit(plan, StepResult((SequenceResult((0,)),)))
+
+
+def test_a_pipeline_has_a_step_for_each_stage_with_a_share_of_the_requests():
+    engine = Engine(num_stages=2)
+    engine.add(*(make_request(name, prompt_of(3, 100 * place), max_tokens=3) for place, name in enumerate("abcd", 1)))
+    first, second = engine.plan(), engine.scheduler.plan_ahead()
+    assert second is not None and engine.scheduler.plan_ahead() is None, "tokens come first"
+    results = [engine.worker.execute(plan) for plan in (first, second)]
+    assert engine.spans(first) == {"a": (0, 3), "b": (0, 3)}
+    assert engine.spans(second) == {"c": (0, 3), "d": (0, 3)}
+    engine.take(engine.scheduler.commit(first, results[0]))
+    third = engine.scheduler.plan_ahead()
+    assert third is not None and engine.spans(third) == {"a": (3, 4), "b": (3, 4)}
+
+
+def test_chunks_of_a_prompt_follow_each_other_through_a_pipeline():
+    engine = Engine(num_stages=3, max_num_tokens=16)
+    engine.add(make_request("a", prompt_of(40), max_tokens=2))
+    plans = [engine.plan(), engine.scheduler.plan_ahead(), engine.scheduler.plan_ahead()]
+    assert [(step.start, step.sample) for plan in plans if plan is not None for step in plan.sequences] == [
+        (0, False), (16, False), (32, True)
+    ]  # fmt: skip
 
 
 def test_stats_add_up():

@@ -9,14 +9,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import pytest
 
+from tests.cli.conftest import call as call  # a fixture here too
 from tests.cli.conftest import write_tokenizer
 
 START_SECONDS = 60
+
+CALLER = """
+{%- for tool in tools or [] %}{{ tool.function.name }},{% endfor %}
+{%- for m in messages %}{{ m.role }} {{ m.name }}:{{ m.reasoning_content }}|{{ m.content }}
+    {%- for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }} {{ call.function.arguments.colour }}
+    {%- endfor %};
+{%- endfor %}
+{%- if add_generation_prompt %}assistant:{% endif %}"""
 
 
 class Server:
@@ -28,10 +37,26 @@ class Server:
     @property
     def engine_pid(self) -> int:
         """The engine's process; there is none for a moment after it has died."""
-        pid = self.process.pid
+        [pid] = self.engine_pids
+        return pid
+
+    @property
+    def engine_pids(self) -> list[int]:
+        return self._pids("engine_process")
+
+    @property
+    def front_pids(self) -> list[int]:
+        return self._pids("front_process")
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """Of the engine's other ranks, which are children of its process."""
+        return [pid for engine in self._pids("engine_process") for pid in self._pids("rank_process", of=engine)]
+
+    def _pids(self, module: str, of: int | None = None) -> list[int]:
+        pid = of or self.process.pid
         children = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in _children(task)]
-        assert len(children) == 1, children
-        return children[0]
+        return [child for child in children if module in Path(f"/proc/{child}/cmdline").read_text()]
 
     def health(self) -> httpx.Response:
         return httpx.get(f"{self.url}/health", timeout=5)
@@ -49,9 +74,9 @@ def _children(task: Path) -> list[int]:
 
 
 @contextmanager
-def serving(model: object, *arguments: object, **environment: str) -> Iterator[Server]:
+def serving(model: object, *arguments: object, stderr: IO[str] | None = None, **environment: str) -> Iterator[Server]:
     """A server that is ready; it is ended by SIGTERM, and then has to be gone with exit code 0."""
-    process = start(model, *arguments, **environment)
+    process = start(model, *arguments, stderr=stderr, **environment)
     assert process.stdout is not None
     ready_line = process.stdout.readline()
     found = re.search(r" at (https?://\S+) ", ready_line)
@@ -67,11 +92,14 @@ def serving(model: object, *arguments: object, **environment: str) -> Iterator[S
         process.stdout.close()
 
 
-def start(model: object, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+def start(
+    model: object, *arguments: object, stderr: IO[str] | None = None, **environment: str
+) -> subprocess.Popen[str]:
     words = ["serve", model, "--port", 0, *arguments]
     return subprocess.Popen(
         [sys.executable, "-c", "import slipstream.cli; slipstream.cli.main()", *map(str, words)],
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
@@ -88,6 +116,16 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> float:
 
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_engine(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(scope="session")
+def patient_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its answers may be so long that whoever leaves one has left before it ends."""
+    return write_engine(tmp_path_factory.mktemp("patient"), max_position_embeddings=8192)
+
+
+def write_engine(folder: Path, **options: Any) -> Path:
     """The engine folder of a tiny model that talks (nonsense), and ends with <|im_end|>."""
     from slipstream.build import build
     from slipstream.checkpoint import open_checkpoint, resolve
@@ -95,8 +133,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from slipstream.models.llama import TINY
     from slipstream.schema.build import BuildConfig
 
-    model = tmp_path_factory.mktemp("serve") / "talker"
-    write_random_model(model, TINY | {"vocab_size": 320, "eos_token_id": 1})
+    model = folder / "talker"
+    write_random_model(model, TINY | {"vocab_size": 320, "eos_token_id": 1} | options)
     write_tokenizer(model, vocab_size=320)
     checkpoint = open_checkpoint(resolve(model), "float32")
     build(checkpoint, model.with_name("engine"), BuildConfig(max_batch_size=64, max_num_tokens=64))
@@ -111,9 +149,35 @@ def server(engine: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
+def caller(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The tiny model behind the chat template of a tool user, who is brief, as its texts have 256 tokens at most."""
+    template = tmp_path_factory.mktemp("templates") / "caller.jinja"
+    template.write_text(CALLER)
+    with serving(engine, "--chat_template", template) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def parrot(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The real model, whose prompt is the last message alone: what that repeats many times, it goes on with."""
+    template = tmp_path_factory.mktemp("templates") / "parrot.jinja"
+    template.write_text("{{ messages[-1].content }}{# <tool_call> </think> #}")
+    options = ("--max_batch_size", 4, "--max_num_tokens", 512, "--chat_template", template, "--dtype", "float32")
+    with serving("smollm2", *options, OMP_NUM_THREADS="2") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def offline(engine: Path) -> Iterator[Any]:
     """The same engine without a server: what its answers must be."""
     from slipstream import LLM
 
     with LLM(engine) as llm:
         yield llm
+
+
+@pytest.fixture(scope="session")
+def no_blanks(offline: Any) -> dict[str, float]:
+    """A logit_bias for JSON by a model that knows nothing: it would put blanks without end where they may be."""
+    tokens = ((token_id, offline.tokenizer.decode([token_id])) for token_id in range(320))
+    return {str(token_id): -100.0 for token_id, text in tokens if text.isspace()}

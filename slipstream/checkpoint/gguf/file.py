@@ -180,11 +180,17 @@ class GGUFFile:
         shape, ggml_type, begin, end, mapping = self.tensors[name]
         if ggml_type in PLAIN_DTYPES or begin == end:
             return view(mapping, begin, shape, self.dtype(name))
-        rows = np.frombuffer(mapping, np.uint8, count=end - begin, offset=begin).reshape(math.prod(shape[:-1]), -1)
+        rows = self.blocks(name).view(math.prod(shape[:-1]), -1).numpy()
         try:
             return torch.from_numpy(gguf.dequantize(rows, ggml_type)).view(shape)
         except NotImplementedError:
             raise UnsupportedModel(f"{self.path}: tensor {name!r} is {ggml_type.name}, which cannot be read.") from None
+
+    def blocks(self, name: str) -> torch.Tensor:
+        """A view of the mapping: the bytes of each block, uint8 [..., blocks of a row, bytes of a block]."""
+        shape, ggml_type, begin, _, mapping = self.tensors[name]
+        columns, num_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
+        return view(mapping, begin, (*shape[:-1], shape[-1] // columns, num_bytes), torch.uint8)
 
     def close(self) -> None:
         for mapping in self._mappings:

@@ -1,7 +1,9 @@
 """A GGUF file as a model to convert: tensors with the converter's changes undone, options, vocabulary."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,12 +11,16 @@ from typing import Any, Self
 import torch
 
 from slipstream.checkpoint.gguf.architectures import ROPE_TENSORS, find_architecture
+from slipstream.checkpoint.gguf.blocks import FORMATS, part_of
 from slipstream.checkpoint.gguf.file import GGUFFile
 from slipstream.checkpoint.gguf.header import Header
+from slipstream.checkpoint.packed import PackedLinear, PackedTensors
 from slipstream.errors import CorruptFile
+from slipstream.schema.format import WeightFormat
 from slipstream.schema.weights import WeightTable
 
 ROTATED = re.compile(r"blk\.\d+\.attn_([qk])\.(weight|bias)", re.ASCII)
+Parts = dict[str, Callable[[], torch.Tensor]]
 BY_HEAD = re.compile(r"blk\.\d+\.attn_([kv])_b\.weight", re.ASCII)  # of latent attention: a matrix for each head
 
 
@@ -79,18 +85,33 @@ class GGUFModel:
 
     def read(self, name: str) -> torch.Tensor:
         """As GGUFFile.read, with what llama.cpp's converter changed put back."""
-        tensor = self._file.read(name)
-        rotated, by_head = ROTATED.fullmatch(name), BY_HEAD.fullmatch(name)
-        if rotated and self._architecture.reorders_rope:
-            return self._in_halves(name, tensor, self._num_heads if rotated[1] == "q" else self._num_kv_heads)
+        tensor, by_head = self._file.read(name), BY_HEAD.fullmatch(name)
         if by_head and tensor.dim() == 3:
             return (tensor.mT if by_head[1] == "k" else tensor).flatten(0, 1)
         if self._architecture.adds_one_to_norms and name.endswith("norm.weight"):
             return tensor - 1
-        return tensor
+        return self._in_halves(name, tensor)
 
-    def _in_halves(self, name: str, tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+    def packed(self) -> PackedTensors:
+        """The same tensors, in which matrices of the types that we have formats for keep the numbers of the file."""
+        types = {name: self._file.ggml_type(name) for name in self.names() if len(self._file.shape(name)) == 2}
+        linears: dict[str, PackedLinear] = {}
+        for name, ggml_type in types.items():
+            if ggml_type in FORMATS:
+                format, shape = FORMATS[ggml_type], self._file.shape(name)
+                parts: Parts = {part: partial(self._part, name, format, part) for part in format.parts(*shape)}
+                linears[name] = PackedLinear(format, shape, parts)
+        return PackedTensors(self, linears, hidden=set(linears))
+
+    def _part(self, name: str, format: WeightFormat, part: str) -> torch.Tensor:
+        return self._in_halves(name, part_of(self._file.blocks(name), format, part))
+
+    def _in_halves(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Rows that rotate together half a head apart, as in Hugging Face, and not next to each other."""
+        rotated = ROTATED.fullmatch(name) if self._architecture.reorders_rope else None
+        if rotated is None:
+            return tensor
+        num_heads = self._num_heads if rotated[1] == "q" else self._num_kv_heads
         if not tensor.dim() or tensor.shape[0] % (2 * num_heads):
             raise CorruptFile(f"{self.path}: tensor {name!r} cannot be split into {num_heads} heads of even size.")
         pairs = tensor.view(num_heads, tensor.shape[0] // num_heads // 2, 2, *tensor.shape[1:])

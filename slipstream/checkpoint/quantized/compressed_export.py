@@ -1,7 +1,6 @@
 """Packed weights as compressed-tensors, whatever tool they came from: what transformers and vLLM read."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,120 +8,124 @@ import torch
 from torch import Tensor
 
 from slipstream.checkpoint.kv_cache import KVCache
-from slipstream.errors import UnsupportedModel
-from slipstream.kernels.linear import w4a16
+from slipstream.checkpoint.quantized.fp8 import BLOCK, block_scales, refusal_of_blocks
+from slipstream.checkpoint.quantized.linears import words_of_values
+from slipstream.checkpoint.quantized.outgoing import (
+    QuantizedLinear,
+    QuantizedModel,
+    first_refusal,
+    no_files,
+    refusal_of_groups,
+    refusal_of_row_scales,
+)
+from slipstream.engine.tensor_file import TensorEntry
 from slipstream.schema.build import KV_DTYPES
-from slipstream.schema.format import QUANTIZES_ACTIVATIONS, WeightFormat
+from slipstream.schema.format import INTEGERS_OF_4_BITS, PACKED_DTYPES, QUANTIZES_ACTIVATIONS, WeightFormat
 
-BLOCK_ROWS = 128  # of FP8 blocks, whose scales every row repeats here
 _STORED_AS = {"w4a16": "pack-quantized", "w8a16": "pack-quantized", "w8a8": "int-quantized", "fp8": "float-quantized",
-              "fp8a16": "naive-quantized"}  # fmt: skip
+              "fp8a16": "naive-quantized", "w4afp8": "pack-quantized", "nvfp4a16": "nvfp4-pack-quantized"}  # fmt: skip
+
+files = no_files
 
 
-@dataclass(frozen=True)
-class Exported:
-    """One tensor of a quantized linear: its shape and dtype, and what makes it of our parts."""
-
-    suffix: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[Callable[[str], Tensor]], Tensor]  # takes what reads a part
+def refusal(model: QuantizedModel) -> str:
+    if model.kv_cache.skip_layers:
+        return "compressed-tensors has one dtype for the KV cache of all layers, and here some are left out of 8 bits"
+    return first_refusal(model, _refusal)
 
 
-def exported(format: WeightFormat, num_out: int, num_in: int) -> list[Exported]:
-    """The tensors that a linear [num_out, num_in] of this format becomes."""
-    if format.kind in ("w4a16", "w8a16"):
-        return _packed(format, num_out, num_in)
-    num_groups = format.num_groups(num_in)
-    num_scales = -(-num_out // BLOCK_ROWS) if _is_blocks(format) else num_out
-    dtype = torch.int8 if format.kind == "w8a8" else torch.float8_e4m3fn
-    found = [
-        Exported("weight", (num_out, num_in), dtype, lambda read: read("packed")),
-        Exported("weight_scale", (num_scales, num_groups), torch.float32, lambda read: _scales(format, read("scale"))),
+def _refusal(linear: QuantizedLinear) -> str:
+    if linear.format.kind == "nvfp4a16":
+        return refusal_of_groups(linear) or refusal_of_row_scales(linear)
+    return refusal_of_blocks(linear) if _is_blocks(linear.format) else refusal_of_groups(linear)
+
+
+def tensors(linear: QuantizedLinear) -> list[TensorEntry]:
+    format, owner = linear.format, linear.owner
+    if format.kind == "nvfp4a16":
+        return _nvfp4(linear)
+    if format.kind in ("w4a16", "w8a16", "w4afp8"):
+        return _packed(linear) + _input_scale(linear)
+    dtype = getattr(torch, PACKED_DTYPES[format.kind])
+    found: list[TensorEntry] = [
+        (f"{owner}.weight", (linear.num_out, linear.num_in), dtype, lambda: linear.read("packed")),
+        block_scales(linear, f"{owner}.weight_scale") if _is_blocks(format) else _scales(linear),
     ]
-    if format.input_scale:
-        found.append(Exported("input_scale", (1,), torch.float32, lambda read: torch.tensor([format.input_scale])))
-    return found
+    return found + _input_scale(linear)
 
 
-def _packed(format: WeightFormat, num_out: int, num_in: int) -> list[Exported]:
-    bits, num_groups = 4 if format.kind == "w4a16" else 8, format.num_groups(num_in)
+def _input_scale(linear: QuantizedLinear) -> list[TensorEntry]:
+    scale = linear.format.input_scale
+    return [(f"{linear.owner}.input_scale", (1,), torch.float32, lambda: torch.tensor([scale]))] if scale else []
 
-    def weight(read: Callable[[str], Tensor]) -> Tensor:
-        values = w4a16.unpack(read("packed"), num_in) if bits == 4 else read("packed").view(torch.uint8) ^ 0x80
-        if format.order:
-            values = torch.empty_like(values).index_copy_(1, read("order").long(), values)
-        return _words(values, bits)
 
-    def zero(read: Callable[[str], Tensor]) -> Tensor:
-        values = read("zero") if bits == 4 else read("zero").view(torch.uint8) ^ 0x80
-        return _words(values.t(), bits).t().contiguous()
-
-    def group_of_column(read: Callable[[str], Tensor]) -> Tensor:
-        groups = torch.arange(num_in, dtype=torch.int32) // (format.group_size or num_in)
-        return torch.empty_like(groups).index_copy_(0, read("order").long(), groups)
-
-    scale_dtype = getattr(torch, format.scale_dtype)
-    found = [
-        Exported("weight_packed", (num_out, -(-num_in * bits // 32)), torch.int32, weight),
-        Exported("weight_scale", (num_out, num_groups), scale_dtype, lambda read: read("scale")),
-        Exported("weight_shape", (2,), torch.int64, lambda read: torch.tensor([num_out, num_in])),
+def _nvfp4(linear: QuantizedLinear) -> list[TensorEntry]:
+    owner, num_out = linear.owner, linear.num_out
+    return [
+        (f"{owner}.weight_packed", (num_out, linear.num_in // 2), torch.uint8, lambda: linear.read("packed")),
+        _scales(linear),
+        (f"{owner}.weight_global_scale", (1,), torch.float32, lambda: _inverse(linear.read("row_scale")[0])),
     ]
-    if format.has_zeros:
-        found.append(Exported("weight_zero_point", (-(-num_out * bits // 32), num_groups), torch.int32, zero))
-    if format.order:
-        found.append(Exported("weight_g_idx", (num_in,), torch.int32, group_of_column))
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """What comes back as this scale where a reader divides by it: 1 / scale, or a neighbour of that."""
+    near = 1 / scale
+    candidates = torch.cat([near, near.nextafter(torch.zeros(1)), near.nextafter(torch.full((1,), torch.inf))])
+    return candidates[(1 / candidates == scale).int().argmax()].view(1)
+
+
+def _scales(linear: QuantizedLinear) -> TensorEntry:
+    shape = (linear.num_out, linear.num_groups)
+    return f"{linear.owner}.weight_scale", shape, linear.scale_dtype, lambda: linear.read("scale")
+
+
+def _packed(linear: QuantizedLinear) -> list[TensorEntry]:
+    owner, bits, num_out, num_in = linear.owner, linear.bits, linear.num_out, linear.num_in
+    num_words, num_zero_words = (-(-count * bits // 32) for count in (num_in, num_out))
+    found: list[TensorEntry] = [
+        (
+            f"{owner}.weight_packed", (num_out, num_words), torch.int32,
+            lambda: words_of_values(linear.values(), bits),
+        ),
+        _scales(linear),
+        (f"{owner}.weight_shape", (2,), torch.int64, lambda: torch.tensor([num_out, num_in])),
+    ]  # fmt: skip
+    if linear.format.has_zeros:
+        zeros = (num_zero_words, linear.num_groups)
+        make = lambda: words_of_values(linear.zeros().t(), bits).t().contiguous()  # noqa: E731
+        found.append((f"{owner}.weight_zero_point", zeros, torch.int32, make))
+    if linear.format.order:
+        found.append((f"{owner}.weight_g_idx", (num_in,), torch.int32, linear.group_of_column))
     return found
-
-
-def _words(values_RC: Tensor, bits: int) -> Tensor:
-    """uint8 values → int32 words [R, ⌈C·bits/32⌉], the first value lowest."""
-    packed = w4a16.pack(values_RC) if bits == 4 else values_RC
-    padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4))
-    return padded.contiguous().view(torch.int32)
 
 
 def _is_blocks(format: WeightFormat) -> bool:
     return format.kind.startswith("fp8") and format.group_size > 0
 
 
-def _scales(format: WeightFormat, scale_NG: Tensor) -> Tensor:
-    if not _is_blocks(format):
-        return scale_NG
-    blocks = scale_NG[::BLOCK_ROWS].contiguous()
-    if not torch.equal(blocks.repeat_interleave(BLOCK_ROWS, dim=0)[: len(scale_NG)], scale_NG):
-        raise UnsupportedModel(
-            f"A weight has FP8 scales of other rows than blocks of {BLOCK_ROWS}; it cannot be exported."
-        )
-    return blocks
-
-
-def exported_scales(cache: KVCache) -> list[tuple[int, Exported]]:
-    """The layer, and k_scale and v_scale of its attention: one number, or one a head."""
-    is_per_head = _has_scale_per_head(cache)
-    found = []
-    for layer, scales_PK in cache.scales.items():
+def cache_tensors(model: QuantizedModel) -> list[TensorEntry]:
+    """k_scale and v_scale of each attention: one number, or one a head."""
+    is_per_head = _has_scale_per_head(model.kv_cache)
+    found: list[TensorEntry] = []
+    for layer, scales_PK in model.kv_cache.scales.items():
         for letter, scale_K in zip("kv", scales_PK, strict=False):
             scale = scale_K[:, None, None] if is_per_head else scale_K[:1]
-            make = partial(_given, scale)
-            found.append((layer, Exported(f"{letter}_scale", tuple(scale.shape), scale.dtype, make)))
+            name = f"{model.attentions[layer]}.{letter}_scale"
+            found.append((name, tuple(scale.shape), scale.dtype, partial(torch.clone, scale)))
     return found
-
-
-def _given(tensor: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-    return tensor
 
 
 def _has_scale_per_head(cache: KVCache) -> bool:
     return any(bool((scales_PK != scales_PK[:, :1]).any()) for scales_PK in cache.scales.values())
 
 
-def quantization_config(formats: dict[str, WeightFormat], ignored: list[str], cache: KVCache) -> dict[str, Any]:
-    """quantization_config of config.json. formats: by the names of the linears; ignored: linears that are dense."""
+def config(model: QuantizedModel) -> dict[str, Any]:
     schemes: dict[WeightFormat, list[str]] = {}
-    for name, format in formats.items():  # the order and the static scale are tensors, not part of a scheme
+    for linear in model.linears:  # the order and the static scale are tensors, not part of a scheme
+        format = linear.format
         scheme = replace(format, order="any" if format.order else "", input_scale=float(format.input_scale > 0))
-        schemes.setdefault(scheme, []).append(name)
+        schemes.setdefault(scheme, []).append(linear.owner)
     groups = {}
     for number, (scheme, names) in enumerate(schemes.items()):
         targets = ["Linear"] if len(schemes) == 1 else names
@@ -133,8 +136,8 @@ def quantization_config(formats: dict[str, WeightFormat], ignored: list[str], ca
         "format": stored_as.pop() if len(stored_as) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ignored,
-        "kv_cache_scheme": _cache_scheme(cache),
+        "ignore": list(model.dense),
+        "kv_cache_scheme": _cache_scheme(model.kv_cache),
     }
 
 
@@ -147,22 +150,21 @@ def _cache_scheme(cache: KVCache) -> dict[str, Any] | None:
 
 
 def _scheme(format: WeightFormat) -> dict[str, Any]:
-    number: dict[str, Any] = {
-        "type": "float" if format.kind.startswith("fp8") else "int",
-        "num_bits": 8,
-        "symmetric": True,
-    }
-    weights = number | {"num_bits": 4 if format.kind == "w4a16" else 8, "symmetric": not format.has_zeros}
-    weights |= {"strategy": "channel", "dynamic": False}
+    is_integer = PACKED_DTYPES[format.kind] == "int8" or format.kind in INTEGERS_OF_4_BITS
+    weights: dict[str, Any] = {"type": "int" if is_integer else "float", "num_bits": format.bits}
+    weights |= {"symmetric": not format.has_zeros, "strategy": "channel", "dynamic": False}
     if format.group_size:
         weights |= {"strategy": "group", "group_size": format.group_size}
+    if format.kind == "nvfp4a16":
+        weights |= {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
     if _is_blocks(format):
-        weights |= {"strategy": "block", "group_size": None, "block_structure": [BLOCK_ROWS, format.group_size]}
+        weights |= {"strategy": "block", "group_size": None, "block_structure": [BLOCK, format.group_size]}
     if format.order:
         weights["actorder"] = "group"
     inputs = None
     if format.kind in QUANTIZES_ACTIVATIONS:
-        inputs = number | {"strategy": "token", "dynamic": True}
+        inputs = {"type": "int" if format.kind == "w8a8" else "float", "num_bits": 8, "symmetric": True}
+        inputs |= {"strategy": "token", "dynamic": True}
         if format.input_scale:
             inputs |= {"strategy": "tensor", "dynamic": False}
         if format.input_group_size:

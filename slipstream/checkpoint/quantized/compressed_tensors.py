@@ -6,11 +6,15 @@ pack-quantized    weight_packed int32 [N, ⌈K·bits/32⌉], value + 2^(bits-1),
 int-quantized     weight int8 [N, K], weight_scale; input_scale where the activations' scale is static
 float-quantized   weight E4M3 [N, K], likewise
 naive-quantized   one or the other
+nvfp4-pack-quantized  weight_packed uint8 [N, K/2] of E2M1, the earlier column lower; weight_scale E4M3 [N, K/16];
+                  weight_global_scale [1], by which scales are divided; input_global_scale where activations are E2M1
+
+Activations in E2M1 are left as they are: that is more exact, and what multiplies them here has 16 bits anyway.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,13 +28,15 @@ from slipstream.checkpoint.quantized.linears import (
     eight_bit_linear,
     integer_linear,
     matches_target,
+    nvfp4_linear,
     values_of_words,
 )
 from slipstream.errors import CorruptFile, UnsupportedModel
 from slipstream.schema.model import Options
 
 PACKED, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
-FORMATS = (PACKED, INT, FLOAT, NAIVE)
+NVFP4_PACKED = "nvfp4-pack-quantized"
+FORMATS = (PACKED, INT, FLOAT, NAIVE, NVFP4_PACKED)
 MIXED, DENSE = "mixed-precision", "dense"  # of many groups; of none, where the KV cache alone is quantized
 
 
@@ -46,6 +52,7 @@ class _Scheme:
     group_size: int  # 0: a row or the tensor has one scale
     block: tuple[int, int] | None
     activations: str | None  # None, "static", "dynamic"
+    has_float_inputs: bool  # activations are E4M3
     input_group_size: int
 
 
@@ -74,6 +81,8 @@ def _scheme(group: Options, stored_as: str) -> _Scheme:
     if weights is None:
         raise UnsupportedModel("A config group has no weights; only groups that quantize weights can be read.")
     group.finish("a config group")
+    if stored_as == NVFP4_PACKED:
+        return _nvfp4_scheme(tuple(targets), weights, inputs)
     num_bits, is_float = (
         weights.integer("num_bits", 8, high=8),
         weights.choice("type", ("int", "float"), "int") == "float",
@@ -89,20 +98,35 @@ def _scheme(group: Options, stored_as: str) -> _Scheme:
         raise UnsupportedModel(f"num_bits is {num_bits} of type float; the known one is 8.")
     if strategy == "block" and block is None:
         raise CorruptFile("block_structure is missing; the strategy 'block' needs one, such as [128, 128].")
-    activations, input_group_size = _activations(inputs, num_bits, is_float) if inputs is not None else (None, 0)
+    activations, has_float_inputs, input_group_size = (
+        _activations(inputs, num_bits, is_float) if inputs is not None else (None, False, 0)
+    )
     if not is_symmetric and (activations is not None or is_float):
         raise UnsupportedModel("weights are not symmetric while activations are quantized too; only one may be so.")
     return _Scheme(
         tuple(targets), stored_as, num_bits, is_float, is_symmetric, max(group_size, 0), block, activations,
-        input_group_size,
+        has_float_inputs, input_group_size,
     )  # fmt: skip
 
 
-def _activations(inputs: Options, weight_bits: int, is_float: bool) -> tuple[str, int]:
-    """ "static" or "dynamic", and the columns that share a scale."""
-    kind = "float" if is_float else "int"
+def _nvfp4_scheme(targets: tuple[str, ...], weights: Options, inputs: Options | None) -> _Scheme:
+    for numbers in (weights, inputs) if inputs is not None else (weights,):
+        numbers.choice("num_bits", (4,), 8)
+        numbers.choice("type", ("float",), "int")
+        numbers.choice("strategy", ("tensor_group",), "channel")
+        numbers.choice("group_size", (16,))
+        numbers.choice("symmetric", (True,), True)
+        numbers.choice("dynamic", (False, True, "local"), False)
+        numbers.skip("actorder", "block_structure", "observer", "observer_kwargs", "scale_dtype", "zp_dtype")
+        numbers.finish("NVFP4 of compressed-tensors")
+    return _Scheme(targets, NVFP4_PACKED, 4, True, True, 16, None, None, False, 0)
+
+
+def _activations(inputs: Options, weight_bits: int, is_float: bool) -> tuple[str, bool, int]:
+    """ "static" or "dynamic", whether they are E4M3, and the columns that share a scale."""
+    kinds = ("float",) if is_float else ("int", "float") if weight_bits == 4 else ("int",)
     inputs.choice("num_bits", (8,), 8)
-    inputs.choice("type", (kind,), "int")
+    has_floats = inputs.choice("type", kinds, "int") == "float"
     inputs.choice("symmetric", (True,), True)
     is_dynamic = inputs.boolean("dynamic")
     strategy = inputs.choice("strategy", ("token", "tensor", "group"), "token" if is_dynamic else "tensor")
@@ -111,7 +135,7 @@ def _activations(inputs: Options, weight_bits: int, is_float: bool) -> tuple[str
     group_size = inputs.integer("group_size", high=2**20) if strategy == "group" else 0
     inputs.skip("group_size", "observer", "observer_kwargs", "block_structure", "actorder", "scale_dtype", "zp_dtype")
     inputs.finish("input_activations of compressed-tensors")
-    return "dynamic" if is_dynamic else "static", group_size
+    return "dynamic" if is_dynamic else "static", has_floats, group_size
 
 
 def _scheme_of(owner: str, schemes: list[_Scheme]) -> _Scheme:
@@ -122,6 +146,10 @@ def _scheme_of(owner: str, schemes: list[_Scheme]) -> _Scheme:
 
 
 def _linear(parts: Parts, owner: str, scheme: _Scheme) -> PackedLinear:
+    if scheme.stored_as == NVFP4_PACKED:
+        return nvfp4_linear(parts, owner, "weight_packed", "weight_global_scale", is_inverse=True)
+    if scheme.has_float_inputs and not scheme.is_float:
+        return _with_e4m3_inputs(parts, owner, scheme)
     if scheme.stored_as == PACKED:
         return _packed(parts, owner, scheme)
     kind = {(True, True): "fp8", (True, False): "fp8a16", (False, True): "w8a8"}.get(
@@ -158,11 +186,12 @@ def _plain_integers(parts: Parts, owner: str, scheme: _Scheme) -> PackedLinear:
 
 
 def _packed(parts: Parts, owner: str, scheme: _Scheme) -> PackedLinear:
-    if scheme.is_float or scheme.activations is not None:
-        raise UnsupportedModel(
-            f"{owner} is {PACKED} with float weights or quantized activations; only integers are known."
-        )
     bits = scheme.num_bits
+    if scheme.is_float or (scheme.activations is not None and not scheme.has_float_inputs):
+        raise UnsupportedModel(
+            f"{owner} is {PACKED} with float weights or INT8 activations; known are integers, those of 4 bits with "
+            "E4M3 activations, too."
+        )
     shape = parts.use(f"{owner}.weight_shape", (2,), (torch.int64, torch.int32))().tolist()
     num_out, num_in = parts.shape(f"{owner}.weight_packed", 2)[0], int(shape[1])
     if shape[0] != num_out or not 0 < num_in < 2**31:
@@ -182,6 +211,18 @@ def _packed(parts: Parts, owner: str, scheme: _Scheme) -> PackedLinear:
         bits, (num_out, num_in), group_size, parts.scale_dtype(f"{owner}.weight_scale"),
         values=lambda: values_of_words(packed(), bits, num_in), scale=scale, zero=zero, order_K=order_K,
     )  # fmt: skip
+
+
+def _with_e4m3_inputs(parts: Parts, owner: str, scheme: _Scheme) -> PackedLinear:
+    """Integers of 4 bits, in words or a byte each."""
+    linear = (_packed if scheme.stored_as == PACKED else _plain_integers)(parts, owner, scheme)
+    if linear.format.order:
+        raise UnsupportedModel(f"{owner} has its columns in act-order and quantized activations; only one may be so.")
+    format = replace(
+        linear.format, kind="w4afp8", input_group_size=scheme.input_group_size,
+        input_scale=parts.scalar(f"{owner}.input_scale") if scheme.activations == "static" else 0.0,
+    )  # fmt: skip
+    return replace(linear, format=format)
 
 
 def _scale(parts: Parts, owner: str, shape: tuple[int, int], scheme: _Scheme) -> tuple[int, Callable[[], Tensor]]:

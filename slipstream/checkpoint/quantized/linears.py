@@ -18,7 +18,7 @@ from slipstream.checkpoint.packed import PackedLinear
 from slipstream.checkpoint.tensors import TensorSource
 from slipstream.errors import CorruptFile, UnsupportedModel
 from slipstream.kernels.linear import w4a16
-from slipstream.schema.format import WeightFormat
+from slipstream.schema.format import NVFP4, WeightFormat
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP8 = torch.float8_e4m3fn
@@ -89,6 +89,13 @@ def values_of_words(words_RW: Tensor, bits: int, count: int) -> Tensor:
     return torch.from_numpy(values)
 
 
+def words_of_values(values_RC: Tensor, bits: int) -> Tensor:
+    """uint8 values of 4 or 8 bits → int32 words [R, ⌈C·bits/32⌉], the first value lowest."""
+    packed = w4a16.pack(values_RC) if bits == 4 else values_RC
+    padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4))
+    return padded.clone(memory_format=torch.contiguous_format).view(torch.int32)
+
+
 def column_order(group_of_K: Tensor, group_size: int, name: str) -> Tensor | None:
     """The columns sorted by their group, int32 [K], or None where they are sorted already."""
     num_columns = len(group_of_K)
@@ -102,6 +109,11 @@ def column_order(group_of_K: Tensor, group_size: int, name: str) -> Tensor | Non
             f"{int(sorted_groups[-1])}; it has groups from {int(group_of_K.min())} to {int(group_of_K.max())}."
         )
     return order_K.int()
+
+
+def digest_of_order(order_K: Tensor) -> str:
+    """For WeightFormat.order; int32."""
+    return hashlib.sha256(order_K.numpy().tobytes()).hexdigest()[:16]
 
 
 def integer_linear(
@@ -118,7 +130,7 @@ def integer_linear(
     middle = 1 << (bits - 1)
     format = WeightFormat(
         kind=kind, group_size=group_size, scale_dtype=scale_dtype, has_zeros=zero is not None,
-        order="" if order_K is None else hashlib.sha256(order_K.numpy().tobytes()).hexdigest()[:16],
+        order="" if order_K is None else digest_of_order(order_K),
     )  # fmt: skip
 
     def packed() -> Tensor:
@@ -175,6 +187,24 @@ def eight_bit_linear(
         kind=kind, group_size=group_size, input_scale=input_scale, input_group_size=input_group_size
     )  # fmt: skip
     return PackedLinear(format, (num_out, num_in), {"packed": packed, "scale": scale})
+
+
+def nvfp4_linear(
+    parts: Parts, owner: str, packed_name: str, global_name: str, *, is_inverse: bool = False
+) -> PackedLinear:
+    """packed uint8 [N, K/2], weight_scale E4M3 [N, K/16], and one number that multiplies all scales, or divides them.
+
+    Scales of activations are not needed: those stay as they are.
+    """
+    num_out, num_bytes = parts.shape(f"{owner}.{packed_name}", 2)
+    shape = num_out, 2 * num_bytes
+    packed = parts.use(f"{owner}.{packed_name}", (num_out, num_bytes), (torch.uint8,))
+    scale = parts.use(f"{owner}.weight_scale", (num_out, NVFP4.num_groups(shape[1])), (FP8,))
+    factor = parts.scalar(f"{owner}.{global_name}")
+    factor = 1 / factor if is_inverse else factor
+    parts.used |= {name for name in (f"{owner}.input_global_scale", f"{owner}.input_scale") if name in parts.names}
+    row_scale = lambda: torch.full((num_out, 1), factor)  # noqa: E731
+    return PackedLinear(NVFP4, shape, {"packed": packed, "scale": scale, "row_scale": row_scale})
 
 
 def matches_target(module: str, target: str) -> bool:

@@ -1,6 +1,7 @@
 """A layer's KV cache: one tensor kv_PNBKD, P planes (keys and values), N blocks of B tokens, K heads, D numbers a head.
 
-It is kept in the engine's dtype, or in 8 bits with a float32 scale for each plane and head, kv_scales [P, K]:
+It is kept in the engine's dtype, for float32 also in bfloat16, or in 8 bits with a float32 scale for each plane and
+head, kv_scales [P, K]:
 
     stored = round(number / scale), number = stored · scale
 
@@ -28,6 +29,13 @@ def need_cache(kv_PNBKD: Tensor, kv_scales_PK: Tensor | None) -> None:
     need(kv_scales_PK is None or kv_scales_PK.dtype == torch.float32, "kv_scales must be float32")
 
 
+def need_query(q_TX: Tensor, kv_PNBKD: Tensor, kv_scales_PK: Tensor | None) -> None:
+    """That a query of this dtype may meet what such a cache holds."""
+    need_cache(kv_PNBKD, kv_scales_PK)
+    known = (q_TX.dtype, *LARGEST, *([torch.bfloat16] if q_TX.dtype == torch.float32 else []))
+    need(kv_PNBKD.dtype in known, f"kv must be {q_TX.dtype}, or a narrower dtype that goes with it")
+
+
 def to_stored(x_TKD: Tensor, scale_K: Tensor, dtype: torch.dtype) -> Tensor:
     """As a cache of 8 bits keeps them."""
     scaled_TKD = (_exact(x_TKD) / scale_K[:, None]).clamp(-LARGEST[dtype], LARGEST[dtype])
@@ -35,9 +43,9 @@ def to_stored(x_TKD: Tensor, scale_K: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def to_numbers(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What a cache holds, [..., K, D], in the dtype to compute with; scale [..., K], None where it is no 8 bits."""
+    """What a cache holds, [..., K, D], in the dtype to compute with; scale [..., K], of 8 bits only."""
     if scale is None:
-        return stored
+        return stored.to(dtype)
     return (stored.to(torch.promote_types(dtype, torch.float32)) * scale[..., None]).to(dtype)
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.kernels.attention.cache import need_cache, to_numbers, to_stored
-from slipstream.kernels.fits import need, need_floats, need_heads, need_same_dtype, need_shape
+from slipstream.kernels.attention.cache import need_cache, need_query, to_numbers, to_stored
+from slipstream.kernels.cpu.library import native
+from slipstream.kernels.fits import need, need_floats, need_heads, need_shape
 from slipstream.kernels.registry import kernel, on_gpu, op
 
 
@@ -61,9 +62,8 @@ def _attention_shapes(
     alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, kv_scales_PK: Tensor | None,
     scale: float, window: int, soft_cap: float, value_dim: int,
 ) -> Tensor:  # fmt: skip
-    need_cache(kv_PNBKD, kv_scales_PK)
+    need_query(q_TX, kv_PNBKD, kv_scales_PK)
     need_floats(q=q_TX, alibi_slopes=alibi_slopes_H, sinks=sinks_H)
-    need_same_dtype(q_TX, kv=kv_PNBKD if kv_scales_PK is None else None)
     num_tokens, num_columns = q_TX.shape
     num_kv_heads, head_dim = kv_PNBKD.shape[3:]
     need_heads("q", num_columns, num_kv_heads * head_dim)
@@ -100,20 +100,24 @@ def attention(
     for sequence, kv_len in enumerate(lens):
         rows = slice(starts[sequence], starts[sequence + 1])
         if rows.start != rows.stop:
-            out_TX[rows] = _attend_one(
-                q_TX[rows], kv_PNBKD, block_tables_SB[sequence], kv_len, alibi_slopes_H, sinks_H, kv_scales_PK,
-                scale, window, soft_cap, value_dim,
+            q_QX = q_TX[rows]
+            first = first_place(kv_len, len(q_QX), window, kv_PNBKD.shape[2])
+            out_TX[rows] = attend_one(
+                q_QX, kv_PNBKD, block_tables_SB[sequence], kv_len, _distances(kv_len, len(q_QX), first, q_TX.device),
+                alibi_slopes_H, sinks_H, kv_scales_PK, scale, window, soft_cap, value_dim,
             )  # fmt: skip
     return out_TX
 
 
-def _attend_one(
-    q_QX: Tensor, kv_PNBKD: Tensor, block_ids_B: Tensor, kv_len: int, alibi_slopes_H: Tensor | None,
-    sinks_H: Tensor | None, kv_scales_PK: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int,
+def attend_one(
+    q_QX: Tensor, kv_PNBKD: Tensor, block_ids_B: Tensor, kv_len: int, distance_QL: Tensor,
+    alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, kv_scales_PK: Tensor | None,
+    scale: float, window: int, soft_cap: float, value_dim: int,
 ) -> Tensor:  # fmt: skip
+    """One sequence: to its last L keys, which are so far before each query; a negative distance hides the key."""
     _, _, block_size, num_kv_heads, head_dim = kv_PNBKD.shape
     num_queries = q_QX.shape[0]
-    first = _first_place(kv_len, num_queries, window, block_size)
+    first = kv_len - distance_QL.shape[1]
     block_ids = block_ids_B[first // block_size : -(-kv_len // block_size)]
     planes = _read(kv_PNBKD, block_ids, kv_scales_PK, q_QX.dtype)
     pages_KLD = [page.flatten(0, 1)[: kv_len - first].transpose(0, 1) for page in planes]
@@ -123,7 +127,6 @@ def _attend_one(
     scores_KGQL = scores_KGQL.float() * scale
     if soft_cap:
         scores_KGQL = soft_cap * torch.tanh(scores_KGQL / soft_cap)
-    distance_QL = _distances(kv_len, num_queries, first, q_QX.device)
     if alibi_slopes_H is not None:
         scores_KGQL -= alibi_slopes_H.float().view(num_kv_heads, -1, 1, 1) * distance_QL
     is_hidden_QL = distance_QL < 0
@@ -147,7 +150,7 @@ def _read(kv_PNBKD: Tensor, block_ids_B: Tensor, kv_scales_PK: Tensor | None, dt
     ]
 
 
-def _first_place(kv_len: int, num_queries: int, window: int, block_size: int) -> int:
+def first_place(kv_len: int, num_queries: int, window: int, block_size: int) -> int:
     """Position, at a block's start, before which no query row sees anything: those pages may be someone else's."""
     first_visible = max(0, kv_len - num_queries + 1 - window) if window else 0
     return first_visible - first_visible % block_size
@@ -238,6 +241,10 @@ def _attend_flash(
         q_1HQD, k_1KLD, v_1KLD, mask_QL, is_causal=mask_QL is None, scale=scale, enable_gqa=True
     )
     return out[0].transpose(0, 1).reshape(num_queries, -1)
+
+
+native(kv_write)
+native(attention)
 
 
 @kernel(attention, "triton", on_gpu)

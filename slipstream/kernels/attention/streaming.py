@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slipstream.kernels.attention.cache import to_numbers
 from slipstream.kernels.attention.paged import attention
+from slipstream.kernels.cpu.library import native
 from slipstream.kernels.fits import need, need_same_dtype, need_shape
 from slipstream.kernels.registry import kernel, on_gpu, op
 
@@ -130,3 +131,6 @@ def streaming_attention_triton(
         scale, window, soft_cap, value_dim, sink_q_TX=sink_q_TX, sink_tokens=sink_tokens,
         is_batch_invariant=is_batch_invariant,
     )  # fmt: skip
+
+
+native(streaming_attention)

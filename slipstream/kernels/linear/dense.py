@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.kernels.cpu.library import native
 from slipstream.kernels.fits import need_floats, need_same_dtype, need_shape
 from slipstream.kernels.linear.groups import product
 from slipstream.kernels.registry import kernel, on_gpu, op
@@ -50,3 +51,6 @@ def linear_triton(
     if is_batch_invariant:
         return product(x_MK, weight_NK.float(), bias_N, x_MK.dtype, is_batch_invariant=True)
     return functional.linear(x_MK, weight_NK, bias_N)
+
+
+native(linear)

@@ -9,6 +9,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from slipstream.kernels.cpu.library import native
 from slipstream.kernels.linear.groups import (
     activation_scale,
     dequantize,
@@ -38,23 +39,29 @@ def quantize_fp8(x_MK: Tensor, input_scale: float, input_group_size: int) -> tup
     return scaled_MK.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale_MG
 
 
-@kernel(quantize_fp8, "triton", on_gpu_with_fp8, is_row_by_row=True)
-def quantize_fp8_triton(x_MK: Tensor, input_scale: float, input_group_size: int) -> tuple[Tensor, Tensor]:
+@kernel(quantize_fp8, "triton", on_gpu_with_fp8)
+def quantize_fp8_triton(
+    x_MK: Tensor, input_scale: float, input_group_size: int, is_batch_invariant: bool = False
+) -> tuple[Tensor, Tensor]:
     from slipstream.kernels.triton import rows
 
-    return rows.quantize(x_MK, rows.Quantized(input_scale, input_group_size, "float8_e4m3fn"))
+    how = rows.Quantized(input_scale, input_group_size, "float8_e4m3fn", keeps_one_row=not is_batch_invariant)
+    return rows.quantize(x_MK, how)
 
 
 @op(
     "linear_fp8(Tensor x, Tensor x_scale, Tensor packed, Tensor scale, Tensor? bias, int group_size, "
     "int input_group_size, str dtype) -> Tensor",
-    shapes=partial(quantized_linear_shapes, packed_dtype=torch.float8_e4m3fn),
+    shapes=partial(quantized_linear_shapes, packed_dtype=torch.float8_e4m3fn, x_dtype=torch.float8_e4m3fn),
 )
 def linear_fp8(
     x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
     input_group_size: int, dtype: str,
 ) -> Tensor:  # fmt: skip
-    """x E4M3 and its scale as quantize_fp8 gives them, packed E4M3 [N, K]; the result is in dtype."""
+    """x E4M3 and its scale as quantize_fp8 gives them, packed E4M3 [N, K]; the result is in dtype.
+
+    On a GPU x may be one row that is not rounded, with scales of 1 (kernels/triton/rows.py: Quantized).
+    """
     x_MK = dequantize(x_MK, x_scale_MG, None, input_group_size)
     return product(x_MK, dequantize(packed_NK, scale_NG, None, group_size), bias_N, getattr(torch, dtype))
 
@@ -67,6 +74,7 @@ def linear_fp8_cublas(
     """Scales by row; or by 128 columns, which cuBLASLt takes on Hopper alone and reads 16 bytes of a column at once."""
     num_out, num_columns = packed_NK.shape
     is_taken = len(x_MK) > 0 and num_columns % 128 == num_out % 16 == 0 and dtype == "bfloat16"
+    is_taken = is_taken and x_MK.dtype == torch.float8_e4m3fn
     is_taken = is_taken and scale_NG.dtype == torch.float32 and (bias_N is None or bias_N.dtype == torch.bfloat16)
     if group_size or input_group_size:
         is_taken = is_taken and group_size == input_group_size == 128 and bias_N is None and _multiplies_blocks()
@@ -92,7 +100,9 @@ def linear_fp8_triton(
 ) -> Tensor:  # fmt: skip
     from slipstream.kernels.triton import linear as skinny
 
-    weight = skinny.Weight(packed_NK, scale_NG, None, group_size, x_scale_MG, input_group_size)
+    weight = skinny.Weight(packed_NK, scale_NG, None, group_size)
+    if x_MK.dtype == torch.float8_e4m3fn:
+        weight = weight._replace(x_scale_MG=x_scale_MG, x_group_size=input_group_size)
     if not skinny.supports(x_MK, weight):
         x_MK = dequantize(x_MK, x_scale_MG, None, input_group_size)
         weight_NK = dequantize(packed_NK, scale_NG, None, group_size)
@@ -125,3 +135,6 @@ def linear_fp8a16_triton(
         weight_NK = dequantize(packed_NK, scale_NG, None, group_size)
         return product(x_MK, weight_NK, bias_N, x_MK.dtype, is_batch_invariant)
     return skinny.product(x_MK, weight, bias_N, x_MK.dtype, is_batch_invariant=is_batch_invariant)
+
+
+native(linear_fp8a16, packed=("float8_e4m3fn",))

@@ -67,10 +67,10 @@ def linear_shapes(
 
 def quantized_linear_shapes(
     x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
-    input_group_size: int, dtype: str, *, packed_dtype: torch.dtype,
+    input_group_size: int, dtype: str, *, packed_dtype: torch.dtype, x_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """What a linear gives whose activations are packed as its weights are."""
-    need(x_MK.dtype == packed_dtype, f"x must be {packed_dtype}")
+    """What a linear gives whose activations are quantized, too."""
+    need(x_MK.dtype == x_dtype, f"x must be {x_dtype}")
     need(x_scale_MG.dtype == torch.float32, "x_scale must be float32")
     num_rows, num_in = x_MK.shape
     need_shape("x_scale", x_scale_MG, num_rows, num_groups(num_in, input_group_size))

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from slipstream.kernels.cpu.library import native
 from slipstream.kernels.linear.groups import dequantize, linear_shapes, product
 from slipstream.kernels.registry import kernel, on_gpu, op
 
@@ -62,3 +63,6 @@ def linear_w4a16_triton(
         return product(x_MK, weight_NK, bias_N, x_MK.dtype, is_batch_invariant)
     ordered_MK = x_MK if order_K is None else x_MK.index_select(1, order_K)
     return skinny.product(ordered_MK, as_packed, bias_N, x_MK.dtype, is_batch_invariant=is_batch_invariant)
+
+
+native(linear_w4a16, packed=("uint8",), zero=("uint8",))

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from slipstream.kernels.cpu.library import native
 from slipstream.kernels.linear.groups import dequantize, linear_shapes, product
 from slipstream.kernels.registry import kernel, on_gpu, op
 
@@ -36,3 +37,6 @@ def linear_w8a16_triton(
         return product(x_MK, weight_NK, bias_N, x_MK.dtype, is_batch_invariant)
     ordered_MK = x_MK if order_K is None else x_MK.index_select(1, order_K)
     return skinny.product(ordered_MK, weight, bias_N, x_MK.dtype, is_batch_invariant=is_batch_invariant)
+
+
+native(linear_w8a16, packed=("int8",), zero=("int8",))

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from slipstream.kernels.cpu.library import native
 from slipstream.kernels.linear.groups import (
     activation_scale,
     dequantize,
@@ -43,7 +44,7 @@ def quantize_w8a8_triton(x_MK: Tensor, input_scale: float, input_group_size: int
 @op(
     "linear_w8a8(Tensor x, Tensor x_scale, Tensor packed, Tensor scale, Tensor? bias, int group_size, "
     "int input_group_size, str dtype) -> Tensor",
-    shapes=partial(quantized_linear_shapes, packed_dtype=torch.int8),
+    shapes=partial(quantized_linear_shapes, packed_dtype=torch.int8, x_dtype=torch.int8),
 )
 def linear_w8a8(
     x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
@@ -67,3 +68,6 @@ def linear_w8a8_triton(
         weight_NK = dequantize(packed_NK, scale_NG, None, group_size)
         return product(x_MK, weight_NK, bias_N, getattr(torch, dtype), is_batch_invariant)
     return skinny.product(x_MK, weight, bias_N, getattr(torch, dtype), is_batch_invariant=is_batch_invariant)
+
+
+native(quantize_w8a8)

@@ -3,7 +3,7 @@
 A row is one query token at one head. The query heads that share a KV head are neighbours in a tile (GQA, MQA), so their
 keys are read once. The tiles of all sequences are numbered in one line, and a program finds its sequence in
 query_starts: the grid depends on shapes alone and can be recorded. Where tiles are few, several programs walk through
-one tile's keys, each through its share of as many as there are, and a second kernel merges what they found.
+one tile's keys, each through its share of as many as there are, and the last to be done merges what they found.
 
 A head's numbers are a power of two, MAIN, and the rest, REST (80 = 64 + 16, 576 = 512 + 64): tiles are powers of two,
 and 576 numbers in 1,024 would be half zeros.
@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slipstream.kernels.triton.launch import num_processors, starts_early, wait_for_previous
+from slipstream.kernels.triton.launch import arrivals, num_processors, shared_memory, starts_early, wait_for_previous
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are of base 2
+MOST_SPLITS = tl.constexpr(64)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,19 @@ class Launch:
     # Sequences with few rows take one tile each, if max_rows is given; then another launch has those of min_rows.
     max_rows: int = 0
     min_rows: int = 0
+
+
+@triton.jit
+def _most_rows(query_starts, num_sequences):
+    """Tokens of the sequence that has most."""
+    most = 0
+    for first in range(0, num_sequences, 256):
+        sequences = first + tl.arange(0, 256)
+        is_one = sequences < num_sequences
+        starts = tl.load(query_starts + sequences, mask=is_one, other=0)
+        ends = tl.load(query_starts + sequences + 1, mask=is_one, other=0)
+        most = tl.maximum(most, tl.max(ends - starts, 0).to(tl.int32))
+    return most
 
 
 @triton.jit
@@ -62,13 +76,13 @@ def _find_tile(index, query_starts, num_sequences, GROUP: tl.constexpr, ROWS: tl
 
 @triton.jit
 def _seen_by_tile(
-    first_row, num_rows, kv_len, window,
+    first_row, num_rows, kv_len, root, window,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Positions of the tile's first and last token, and where the keys that its rows see begin: a multiple of KEYS, so
-    that a row's keys are met in the same groups whichever rows share its tile."""
+    that a row's keys are met in the same groups whichever rows share its tile. In a tree the first is the root."""
     past = kv_len - num_rows // GROUP
-    first_position = past + first_row // GROUP
+    first_position = tl.minimum(past + first_row // GROUP, root)
     last_position = past + (tl.minimum(first_row + ROWS, num_rows) - 1) // GROUP
     first_key = 0
     if HAS_WINDOW:
@@ -127,11 +141,66 @@ def _finite(maximum):
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
+@triton.jit
+def _merge_stats(partial_stats, first_parts, is_row, num_parts):
+    """Maximum and total of each row over its parts."""
+    each = first_parts[:, None] + tl.arange(0, MOST_SPLITS)[None, :]
+    mask = is_row[:, None] & (tl.arange(0, MOST_SPLITS) < num_parts)[None, :]
+    maxima = tl.load(partial_stats + each * 2, mask=mask, other=float("-inf"), cache_modifier=".cg")
+    totals = tl.load(partial_stats + each * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg")
+    maximum = tl.max(maxima, 1)
+    return maximum, tl.sum(totals * tl.exp2(maxima - _finite(maximum)[:, None]), 1)
+
+
+@triton.jit
+def _merge_sums(
+    partial_sums, partial_stats, first_parts, is_row, maximum, num_parts,
+    START: tl.constexpr, WIDTH: tl.constexpr, USED: tl.constexpr,
+):  # fmt: skip
+    """Sums of each row over its parts, some at a time, weighed by their maxima; columns START to START + WIDTH."""
+    ROWS: tl.constexpr = first_parts.shape[0]
+    PARTS: tl.constexpr = max(1, 8192 // (ROWS * WIDTH))
+    columns = START + tl.arange(0, WIDTH)
+    merged = tl.zeros([ROWS, WIDTH], tl.float32)
+    for first in range(0, num_parts, PARTS):
+        index = first + tl.arange(0, PARTS)
+        each = first_parts[None, :] + index[:, None]
+        mask = is_row[None, :] & (index < num_parts)[:, None]
+        maxima = tl.load(partial_stats + each * 2, mask=mask, other=float("-inf"), cache_modifier=".cg")
+        weights = tl.exp2(maxima - _finite(maximum)[None, :])
+        sums = tl.load(
+            partial_sums + each[:, :, None] * USED + columns[None, None, :],
+            mask=mask[:, :, None] & (columns < USED)[None, None, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        merged += tl.sum(sums * weights[:, :, None], 0)
+    return merged
+
+
+@triton.jit
+def _is_above(masks, is_row, first_node, is_key, num_words):
+    """[rows, keys] whether a key, of those from first_node on, is before the tree or has its bit set in the row's mask.
+
+    A row's words are read one by one: as many numbers as scores would be kept in shared memory.
+    """
+    KEYS: tl.constexpr = is_key.shape[0]
+    nodes = first_node + tl.arange(0, KEYS)
+    is_above = (nodes < 0)[None, :] & is_row[:, None]
+    words_there = tl.where(is_row, num_words, 0)
+    for place in tl.static_range(KEYS // 64 + 2):
+        word = tl.maximum(first_node, 0) // 64 + place
+        bits = tl.load(masks + word, mask=word < words_there, other=0)
+        shifts = tl.where(nodes // 64 == word, nodes % 64, 0).to(tl.int64)
+        is_here = (is_key & (nodes >= 0) & (nodes // 64 == word))[None, :]
+        is_above |= is_here & ((bits[:, None] >> shifts[None, :]) & 1 != 0)
+    return is_above
+
+
 @triton.jit(do_not_specialize=["num_sequences", "num_splits", "table_stride", "window"])
 def _attend(
-    q, sink_q, kv, out, partial_sums, partial_stats, query_starts, kv_lens, block_tables, alibi_slopes, sinks,
-    kv_scales, num_sequences, num_splits, window, scale, soft_cap,
+    q, sink_q, kv, out, partial_sums, partial_stats, arrived, query_starts, kv_lens, block_tables, alibi_slopes, sinks,
+    kv_scales, tree_positions, tree_starts, tree_masks, num_sequences, num_splits, window, scale, soft_cap,
     q_stride, out_stride, plane_stride, page_stride, token_stride, head_stride, table_stride, scale_stride,
+    mask_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr, VALUE_MAIN: tl.constexpr, VALUE_REST: tl.constexpr,
     KEYS_ARE_VALUES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -147,6 +216,10 @@ def _attend(
         sequence, tiles_after = index, 0
     else:  # counted from the last: the end of a prompt sees most keys, so it starts first
         sequence, tiles_after = 0, index
+        if MIN_ROWS:  # most steps have no prompt: to find that out is quicker than to look for its tiles
+            if _most_rows(query_starts, num_sequences) * GROUP < MIN_ROWS:
+                wait_for_previous(IS_EARLY)
+                return
         if num_sequences > 1:
             sequence, tiles_after = _find_tile(index, query_starts, num_sequences, GROUP, ROWS, MIN_ROWS)
     is_one = sequence >= 0
@@ -160,8 +233,11 @@ def _attend(
         is_one &= num_rows >= MIN_ROWS
 
     kv_len = tl.load(kv_lens + sequence, mask=is_one, other=0).to(tl.int32)
+    root = kv_len
+    if tree_starts is not None:
+        root = tl.load(tree_starts + sequence, mask=is_one, other=0).to(tl.int32)
     first_position, last_position, first_key = _seen_by_tile(
-        first_row, num_rows, kv_len, window, GROUP, ROWS, KEYS, HAS_WINDOW
+        first_row, num_rows, kv_len, root, window, GROUP, ROWS, KEYS, HAS_WINDOW
     )
     begin, end_key = first_key, last_position + 1
     num_parts = 1
@@ -182,7 +258,10 @@ def _attend(
     rows = first_row + tl.arange(0, ROWS)
     is_row = rows < num_rows
     tokens, heads = first_token + rows // GROUP, kv_head * GROUP + rows % GROUP
-    positions = kv_len - num_rows // GROUP + rows // GROUP
+    past = kv_len - num_rows // GROUP
+    positions = past + rows // GROUP
+    if tree_starts is not None:
+        positions = tl.load(tree_positions + tokens, mask=is_row, other=0).to(tl.int32)
     q_offsets = tokens * q_stride + heads * HEAD_DIM
     q_main = _load_query(q, q_offsets, is_row, kv_scales, 0, MAIN, HEAD_DIM)
     if REST:
@@ -215,7 +294,7 @@ def _attend(
             hidden = tl.maximum(tl.maximum(last_position - window + 1, SINK_TOKENS) - begin, 0)
             end = tl.minimum(begin + tl.cdiv(hidden, KEYS) * KEYS, end_key)
         if PHASE == 1:
-            seen = tl.minimum(first_position + 1, end_key) - begin
+            seen = tl.minimum(tl.minimum(first_position + 1, root), end_key) - begin
             end = begin + tl.maximum(seen, 0) // KEYS * KEYS
         # A turn's page ids are read in the turn before it, so that its keys can be fetched several turns ahead.
         if IS_ONE_PAGE:
@@ -242,13 +321,20 @@ def _attend(
             if HAS_SOFT_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
                 scores = soft_cap * (1 - 2 / (tl.exp2(scores * (2 * log2_scale / soft_cap)) + 1))
                 factor = LOG2_E
+            key_positions = keys
+            if tree_starts is not None and PHASE != 1:
+                is_node = is_key & (keys >= root)
+                of_nodes = tl.load(tree_positions + first_token + keys - past, mask=is_node, other=0)
+                key_positions = tl.where(is_node, of_nodes.to(tl.int32), keys)
             if HAS_SLOPES:
-                scores = scores * factor + slopes[:, None] * (keys[None, :] - positions[:, None])
+                scores = scores * factor + slopes[:, None] * (key_positions[None, :] - positions[:, None])
                 factor = 1.0
             if PHASE != 1:
-                is_seen = keys[None, :] <= positions[:, None]
+                is_seen = key_positions[None, :] <= positions[:, None]
                 if HAS_WINDOW and PHASE != 3:
-                    is_seen &= keys[None, :] > positions[:, None] - window
+                    is_seen &= key_positions[None, :] > positions[:, None] - window
+                if tree_starts is not None:
+                    is_seen &= _is_above(tree_masks + tokens * mask_stride, is_row, start - root, is_key, mask_stride)
                 if SINK_TOKENS:
                     is_seen &= (keys < SINK_TOKENS)[None, :] == (PHASE == 3)
                 scores = tl.where(is_seen, scores, float("-inf"))
@@ -274,103 +360,43 @@ def _attend(
     if kv_scales is not None:
         sum_main *= value_scale
         sum_rest *= value_scale
+    is_last = True
     if IS_SPLIT and num_parts > 1:
         partial_rows = tokens * (NUM_KV_HEADS * GROUP) + heads
         if MAX_ROWS:
             partial_rows = (sequence * NUM_KV_HEADS + kv_head).to(tl.int64) * ROWS + rows
-        parts = partial_rows * num_splits + split
-        tl.store(partial_stats + parts * 2, maximum, mask=is_row)
-        tl.store(partial_stats + parts * 2 + 1, total, mask=is_row)
-        _store(partial_sums, parts * VALUE_DIM, is_row, sum_main, 0, VALUE_MAIN, VALUE_DIM)
+        first_parts = partial_rows * num_splits
+        part = first_parts + split
+        tl.store(partial_stats + part * 2, maximum, mask=is_row)
+        tl.store(partial_stats + part * 2 + 1, total, mask=is_row)
+        _store(partial_sums, part * VALUE_DIM, is_row, sum_main, 0, VALUE_MAIN, VALUE_DIM)
         if VALUE_REST:
-            _store(partial_sums, parts * VALUE_DIM, is_row, sum_rest, VALUE_MAIN, VALUE_REST, VALUE_DIM)
-        return
-    share = 1 / total
-    if HAS_SINKS:
-        sink = tl.load(sinks + heads, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
-        new_maximum = tl.maximum(maximum, sink)
-        decay = tl.exp2(maximum - new_maximum)
-        share = decay / (total * decay + tl.exp2(sink - new_maximum))
-    out_offsets = tokens * out_stride + heads * VALUE_DIM
-    _store(out, out_offsets, is_row, sum_main * share[:, None], 0, VALUE_MAIN, VALUE_DIM)
-    if VALUE_REST:
-        _store(out, out_offsets, is_row, sum_rest * share[:, None], VALUE_MAIN, VALUE_REST, VALUE_DIM)
-
-
-@triton.jit(do_not_specialize=["num_sequences", "num_splits", "window"])
-def _merge(
-    out, partial_sums, partial_stats, query_starts, kv_lens, sinks, num_sequences, num_splits, window, out_stride,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, MAX_PARTS: tl.constexpr, PARTS: tl.constexpr,
-    MAX_ROWS: tl.constexpr, MIN_ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
-    IS_EARLY: tl.constexpr,
-):  # fmt: skip
-    """One row: what its splits found, weighed by their maxima and totals, and the sink. Rows of one part are done."""
-    partial_row = tl.program_id(0).to(tl.int64)
-    if MAX_ROWS:
-        sequence, row = partial_row // (NUM_KV_HEADS * ROWS), (partial_row % ROWS).to(tl.int32)
-        first_token = tl.load(query_starts + sequence)
-        token = first_token + row // GROUP
-        head = partial_row // ROWS % NUM_KV_HEADS * GROUP + row % GROUP
-    else:
-        token, head = partial_row // (NUM_KV_HEADS * GROUP), partial_row % (NUM_KV_HEADS * GROUP)
-        sequence = 0
-        if num_sequences > 1:
-            sequence = _sequence_of_token(token, query_starts, num_sequences)
-        first_token = tl.load(query_starts + sequence)
-        row = ((token - first_token) * GROUP + head % GROUP).to(tl.int32)
-    num_rows = ((tl.load(query_starts + sequence + 1) - first_token) * GROUP).to(tl.int32)
-    kv_len = tl.load(kv_lens + sequence).to(tl.int32)
-    wait_for_previous(IS_EARLY)
-    if row >= num_rows:
-        return
-    if (MAX_ROWS and num_rows > MAX_ROWS) or (MIN_ROWS and num_rows < MIN_ROWS):
-        return
-    _, last_position, first_key = _seen_by_tile(
-        row // ROWS * ROWS, num_rows, kv_len, window, GROUP, ROWS, KEYS, HAS_WINDOW
-    )
-    num_keys = last_position + 1 - first_key
-    num_parts = tl.cdiv(num_keys, _split_keys(num_keys, num_splits, KEYS))
-    if num_parts == 1:
-        return
-
-    sums = partial_sums + partial_row * num_splits * VALUE_DIM
-    stats = partial_stats + partial_row * num_splits * 2
-    all_parts = tl.arange(0, MAX_PARTS)
-    maxima = tl.load(stats + all_parts * 2, mask=all_parts < num_parts, other=float("-inf"))
-    totals = tl.load(stats + all_parts * 2 + 1, mask=all_parts < num_parts, other=0.0)
-    maximum = tl.max(maxima, 0)
-    if HAS_SINKS:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
-        maximum = tl.maximum(maximum, sink)
-    total = tl.sum(totals * tl.exp2(maxima - maximum), 0)
-    if HAS_SINKS:
-        total += tl.exp2(sink - maximum)
-    columns = tl.arange(0, VALUE_WIDTH)
-    result = tl.zeros([VALUE_WIDTH], tl.float32)
-    for first in range(0, num_parts, PARTS):
-        parts = first + tl.arange(0, PARTS)
-        is_part = parts < num_parts
-        weights = tl.exp2(tl.load(stats + parts * 2, mask=is_part, other=float("-inf")) - maximum)
-        found = tl.load(
-            sums + parts[:, None] * VALUE_DIM + columns[None, :],
-            mask=is_part[:, None] & (columns < VALUE_DIM)[None, :],
-            other=0.0,
-        )
-        result += tl.sum(found * weights[:, None], 0)
-    pointers = out + token * out_stride + head * VALUE_DIM + columns
-    tl.store(pointers, (result / total).to(out.dtype.element_ty), mask=columns < VALUE_DIM)
-
-
-@triton.jit
-def _sequence_of_token(token, query_starts, num_sequences):
-    count = 0
-    for first in range(0, num_sequences, 256):
-        sequences = first + tl.arange(0, 256)
-        is_one = sequences < num_sequences
-        starts = tl.load(query_starts + sequences, mask=is_one, other=0)
-        count += tl.sum((is_one & (starts <= token)).to(tl.int32))
-    return count - 1
+            _store(partial_sums, part * VALUE_DIM, is_row, sum_rest, VALUE_MAIN, VALUE_REST, VALUE_DIM)
+        tl.debug_barrier()
+        counter = arrived + tl.program_id(0)
+        is_last = tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1
+        if is_last:
+            tl.store(counter, 0)
+            maximum, total = _merge_stats(partial_stats, first_parts, is_row, num_parts)
+            sum_main = _merge_sums(
+                partial_sums, partial_stats, first_parts, is_row, maximum, num_parts, 0, VALUE_MAIN, VALUE_DIM
+            )
+            if VALUE_REST:
+                sum_rest = _merge_sums(
+                    partial_sums, partial_stats, first_parts, is_row, maximum, num_parts,
+                    VALUE_MAIN, VALUE_REST, VALUE_DIM,
+                )  # fmt: skip
+    if is_last:
+        share = 1 / total
+        if HAS_SINKS:
+            sink = tl.load(sinks + heads, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
+            new_maximum = tl.maximum(maximum, sink)
+            decay = tl.exp2(maximum - new_maximum)
+            share = decay / (total * decay + tl.exp2(sink - new_maximum))
+        out_offsets = tokens * out_stride + heads * VALUE_DIM
+        _store(out, out_offsets, is_row, sum_main * share[:, None], 0, VALUE_MAIN, VALUE_DIM)
+        if VALUE_REST:
+            _store(out, out_offsets, is_row, sum_rest * share[:, None], VALUE_MAIN, VALUE_REST, VALUE_DIM)
 
 
 def attention(
@@ -378,11 +404,12 @@ def attention(
     alibi_slopes_H: Tensor | None, sinks_H: Tensor | None, kv_scales_PK: Tensor | None,
     scale: float, window: int, soft_cap: float, value_dim: int,
     launches: tuple[Launch, ...] | None = None, sink_q_TX: Tensor | None = None, sink_tokens: int = 0,
-    is_batch_invariant: bool = False,
+    tree: tuple[Tensor, Tensor, Tensor] | None = None, is_batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     """As the op (kernels/attention/paged.py). launches: instead of those that the shapes suggest, to measure others.
 
     sink_q, sink_tokens: as in kernels/attention/streaming.py, where they count among the window's tokens.
+    tree: positions, tree_starts and tree_masks, as in kernels/attention/tree.py.
     is_batch_invariant: prompts in the tiles of generation, nothing in splits, whose number depends on the batch.
     """
     _, _, block_size, num_kv_heads, head_dim = kv_PNBKD.shape
@@ -393,14 +420,14 @@ def attention(
     elif launches is None:
         launches = plan(
             q_TX.shape[0], len(kv_lens), num_kv_heads, num_heads // num_kv_heads, block_tables_SB.shape[1] * block_size,
-            head_dim, q_TX.element_size(), num_processors(q_TX.device),
+            head_dim, q_TX.element_size(), num_processors(q_TX.device), shared_memory(q_TX.device),
         )  # fmt: skip
     if q_TX.stride(1) != 1 or sink_q_TX is not None:
         q_TX, sink_q_TX = q_TX.contiguous(), None if sink_q_TX is None else sink_q_TX.contiguous()
     for launch in launches if q_TX.numel() else ():
         _run(
             launch, out_TX, q_TX, sink_q_TX, kv_PNBKD, query_starts, kv_lens, block_tables_SB, alibi_slopes_H, sinks_H,
-            kv_scales_PK, scale, window - sink_tokens, soft_cap, value_dim, sink_tokens,
+            kv_scales_PK, scale, window - sink_tokens, soft_cap, value_dim, sink_tokens, tree,
         )  # fmt: skip
     return out_TX
 
@@ -409,6 +436,7 @@ def _run(
     launch: Launch, out_TX: Tensor, q_TX: Tensor, sink_q_TX: Tensor | None, kv_PNBKD: Tensor, query_starts: Tensor,
     kv_lens: Tensor, block_tables_SB: Tensor, alibi_slopes_H: Tensor | None, sinks_H: Tensor | None,
     kv_scales_PK: Tensor | None, scale: float, window: int, soft_cap: float, value_dim: int, sink_tokens: int,
+    tree: tuple[Tensor, Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
     num_planes, _, block_size, num_kv_heads, head_dim = kv_PNBKD.shape
     num_tokens, num_sequences = q_TX.shape[0], len(kv_lens)
@@ -418,33 +446,24 @@ def _run(
     value_main, value_rest = _powers_of_two(value_dim)
     num_tiles = num_sequences if launch.max_rows else _most_tiles(launch, num_tokens, num_sequences, group)
     num_rows = num_sequences * num_kv_heads * tile.rows if launch.max_rows else num_tokens * group * num_kv_heads
-    sums = stats = None
+    sums = stats = arrived = None
     if num_splits > 1:
+        arrived = arrivals(q_TX.device)
         sums = torch.empty(num_rows * num_splits * value_dim, dtype=torch.float32, device=q_TX.device)
         stats = torch.empty(num_rows * num_splits * 2, dtype=torch.float32, device=q_TX.device)
     # Short tiles meet their whole past and a few masked keys in one loop: to start another costs more than masks.
     first_phase = 2 if tile.rows < 64 else 1 - (window > 0)
     _attend[num_tiles * num_kv_heads, num_splits](
-        q_TX, sink_q_TX, kv_PNBKD, out_TX, sums, stats, query_starts, kv_lens, block_tables_SB, alibi_slopes_H, sinks_H,
-        kv_scales_PK, num_sequences, num_splits, window, scale, soft_cap,
+        q_TX, sink_q_TX, kv_PNBKD, out_TX, sums, stats, arrived, query_starts, kv_lens, block_tables_SB, alibi_slopes_H,
+        sinks_H, kv_scales_PK, *(tree or (None, None, None)), num_sequences, num_splits, window, scale, soft_cap,
         q_TX.stride(0), out_TX.stride(0), kv_PNBKD.stride(0) * (num_planes - 1), *kv_PNBKD.stride()[1:4],
-        block_tables_SB.stride(0), (num_planes - 1) * num_kv_heads,
+        block_tables_SB.stride(0), (num_planes - 1) * num_kv_heads, 0 if tree is None else tree[2].stride(0),
         num_kv_heads, group, head_dim, value_dim, main, rest, value_main, value_rest,
         num_planes == 1 and value_dim == main, block_size, tile.rows, tile.keys,
         first_phase, num_splits > 1, launch.max_rows, launch.min_rows,
         window > 0, soft_cap != 0, alibi_slopes_H is not None, sinks_H is not None, sink_tokens, is_early,
         num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=is_early,
     )  # fmt: skip
-    if num_splits > 1:
-        width = triton.next_power_of_2(value_dim)
-        max_parts = triton.next_power_of_2(num_splits)
-        _merge[(num_rows,)](
-            out_TX, sums, stats, query_starts, kv_lens, sinks_H, num_sequences, num_splits, window, out_TX.stride(0),
-            num_kv_heads, group, value_dim, width, tile.rows, tile.keys,
-            max_parts, min(max_parts, max(1, 4096 // width)),
-            launch.max_rows, launch.min_rows, window > 0, sinks_H is not None, is_early,
-            num_warps=4, launch_pdl=is_early,
-        )  # fmt: skip
 
 
 def _most_tiles(launch: Launch, num_tokens: int, num_sequences: int, group: int) -> int:
@@ -462,7 +481,7 @@ def _powers_of_two(width: int) -> tuple[int, int]:
 
 def plan(
     num_tokens: int, num_sequences: int, num_kv_heads: int, group: int, max_keys: int, head_dim: int, item_size: int,
-    num_processors: int,
+    num_processors: int, shared_bytes: int,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """The launches for a step of these shapes: a recorded one must do for any lengths that come in them."""
     tokens_a_sequence = -(-num_tokens // num_sequences)
@@ -472,11 +491,14 @@ def plan(
 
     def launch(tile: Tile, num_tiles: int, programs_a_processor: int, **limits: int) -> Launch:
         room = programs_a_processor * num_processors // (max(1, num_tiles) * num_kv_heads)
-        return Launch(tile, max(1, min(room, -(-max_keys // (2 * tile.keys)), 64)), **limits)
+        return Launch(tile, max(1, min(room, -(-max_keys // (2 * tile.keys)), MOST_SPLITS.value)), **limits)
 
     # A recorded step has as many sequences as tokens; its tokens may still be one prompt's.
     if num_tokens <= min(num_sequences, 64) or num_tokens * group <= few.rows:
-        return (launch(few, min(num_tokens, num_sequences) * -(-group // few.rows), 4),)
+        num_tiles = min(num_tokens, num_sequences) * -(-group // few.rows)
+        if num_tiles * num_kv_heads <= num_processors and few.rows == 16 and item_size < 4 and head_dim <= 128:
+            return (launch(_one_a_processor(head_dim, item_size, shared_bytes), num_tiles, 1),)
+        return (launch(few, num_tiles, 4),)
     num_tiles = -(-num_tokens * group // many.rows)
     if num_sequences == 1 or group > few.rows:
         return (launch(many, num_tiles, 128 // many.rows),)
@@ -495,7 +517,14 @@ def _few_rows(num_rows: int, head_dim: int, item_size: int) -> Tile:
         return Tile(rows, 32, 8 if rows == 64 else 4, 2)
     if head_dim > 128:
         return Tile(rows, 32, 4, 3)
-    return Tile(rows, 128, 4, 2) if rows == 16 else Tile(rows, 64, 4, 3)
+    return Tile(rows, 32, 4, 2) if rows == 16 else Tile(rows, 64, 4, 3)
+
+
+def _one_a_processor(head_dim: int, item_size: int, shared_bytes: int) -> Tile:
+    """For generation by programs that have a processor each: all of its memory is for keys and values on their way."""
+    key_bytes = 2 * item_size * sum(_powers_of_two(head_dim))
+    stages = 3 if 3 * 128 * key_bytes <= shared_bytes - (16 << 10) else 2
+    return Tile(16, 128, 4, stages)
 
 
 def _many_rows(num_rows: int, head_dim: int, item_size: int) -> Tile:

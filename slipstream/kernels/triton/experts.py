@@ -1,8 +1,9 @@
 """Mixture of experts as grouped products: the pairs of token and expert that share an expert meet its weights.
 
 Pair p is of token p // K, of K experts each. A tile is up to BLOCK_M pairs of one expert. Where pairs are few, programs
-find their tile's in the ids; many are sorted by expert before. The grid has as many tiles as the shapes can need, and
-programs of those that there are not return at once: nothing on the host waits for where tokens go.
+find their tile's in the ids; many are sorted by expert before. Pairs of expert -1 are another rank's. The grid has as
+many tiles as the shapes can need, and programs of those that there are not return at once: nothing on the host waits
+for where tokens go.
 """
 
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def _sort(
     for first in range(0, num_pairs, BLOCK):
         pairs = first + tl.arange(0, BLOCK)
         ids = tl.load(ids_P + pairs, mask=pairs < num_pairs, other=0).to(tl.int32)
-        counts += tl.histogram(ids, EXPERTS, mask=pairs < num_pairs)
+        counts += tl.histogram(ids, EXPERTS, mask=(pairs < num_pairs) & (ids >= 0))
     tiles = tl.cdiv(counts, BLOCK_M)
     place = tl.sum(tl.where(experts < expert, counts, 0))
     end = place + tl.sum(tl.where(experts == expert, counts, 0))
@@ -195,7 +196,7 @@ def _down(
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def _sum(
-    parts_SPH, shares_P, out_TH, num_pairs, hidden_size,
+    parts_SPH, shares_P, ids_P, out_TH, num_pairs, hidden_size,
     TOP_K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """A token's experts by their shares, always in the same order."""
@@ -206,10 +207,11 @@ def _sum(
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
+        num_columns = tl.where(tl.load(ids_P + pair) >= 0, hidden_size, 0)  # none of what another rank has
         y = tl.zeros((BLOCK,), tl.float32)
         for split in tl.static_range(SPLITS):
             part = parts_SPH + (split * num_pairs + pair) * hidden_size
-            y += tl.load(part + columns, mask=is_inside, other=0.0).to(tl.float32)
+            y += tl.load(part + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
         total += y * tl.load(shares_P + pair)
     tl.store(out_TH + token * hidden_size + columns, total.to(out_TH.dtype.element_ty), mask=is_inside)
 
@@ -262,8 +264,8 @@ def experts(
     )  # fmt: skip
     block, is_early = min(512, triton.next_power_of_2(hidden_size)), starts_early(out_TH.device)
     _sum[num_tokens, triton.cdiv(hidden_size, block)](
-        parts_SPH, shares_TK.contiguous(), out_TH, num_pairs, hidden_size, top_k, tiles.splits, block, is_early,
-        num_warps=4, launch_pdl=is_early,
+        parts_SPH, shares_TK.contiguous(), routes.ids_P, out_TH, num_pairs, hidden_size,
+        top_k, tiles.splits, block, is_early, num_warps=4, launch_pdl=is_early,
     )  # fmt: skip
     return out_TH
 

@@ -10,6 +10,7 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import cuda as tl_cuda
 
 
@@ -41,3 +42,18 @@ def prefetch(pointers):
 @cache
 def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
+    if device.type != "cuda":
+        return 1 << 20
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+@cache
+def arrivals(device: torch.device) -> Tensor:
+    """Counters of programs that share a result, 0 between kernels: the last to arrive resets its own."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)

@@ -5,7 +5,6 @@ dense, bytes (int8, E4M3) or nibbles (two columns a byte), and w = (packed - zer
 Scales are applied to sums of products, never to the products: what is multiplied is exact.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slipstream.kernels.triton.launch import prefetch, starts_early, wait_for_previous
+from slipstream.kernels.triton.launch import arrivals, prefetch, starts_early, wait_for_previous
 
 
 class Tiles(NamedTuple):
@@ -198,6 +197,8 @@ def products(
         packed = step * words + tl.arange(0, words)
         x_mask = is_row[:, None] if IS_EVEN else is_row[:, None] & (columns < K)[None, :]
         x = tl.load(x_rows[:, None] + columns[None, :], mask=x_mask, other=0.0)
+        if PER_WORD > 1 and is_e4m3:  # exact, and four bits become halves faster than E4M3
+            x = x.to(tl.float16)
         w = _load(w_rows[:, None] + packed[None, :], (packed < K // PER_WORD)[None, :], IS_EVEN)
         first = tl.minimum(step * BLOCK_K, K - 1)  # the last part may end after K: it multiplies zeros, by any scale
         group = first // GROUP if GROUP else 0
@@ -345,14 +346,7 @@ def _through_dense(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tenso
 
 
 INVARIANT_ROWS = 64  # that tiles are chosen for where a row's sums must not depend on how many rows there are
-_MOST_SPLIT_TILES = 1 << 16
 _WIDE_BYTES = 128 << 20  # of a packed weight that are dense at a time
-
-
-@cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Counters of programs that split columns, 0 between kernels: the last program of a tile resets its own."""
-    return torch.zeros(_MOST_SPLIT_TILES, dtype=torch.int32, device=device)
 
 
 def supports(x_MK: Tensor, weight: Weight) -> bool:
@@ -406,7 +400,7 @@ def product(
     parts_SMN = arrived = None
     if tiles.splits > 1:
         parts_SMN = y_MN.new_empty(tiles.splits, num_rows, num_out, dtype=torch.float32)
-        arrived = _arrivals(x_MK.device)
+        arrived = arrivals(x_MK.device)
     x_groups = weight.x_scale_MG.shape[1] if weight.x_scale_MG is not None else 1
     _rows[grid](
         x_MK, weight.x_scale_MG, words, weight.scale_NG, weight.zero_NG, bias_N, y_MN,
@@ -424,7 +418,7 @@ def whole_group(group_size: int, num_columns: int) -> int:
 
 def choose_tiles(num_rows: int, num_out: int, group: int, x_type: torch.dtype, packed_type: torch.dtype) -> Tiles:
     """Tiles by shape alone, those that were fastest on an H100 (benchmarks/gpu_linear.py)."""
-    columns, is_narrow = 256 // x_type.itemsize, num_out < 6144
+    columns, is_narrow, is_wide = 256 // x_type.itemsize, num_out < 6144, num_out >= 16384
     if x_type == torch.float32:  # exact products run outside the tensor cores, from registers
         return Tiles(32, 32, stages=2)
     if num_rows == 1 and packed_type == torch.uint8:
@@ -432,17 +426,33 @@ def choose_tiles(num_rows: int, num_out: int, group: int, x_type: torch.dtype, p
     if num_rows == 1 and packed_type.itemsize == 2:
         return Tiles(2, 2048, splits=0, warps=8)
     if num_rows == 1:
-        return Tiles(4, 2048, splits=0)
+        return Tiles(2 if packed_type == torch.int8 else 4, 2048, splits=0)
+    if num_rows <= 64 and packed_type != x_type:
+        return _tiles_to_widen(num_rows, num_out, group, columns)
     if num_rows <= 16 and group:
         return Tiles(32, group, splits=2 if is_narrow else 1, stages=6)
-    if num_rows <= 16 and packed_type != x_type:
-        return Tiles(32, 256)
     if num_rows <= 16:
         return Tiles(64, columns, splits=4 if is_narrow else 1, is_swapped=True)
-    if num_rows <= 64 and x_type.itemsize == 1 and not group:
-        if is_narrow:
-            return Tiles(32, 256, stages=5)
-        return Tiles(64, 256, is_swapped=True) if num_out < 16384 else Tiles(64, 128, stages=6)
-    if num_rows <= 64:
+    if num_rows <= 64 and group:
         return Tiles(32 if is_narrow else 64, columns)
+    if num_rows <= 64 and x_type.itemsize == 1:
+        if is_narrow:
+            return Tiles(32, columns, stages=6)
+        return Tiles(64, columns, stages=3 if is_wide else 4, is_swapped=True)
+    if num_rows <= 64 and is_narrow:
+        return Tiles(32, columns, stages=6)
+    if num_rows <= 64:
+        return Tiles(128, columns, stages=3) if is_wide else Tiles(64, columns)
     return Tiles(128, columns // 2, warps=8, stages=3)
+
+
+def _tiles_to_widen(num_rows: int, num_out: int, group: int, columns: int) -> Tiles:
+    """For W in another dtype than x: tiles wait for conversions, so that more programs share the work."""
+    splits = 4 if num_out <= 8192 else 1
+    if num_rows <= 16 and group:
+        return Tiles(64, group, splits)
+    if num_rows <= 16:
+        return Tiles(32, 2 * columns, splits)
+    if num_out >= 16384:
+        return Tiles(128, columns, stages=3, is_swapped=group > 0)
+    return Tiles(64, columns, splits, stages=3, is_swapped=True)

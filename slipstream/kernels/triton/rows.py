@@ -5,6 +5,7 @@ One kernel for each of the two, whose parts are chosen by constants: the residua
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,11 +27,25 @@ class Quantized:
     input_scale: float
     group_size: int
     dtype: str
+    # A product of one row does not use tensor cores, and multiplies what is not rounded as fast: a row alone is left
+    # as it is, with scales of 1.
+    keeps_one_row: bool = False
+
+    def keeps(self, x_TN: Tensor) -> bool:
+        return self.keeps_one_row and x_TN.shape[0] == 1 and x_TN.dtype in (torch.bfloat16, torch.float16)
+
+    def kept_scales(self, num_columns: int, device: torch.device) -> Tensor:
+        return _ones(triton.cdiv(num_columns, self.group_size or num_columns), device)
 
     @property
     def fits_tiles(self) -> bool:
         """Tiles are powers of two; other groups are rounded by the reference, in a step of their own."""
         return self.group_size & (self.group_size - 1) == 0
+
+
+@cache
+def _ones(count: int, device: torch.device) -> Tensor:
+    return torch.ones((1, count), device=device)
 
 
 @triton.jit
@@ -54,7 +69,7 @@ def _store_quantized(
         scale_G = tl.maximum(tl.max(tl.abs(y_GC), 1), SMALLEST_AMAX) / LARGEST
     num_groups = tl.cdiv(num_columns, GROUP)
     tl.store(scales + row * num_groups + groups, scale_G, mask=groups < num_groups)
-    scaled_GC = tl.div_rn(y_GC, scale_G[:, None] + tl.zeros_like(y_GC))
+    scaled_GC = y_GC * (1 / scale_G)[:, None]  # a division for each number would take as long as reading it
     if out.dtype.element_ty == tl.int8:
         # Its largest is one more than the largest below zero.
         scaled_GC = tl.minimum(tl.maximum(nearest_even(scaled_GC), -LARGEST - 1), LARGEST)
@@ -146,9 +161,11 @@ def norm(
     *, weight_offset: float = 0.0, is_layer: bool = False, how: Quantized | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(result, its scales, x + residual); what was not asked for is an empty tensor."""
-    if how is not None and not how.fits_tiles:
+    if how is not None and (how.keeps(x_TN) or not how.fits_tiles):
         plain = norm(x_TN, residual_TH, weight_H, bias_H, eps, weight_offset=weight_offset, is_layer=is_layer)
         normed_TN, _, total_TH = plain
+        if how.keeps(x_TN):
+            return normed_TN, how.kept_scales(normed_TN.shape[1], x_TN.device), total_TH
         return *quantize_by_reference(normed_TN, how.input_scale, how.group_size, how.dtype), total_TH
     size = weight_H.shape[0]
     num_groups = x_TN.shape[1] // size
@@ -169,8 +186,10 @@ def norm(
 
 def activate(x_TX: Tensor, name: str, *, is_gated: bool, how: Quantized | None = None) -> tuple[Tensor, Tensor]:
     """(result, its scales). name: silu, gelu_tanh or gelu; gated: of the first half of each row, times the second."""
-    if how is not None and not how.fits_tiles:
-        plain_TX = activate(x_TX, name, is_gated=is_gated)[0]
+    if how is not None and (how.keeps(x_TX) or not how.fits_tiles):
+        plain_TX = x_TX if name == "none" else activate(x_TX, name, is_gated=is_gated)[0]
+        if how.keeps(x_TX):
+            return plain_TX, how.kept_scales(plain_TX.shape[1], x_TX.device)
         return quantize_by_reference(plain_TX, how.input_scale, how.group_size, how.dtype)
     size = x_TX.shape[1] // 2 if is_gated else x_TX.shape[1]
     out, scales, options = _results(x_TX, size, how)

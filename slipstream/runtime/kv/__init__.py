@@ -30,6 +30,7 @@ class BlockTable:
     """
 
     salt: str = ""
+    is_reusable: bool = True  # others may find what was computed; False keeps it out of the tree
     path: list[Node] = field(default_factory=list)
     copy_source: Node | None = None  # held until the step that copies from it has run
     position: int = 0  # of the next token to compute: what it and all after it do not see has been given up
@@ -170,8 +171,10 @@ class KVCacheManager:
         pairs = zip(match.source.block_ids, targets, strict=True)
         return tuple(BlockCopy(source, target, match.num_copied) for source, target in pairs)
 
-    def can_extend(self, table: BlockTable, num_tokens: int) -> bool:
-        return (self._num_rows(num_tokens) - len(table.rows)) * len(self._groups) <= self.num_available
+    def can_extend(self, table: BlockTable, num_tokens: int, num_spared: int = 0) -> bool:
+        """num_spared: rows that must then be left for other tables."""
+        num_new = self._num_rows(num_tokens) - len(table.rows)
+        return (num_new + num_spared) * len(self._groups) <= self.num_available
 
     def extend(self, table: BlockTable, num_tokens: int) -> None:
         """Give the table the blocks it lacks to hold num_tokens."""
@@ -187,7 +190,7 @@ class KVCacheManager:
         if table.copy_source is not None:
             self._release_copy_source(table)
         size = self.tokens_per_block
-        if self._enable_block_reuse and num_computed >= (len(table.path) + 1) * size:
+        if self._keeps(table) and num_computed >= (len(table.path) + 1) * size:
             for index in range(len(table.path), num_computed // size):
                 tokens = tuple(token_ids[index * size : (index + 1) * size])
                 parent = table.path[-1] if table.path else None
@@ -212,7 +215,7 @@ class KVCacheManager:
     def release(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
         """Empty the table after its last commit; what was computed stays findable, down to the last, partial block."""
         tokens = tuple(token_ids[len(table.path) * self.tokens_per_block : num_computed])
-        if tokens and self._enable_block_reuse:
+        if tokens and self._keeps(table):
             parent = table.path[-1] if table.path else None
             self._tree.insert_leaf(table.salt, parent, tokens, table.rows.pop(len(table.path)))
         self.discard(table)
@@ -228,6 +231,9 @@ class KVCacheManager:
         for node, row in zip(reversed(table.path), reversed(rows), strict=True):  # deepest first: eviction relies on it
             self._tree.release(node, row)
         table._clear()
+
+    def _keeps(self, table: BlockTable) -> bool:
+        return self._enable_block_reuse and table.is_reusable
 
     def _release_copy_source(self, table: BlockTable) -> None:
         if table.copy_source is not None:

@@ -1,10 +1,13 @@
 """The engine's graph as a Python function: one line a node, each calling the kernel chosen for it.
 
+On a CPU consecutive nodes whose kernels are native are one line and one call (native.py), which is mostly all of them.
 The source is generated from the checked graph with names of our own making (v0, v1, ...): nothing out of the engine
 file is executed, and only registered ops can be called. On a GPU the function's calls are what a CUDA graph records.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +16,9 @@ from torch import Tensor
 from slipstream.engine.choices import ROW_BUCKETS, Choices, bucket_of, key_of
 from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.errors import EngineError
+from slipstream.kernels.collectives import ALONE, Ranks
 from slipstream.kernels.registry import Kernel, known_ops
+from slipstream.runtime.worker.native import NativeNode, NativeRun, native_node
 
 StepFunction = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 
@@ -30,12 +35,13 @@ def compile_graph(
     device: torch.device,
     *,
     is_batch_invariant: bool = False,
+    ranks: Ranks = ALONE,
 ) -> CompiledGraph:
-    """A graph that engine/check.py has found to be sound, as a function.
+    """A graph that engine/check.py has found to be sound, as a function. ranks: those that compute it together.
 
     is_batch_invariant: no row depends on what else is in a step. Raises EngineError where no kernel promises that.
     """
-    writer = _Writer(graph, weights, choices, device, is_batch_invariant)
+    writer = _Writer(graph, weights, choices, device, is_batch_invariant, ranks)
     source = writer.source()
     exec(compile(source, "<engine graph>", "exec"), writer.scope)
     # Without this entry the function and its globals are no cycle: dropping it frees the weights at once.
@@ -50,11 +56,12 @@ class _Writer:
         choices: Choices,
         device: torch.device,
         is_batch_invariant: bool,
+        ranks: Ranks,
     ) -> None:
         self.scope: dict[str, Any] = {}
         self.can_be_recorded = True  # until a kernel is chosen that cannot
-        self._graph, self._choices, self._device = graph, choices, device
-        self._is_batch_invariant = is_batch_invariant
+        self._graph, self._weights, self._choices, self._device = graph, weights, choices, device
+        self._is_batch_invariant, self._ranks = is_batch_invariant, ranks
         self._ops = known_ops()
         self._names: dict[str, str] = {}
         for name in graph.inputs:
@@ -67,19 +74,53 @@ class _Writer:
         lines = ["def step(inputs):"]
         lines += [f"    {self._names[name]} = inputs[{name!r}]" for name in self._graph.inputs]
         last_use = {name: i for i, node in enumerate(self._graph.nodes) for name in node.inputs if name is not None}
-        made = {name for node in self._graph.nodes for name in node.outputs} - set(self._graph.outputs)
-        for index, node in enumerate(self._graph.nodes):
-            lines.append(f"    {self._call(index, node)}")
-            done = [name for name in dict.fromkeys((*node.inputs, *node.outputs)) if name in made]
-            dead = [self._names[name] for name in done if last_use.get(name, index) == index]
+        last_use |= dict.fromkeys(self._graph.outputs, len(self._graph.nodes))
+        made = {name for node in self._graph.nodes for name in node.outputs}
+        functions = [self._kernel(node) for node in self._graph.nodes]
+        index = 0
+        while index < len(functions):
+            run = self._run_from(index, functions)
+            end = index + max(1, len(run))
+            nodes = self._graph.nodes[index:end]
+            if run:
+                lines.append(f"    {self._call_of_run(run, {name for name in made if last_use.get(name, -1) >= end})}")
+            else:
+                lines.append(f"    {self._call(index, nodes[0], functions[index])}")
+            done = dict.fromkeys(name for node in nodes for name in (*node.inputs, *node.outputs) if name in made)
+            dead = [self._names[name] for name in done if name in self._names and last_use.get(name, -1) < end]
             if dead:
                 lines.append(f"    del {', '.join(dead)}")
+            index = end
         lines.append(f"    return ({''.join(f'{self._names[name]}, ' for name in self._graph.outputs)})")
         return "\n".join(lines)
 
-    def _call(self, index: int, node: Node) -> str:
+    def _run_from(self, index: int, functions: list[Callable[..., Any]]) -> list[NativeNode]:
+        """The nodes from here on that are one native call; none where the first is not native."""
+        if self._device.type != "cpu":
+            return []
+        found = takewhile(
+            lambda each: each is not None,
+            (
+                native_node(node, function, self._graph.types)
+                for node, function in zip(self._graph.nodes[index:], functions[index:], strict=True)
+            ),
+        )
+        run = [each for each in found if each is not None]
+        return run if any(each.kernel is not None for each in run) else []
+
+    def _call_of_run(self, nodes: list[NativeNode], wanted: set[str]) -> str:
+        """wanted: what is read after it."""
+        run, function = NativeRun(nodes, self._graph.types, self._weights, wanted), f"n{len(self.scope)}"
+        self.scope[function] = run
+        arguments = ", ".join(self._names[name] for name in run.arguments)
+        for name in run.outputs:
+            self._names[name] = f"v{len(self._names)}"
+        left = "".join(f"{self._names[name]}, " for name in run.outputs)
+        return f"{left}= {function}({arguments})" if left else f"{function}({arguments})"
+
+    def _call(self, index: int, node: Node, function: Callable[..., Any]) -> str:
         op = self._ops[node.op]
-        self.scope[f"k{index}"] = self._kernel(node)
+        self.scope[f"k{index}"] = function
         arguments = ["None" if name is None else self._names[name] for name in node.inputs]
         if any(argument.kind == "Tensor[]" for argument in op.arguments):
             arguments = [f"[{', '.join(arguments)}]"]
@@ -95,6 +136,10 @@ class _Writer:
         return f"{left.removesuffix(', ')} = {call}" if op.num_outputs == 1 else f"{left}= {call}"
 
     def _kernel(self, node: Node) -> Callable[..., Any]:
+        function = self._chosen(node)
+        return partial(function, ranks=self._ranks) if self._ops[node.op].is_collective else function
+
+    def _chosen(self, node: Node) -> Callable[..., Any]:
         if self._is_batch_invariant:
             return self._batch_invariant(node)
         chosen = chosen_kernels(node, self._graph.types, self._choices, self._device)

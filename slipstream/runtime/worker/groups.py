@@ -1,17 +1,18 @@
 """KV groups (schema/kv.py) in the graph: each layer reads its group's block tables and sees its group's window.
 
-An engine is built without knowing them: windows are narrowed, and sinks kept, when it is started.
+An engine is built without knowing them: windows are narrowed, sinks kept and drafts made when it is started.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from slipstream.engine.graph import Graph, Node
+from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.errors import EngineError
 from slipstream.schema.kv import KVGroup
 
 _ONE_A_GROUP = ("step.slots", "step.block_tables")
+_ONLY_WRITE = ("kv_write", "rope_kv_write")
 
 
 def group_input(name: str, group: int) -> str:
@@ -35,6 +36,28 @@ def with_groups(graph: Graph, groups: Sequence[KVGroup]) -> Graph:
         if name in graph.inputs
     }
     return replace(graph, nodes=nodes, inputs=graph.inputs | more, types=graph.types | more)
+
+
+def with_trees(graph: Graph, num_words: int) -> Graph:
+    """The graph where drafts may branch: each row sees its own past in its tree. num_words: of a row's mask."""
+    more = {
+        "step.positions": TensorType(("T",), "int64"),
+        "step.tree_starts": TensorType(("S",), "int64"),
+        "step.tree_masks": TensorType(("T", num_words), "int64"),
+    }
+    nodes = [_with_tree(node, tuple(more)) if _reads_a_cache(node) else node for node in graph.nodes]
+    return replace(graph, nodes=nodes, inputs=graph.inputs | more, types=graph.types | more)
+
+
+def _reads_a_cache(node: Node) -> bool:
+    return node.op not in _ONLY_WRITE and any(name is not None and name.startswith("kv.") for name in node.inputs)
+
+
+def _with_tree(node: Node, tree: tuple[str, ...]) -> Node:
+    if node.op != "attention":
+        why = "sink_token_length" if node.op == "streaming_attention" else f"this model's op {node.op}"
+        raise EngineError(f"drafts of this method branch, which {why} cannot; take another speculative method.")
+    return replace(node, op="tree_attention", inputs=(*node.inputs[:5], *tree, *node.inputs[5:]))
 
 
 def _of_group(node: Node, index: int, groups: Sequence[KVGroup]) -> Node:

@@ -12,11 +12,18 @@ from torch import Tensor
 
 from slipstream.runtime.worker.groups import group_input
 from slipstream.runtime.worker.tables import BlockTables, Numbers
-from slipstream.schema.step import StepPlan
+from slipstream.schema.step import PENDING, StepPlan
 
 AnyArray = TypeVar("AnyArray", Tensor, Numbers)
+Places = TypeVar("Places", int, Tensor)
 
 NO_SLOT = -1  # as an index: one beyond all slots
+_FIRST_DRAFT = PENDING - 1
+
+
+def draft_name(place: Places) -> Places:
+    """In token_ids: the slot's draft at this place, which the worker knows (drafts.py). And back."""
+    return _FIRST_DRAFT - place
 
 
 @dataclass(frozen=True)
@@ -30,16 +37,17 @@ class StepSizes:
     num_groups: int  # of KV layers
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """By the graph's names: the fields of StepTensors, slots and block_tables once a group.
+        """By the graph's names: the fields of StepTensors, slots and block_tables once a group; where drafts begin.
 
         And of each token its sequence's slot in the worker; of each row of logits the slot that the step chooses a
-        token for, or NO_SLOT, and where in its text that token will be.
+        token for, or NO_SLOT, and where in its text that token will be. Drafts are named as draft_name says.
         """
         shapes: dict[str, tuple[int, ...]] = {
             "step.token_ids": (self.num_tokens,),
             "step.positions": (self.num_tokens,),
             "step.query_starts": (self.num_sequences + 1,),
             "step.kv_lens": (self.num_sequences,),
+            "step.tree_starts": (self.num_sequences,),
             "step.logit_rows": (self.num_rows,),
             "token_slots": (self.num_tokens,),
             "row_slots": (self.num_rows,),
@@ -65,16 +73,16 @@ class StepSizes:
 
 
 def rows_wanted(plan: StepPlan, wants_all_rows: Sequence[bool]) -> list[int]:
-    """Rows of logits of each sequence: 0, 1 (the last token) or its whole chunk."""
+    """Rows of logits of each sequence: 0, those of the last token and its drafts, or its whole chunk."""
     return [
-        len(sequence.token_ids) if all_rows else int(sequence.sample)
+        sequence.num_tokens if all_rows else sequence.num_drafts + 1 if sequence.sample else 0
         for sequence, all_rows in zip(plan.sequences, wants_all_rows, strict=True)
     ]
 
 
 def sizes_of(plan: StepPlan, logit_counts: Iterable[int], tables: BlockTables) -> StepSizes:
     """Exactly what the plan needs."""
-    longest = max(sequence.start + len(sequence.token_ids) for sequence in plan.sequences)
+    longest = max(sequence.start + sequence.num_tokens for sequence in plan.sequences)
     width = -(-longest // tables.tokens_per_block)
     return StepSizes(plan.num_tokens, len(plan.sequences), sum(logit_counts), width, tables.num_groups)
 
@@ -85,7 +93,7 @@ def fill_inputs(
 ) -> None:  # fmt: skip
     """Write the plan, which `tables` have taken in, into `out`, int64 [sizes.num_numbers] on the host.
 
-    is_chosen: of each sequence, whether the step chooses the token that follows.
+    is_chosen: of each sequence, whether the step chooses what follows its last token, and each of its drafts.
 
     Where sizes are larger than the plan: tokens beyond its own belong to no sequence and are written to the null
     block, sequences beyond its own have no tokens, rows of logits beyond its own are of token 0.
@@ -96,26 +104,30 @@ def fill_inputs(
     sequences, num_sequences, size = plan.sequences, len(plan.sequences), tables.tokens_per_block
     slots = _column((each.slot for each in sequences), num_sequences)
     starts = _column((each.start for each in sequences), num_sequences)
-    lengths = _column((len(each.token_ids) for each in sequences), num_sequences)
+    lengths = _column((each.num_tokens for each in sequences), num_sequences)
     counts = np.array(logit_counts)
     ends, kv_lens = lengths.cumsum(), starts + lengths
     num_tokens = ends[-1]
-    token_ids = chain.from_iterable(each.token_ids for each in sequences)
+    token_ids = chain.from_iterable((*each.token_ids, *map(draft_name, range(each.num_drafts))) for each in sequences)
     columns["step.token_ids"][:num_tokens] = _column(token_ids, num_tokens)
     positions = columns["step.positions"][:num_tokens]
     positions[:] = np.arange(num_tokens) + (kv_lens - ends).repeat(lengths)
     columns["step.query_starts"][1 : num_sequences + 1] = ends
     columns["step.query_starts"][num_sequences + 1 :] = num_tokens
     columns["step.kv_lens"][:num_sequences] = kv_lens
+    num_nodes = _column((each.num_drafts + 1 for each in sequences), num_sequences)
+    columns["step.tree_starts"][:num_sequences] = kv_lens - num_nodes
     row_ends = counts.cumsum()
     columns["step.logit_rows"][: row_ends[-1]] = np.arange(row_ends[-1]) + (ends - row_ends).repeat(counts)
     slot_of_token = columns["token_slots"][:num_tokens]
     slot_of_token[:] = slots.repeat(lengths)
     columns["row_slots"][:] = NO_SLOT
-    chosen = np.array(is_chosen)
-    last_rows = row_ends[chosen] - 1
-    columns["row_slots"][last_rows] = slots[chosen]
-    columns["row_positions"][last_rows] = kv_lens[chosen]
+    chosen = num_nodes * np.array(is_chosen)
+    chosen_ends = chosen.cumsum()
+    rows = np.arange(chosen_ends[-1])
+    last_rows = rows + (row_ends - chosen_ends).repeat(chosen)
+    columns["row_slots"][last_rows] = slots.repeat(chosen)
+    columns["row_positions"][last_rows] = rows + (kv_lens + 1 - chosen_ends).repeat(chosen)
     places, offsets = np.divmod(positions, size)
     for group in range(sizes.num_groups):
         columns[group_input("step.block_tables", group)][:num_sequences] = tables.of(group, slots, sizes.table_width)

@@ -1,9 +1,12 @@
 """How many KV blocks fit, and memory that stays ours between steps."""
 
+import contextlib
 import ctypes
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +43,34 @@ def free_memory(device: torch.device) -> int:
     """Bytes that could still be allocated there."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return max(0, min(_free_on_machine(), free_in_groups()))
+
+
+def _free_on_machine() -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def free_in_groups(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes below the limits of this process's control groups (version 2), such as a container's or a service's.
+
+    Pages of files are given back to who needs memory, so they count as free; a container ends with what is beyond.
+    """
+    try:
+        own = next(line[3:].strip("/") for line in of.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return sys.maxsize
+    left = sys.maxsize
+    for group in (root / own, *(root / own).parents):
+        with contextlib.suppress(OSError, KeyError, ValueError):  # no limit here: no such file, or "max"
+            limit = int((group / "memory.max").read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            files = int(stat["active_file"]) + int(stat["inactive_file"])
+            left = min(left, limit - int((group / "memory.current").read_text()) + files)
+    return left
 
 
 def left_by_plan(manifest: Manifest, device: torch.device) -> int:
@@ -108,16 +134,18 @@ def count_blocks(
     max_tokens: int | None = None,
     max_bytes: int | None = None,
     max_seq_len: int | None = None,
+    more_bytes_per_token: int = 0,
 ) -> int:
     """KV blocks to allocate, the null block included.
 
     left: bytes free beside weights, activations and recorded steps. As many blocks as a full batch of the longest
     sequences (max_seq_len; by default the engine's) could use, within `fraction` of these. `max_tokens` asks for room
-    for so many tokens in all layers instead, `max_bytes` for so many bytes; the smaller counts. Raises CapacityError
-    where that does not fit.
+    for so many tokens in all layers instead, `max_bytes` for so many bytes; the smaller counts. more_bytes_per_token:
+    what a drafter keeps in blocks of its own beside these. Raises CapacityError where that does not fit.
     """
     check_kv_size(fraction, max_tokens, max_bytes)
-    block_bytes, size = manifest.kv_block_bytes(groups), manifest.tokens_per_block
+    size = manifest.tokens_per_block
+    block_bytes = manifest.kv_block_bytes(groups) + more_bytes_per_token * size
     budget = int(fraction * left)
     fitting, fewest = budget // block_bytes, len(groups) + 1
     if fitting < fewest:
@@ -155,22 +183,37 @@ def count_blocks(
     return min(useful, fitting, max(limit, fewest))
 
 
-def allocate_kv(manifest: Manifest, num_tensors: int, num_blocks: int, device: torch.device) -> list[Tensor]:
-    """Zeroed caches; each serves one layer of every KV group."""
+def allocate_kv(manifest: Manifest, groups: Sequence[KVGroup], num_blocks: int, device: torch.device) -> list[Tensor]:
+    """Zeroed caches; each serves the layers of one place in every KV group: a block belongs to one group at a time."""
     shape = (manifest.kv_planes, num_blocks, manifest.tokens_per_block, manifest.num_kv_heads, manifest.head_dim)
-    dtype = getattr(torch, manifest.kv_dtype)
+    dtypes = [getattr(torch, name) for name in _kv_dtypes(manifest, groups)]
     try:
-        if device.type == "cpu":
-            return [_lazy_zeros(shape, dtype) for _ in range(num_tensors)]
-        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_tensors)]
+        return [zeros(shape, dtype, device) for dtype in dtypes]
     except (RuntimeError, MemoryError):
-        size = num_tensors * math.prod(shape) * dtype.itemsize
+        size = sum(math.prod(shape) * dtype.itemsize for dtype in dtypes)
         raise CapacityError(
             f"The KV cache of {size / 2**30:.1f} GiB could not be allocated; lower --kv_cache_free_memory_fraction "
             f"or set --kv_cache_max_bytes to {size * 3 // 4}."
         ) from None
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that take memory only as they are written (calloc); torch.zeros would touch every page."""
+def _kv_dtypes(manifest: Manifest, groups: Sequence[KVGroup]) -> list[str]:
+    """Of each place in a group. Raises CapacityError where layers that share one differ."""
+    found = []
+    for layers in zip_longest(*(group.layers for group in groups)):
+        sharing = sorted(layer for layer in layers if layer is not None)
+        dtypes = {manifest.kv_dtype_of(layer) for layer in sharing}
+        if len(dtypes) > 1:
+            raise CapacityError(
+                f"Layers {', '.join(map(str, sharing))} of {manifest.name} have different windows and share KV blocks, "
+                "and only some of them are left out of the KV cache in 8 bits; leave out all of them, or none."
+            )
+        found.append(dtypes.pop())
+    return found
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU they take memory only as they are written (calloc); torch.zeros would touch every page."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

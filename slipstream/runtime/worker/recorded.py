@@ -10,6 +10,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,18 @@ NUM_TOKENS = (
     *range(512, 1024, 128), *range(1024, MAX_RECORDED_TOKENS + 1, 256),
 )  # fmt: skip
 
+_OWN_THREAD = "thread_local"  # what others do meanwhile, as NCCL's watchdog does, is no part of a recording
+
 FEWEST_TOKENS = 1024  # a sequence: tables of recorded steps have room for so many at least
+
+
+class StepOutputs(NamedTuple):
+    """What a step leaves on the device."""
+
+    logits: Tensor  # [R, vocab_size], of the wanted rows
+    token_ids: Tensor  # [R], chosen for each of them
+    hidden: Tensor | None  # [T, hidden_size], which logits are made of; None of engines that do not give them
+    drafted_from: Tensor | None  # [T, F], the hidden states that a drafter asks for
 
 
 @dataclass(frozen=True)
@@ -33,24 +45,24 @@ class Recording:
     graph: torch.cuda.CUDAGraph
     host: Tensor  # pinned; fill_inputs writes here
     device: Tensor  # what the graph reads
-    # Where it leaves its results, in memory that other recordings use too: logits [R, vocab_size], token_ids [R].
-    logits: Tensor
-    token_ids: Tensor
+    outputs: StepOutputs  # where it leaves them, in memory that other recordings use too
     is_copied: torch.cuda.Event  # host to device, the last time
 
 
 class RecordedSteps:
-    """run: a step, from its inputs by name to logits [R, vocab_size] and the token chosen for each row."""
+    """run: a step, from its inputs by name."""
 
     def __init__(
         self,
-        run: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]],
+        run: Callable[[dict[str, Tensor]], StepOutputs],
         tables: BlockTables,
         max_batch_size: int,
+        most_rows: int,
         device: torch.device,
     ) -> None:
+        """most_rows: of logits, unless prompt logprobs are asked for."""
         self._run, self._tables, self._device = run, tables, device
-        self._max_batch_size = max_batch_size
+        self._max_batch_size, self._most_rows = max_batch_size, most_rows
         self._recordings: dict[StepSizes, Recording | None] = {}  # None where memory was short
         self._memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
         self._reserve: torch.cuda.CUDAGraph | None = None  # holds on to that memory
@@ -58,7 +70,7 @@ class RecordedSteps:
     def reserve(self, num_bytes: int) -> None:
         """Set memory aside that no recording so far has filled: the largest step's, which smaller ones share."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode=_OWN_THREAD):
             torch.empty(num_bytes, dtype=torch.uint8, device=self._device).zero_()
         self._reserve = graph
 
@@ -70,10 +82,11 @@ class RecordedSteps:
             if sizes not in self._recordings:
                 self._recordings[sizes] = self._record(sizes)
 
-    def run(
-        self, plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool]
-    ) -> tuple[Tensor, Tensor] | None:
-        """What `run` gives, valid until the next step; None where no recording is of this size. Waits for nothing."""
+    def run(self, plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool]) -> StepOutputs | None:
+        """What `run` gives, valid until the next step; None where no recording is of this size. Waits for nothing.
+
+        Hidden states may have more rows than the plan has tokens.
+        """
         sizes = self._sizes_for(sizes_of(plan, logit_counts, self._tables))
         if sizes is None:
             return None
@@ -87,8 +100,8 @@ class RecordedSteps:
         recording.device.copy_(recording.host, non_blocking=True)
         recording.is_copied.record()
         recording.graph.replay()
-        num_rows = sum(logit_counts)
-        return recording.logits[:num_rows], recording.token_ids[:num_rows]
+        num_rows, (logits, token_ids, *hidden) = sum(logit_counts), recording.outputs
+        return StepOutputs(logits[:num_rows], token_ids[:num_rows], *hidden)
 
     def _sizes_for(self, exact: StepSizes) -> StepSizes | None:
         if exact.num_tokens > MAX_RECORDED_TOKENS:
@@ -102,7 +115,7 @@ class RecordedSteps:
         num_sequences = min(num_tokens, self._max_batch_size)
         # Short texts share a width, so that a request does not wait for a recording each time its text doubles.
         width = 1 << (max(table_width, -(-FEWEST_TOKENS // self._tables.tokens_per_block)) - 1).bit_length()
-        return StepSizes(num_tokens, num_sequences, num_sequences, width, num_groups)
+        return StepSizes(num_tokens, num_sequences, min(num_tokens, self._most_rows), width, num_groups)
 
     def _record(self, sizes: StepSizes) -> Recording | None:
         """A step without sequences is run once, for what kernels do at their first call, and then recorded.
@@ -130,9 +143,11 @@ class RecordedSteps:
         self._run(inputs)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            logits_RV, token_ids_R = self._run(inputs)
-        return Recording(graph, host, numbers, _borrowed(logits_RV), _borrowed(token_ids_R), torch.cuda.Event())
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode=_OWN_THREAD):
+            made = self._run(inputs)
+        hidden, asked = (None if tensor is None else _borrowed(tensor) for tensor in made[2:])
+        outputs = StepOutputs(_borrowed(made.logits), _borrowed(made.token_ids), hidden, asked)
+        return Recording(graph, host, numbers, outputs, torch.cuda.Event())
 
 
 class _Bytes:
@@ -145,5 +160,7 @@ class _Bytes:
 
 def _borrowed(tensor: Tensor) -> Tensor:
     """The same memory, without keeping it: the next recording may use it for its own."""
+    if not tensor.numel():
+        return tensor
     assert tensor.is_contiguous()
     return torch.as_tensor(_Bytes(tensor), device=tensor.device).view(tensor.dtype).view(tensor.shape)

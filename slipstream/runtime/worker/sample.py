@@ -1,23 +1,30 @@
-"""The Sampler: one token a sequence, with each slot's state between steps.
+"""The Sampler: what each sequence says next, with each slot's state between steps.
 
     rows without edits   the step itself has chosen, by the SlotTable (kernels/sampling.py)      → token_ids_R
     edited rows          logits → edits (runtime/logits.py) → chosen after it, by the same table → token_ids_R
+    drafts               the rows of a sequence are those of a tree, and the tokens chosen walk down it (speculative/)
     logprobs             of the model's logits, in the rows that ask for them
 
-Shape suffixes: R rows (one sequence each), V vocabulary, N a subset of the rows, T tokens of a prompt, K alternatives.
+Shape suffixes: R rows (a sequence's last token, then its drafts), V vocabulary, N a subset of the rows, S sequences,
+M nodes of a tree, T tokens of a prompt, K alternatives.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate, islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from slipstream.kernels.sampling import NOTHING_TO_SAMPLE, SlotTable, gather_logprobs
-from slipstream.runtime.guidance import Guidance, why_stopped
+from slipstream.runtime.guidance import Guidance, num_taken, why_stopped
 from slipstream.runtime.logits import PenaltyTable, SequenceState, edit_logits
-from slipstream.runtime.transfer import on_device
+from slipstream.runtime.transfer import ToHost, on_device
+from slipstream.runtime.worker.drafts import Drafted
 from slipstream.schema.request import GenerateRequest, TokenLogprobs
 from slipstream.schema.step import SequenceResult
+from slipstream.speculative.accept import Accepted, accept
 
 # Logprobs over a vocabulary of 128k take 0.5 MB a row, several times over: a whole prompt at once would be gigabytes.
 _PROMPT_ROWS_AT_ONCE = 128
@@ -65,26 +72,38 @@ class Sampler:
         """Whether the next token is chosen from other logits than the model's; the step leaves that to `draw`."""
         return self._states[slot].is_edited
 
-    def draw(self, slots: Sequence[int], positions: Sequence[int], logits_RV: Tensor, chosen_R: Tensor) -> "Draw":
-        """The next token of each slot, at these places of their texts; no slot comes twice.
+    def draw(
+        self,
+        slots: Sequence[int],
+        positions: Sequence[int],
+        logits_RV: Tensor,
+        chosen_R: Tensor,
+        drafted: Drafted | None = None,
+    ) -> "Draw":
+        """What each slot says next, at these places of their texts; no slot comes twice.
 
-        Row i of logits_RV belongs to slots[i], and so does the token that the step chose, unless the row is edited.
+        Rows of logits_RV are of slots[0], then of slots[1], ...: one each or, with drafts, one a node of its tree. So
+        are the tokens that the step chose, unless the slot is edited.
         """
         states = [self._states[slot] for slot in slots]
-        edited = [(row, slots[row], position) for row, position in enumerate(positions) if states[row].is_edited]
         errors: dict[int, str] = {}
+        edited = [index for index, state in enumerate(states) if state.is_edited]
         if edited:
-            rows_N, slots_N, positions_N = on_device(edited, torch.int64, self._device).unbind(1)
-            rows, edited_slots, _ = zip(*edited, strict=True)
+            rows = _edited_rows(edited, states, positions, drafted)
+            rows_N, slots_N, positions_N = on_device(
+                [(row.place, slots[row.sequence], row.position) for row in rows], torch.int64, self._device
+            ).unbind(1)
             edited_NV = logits_RV[rows_N].float()
-            edited_states = [states[row] for row in rows]
+            edited_slots = [slots[row.sequence] for row in rows]
+            edited_states = [row.state for row in rows]
             failed = edit_logits(edited_NV, edited_slots, edited_states, self._penalties)
             self._keep_allowed(edited_NV, edited_states)
-            errors = {rows[place]: error for place, error in failed.items()}
+            errors = {rows[place].sequence: error for place, error in failed.items()}
             chosen_N = self.slots.choose(edited_NV, slots_N.contiguous(), positions_N.contiguous())
             chosen_R = chosen_R.index_copy(0, rows_N, chosen_N)
         is_plain = not edited and all(state.sampling.logprobs is None for state in states)
-        return Draw(slots, states, is_plain, chosen_R, None if is_plain else logits_RV, errors)
+        model_logits = None if is_plain else logits_RV
+        return Draw(slots, states, is_plain, chosen_R, model_logits, errors, drafted)
 
     def finish(self, draw: "Draw") -> list[SequenceResult]:
         """The tokens drawn, recorded as known.
@@ -92,18 +111,20 @@ class Sampler:
         A row that cannot be sampled (NaN, everything banned, a user's processor failed, a grammar came to a dead end)
         reports an error and records nothing; the other rows are not affected.
         """
-        token_ids = draw.on_host()
+        taken, rows = draw.on_host()
         failures = {
-            row: _why_nothing(draw.model_logits, row) for row, id in enumerate(token_ids) if id == NOTHING_TO_SAMPLE
+            index: _why_nothing(draw.model_logits, rows[index][0])
+            for index, token_ids in enumerate(taken)
+            if token_ids == [NOTHING_TO_SAMPLE]
         }
         failures.update(draw.errors)
-        logprobs = {} if draw.model_logits is None else _logprobs(draw.model_logits, draw.token_ids, draw.states)
-        self._record(draw, token_ids, failures)
+        self._record(draw, taken, failures)
+        logprobs = {} if draw.model_logits is None else _logprobs(draw.model_logits, draw.states, taken, rows)
         return [
-            SequenceResult(error=failures[row])
-            if row in failures
-            else SequenceResult(token_id=token_ids[row], logprobs=logprobs.get(row))
-            for row in range(len(draw.slots))
+            SequenceResult(error=failures[index])
+            if index in failures
+            else SequenceResult(tuple(token_ids), logprobs.get(index, ()))
+            for index, token_ids in enumerate(taken)
         ]
 
     def prompt_logprobs(self, slot: int, first_position: int, logits_TV: Tensor) -> tuple[TokenLogprobs, ...]:
@@ -125,21 +146,58 @@ class Sampler:
             assert self._guidance is not None
             self._guidance.keep_allowed(logits_RV, matchers)
 
-    def _record(self, draw: "Draw", token_ids: Sequence[int], failures: dict[int, str]) -> None:
-        """Adds to failures where a grammar does not take its token: a matcher at its wits' end allows any last one."""
+    def _record(self, draw: "Draw", taken: Sequence[list[int]], failures: dict[int, str]) -> None:
+        """Adds to failures where a grammar does not take its token: a matcher at its wits' end allows any last one.
+
+        Of accepted drafts, tokens before that one are kept, and the next step tells.
+        """
         counted_slots, counted_ids = [], []
-        for row, (slot, state, token_id) in enumerate(zip(draw.slots, draw.states, token_ids, strict=True)):
-            if row in failures:
+        for index, (slot, state, token_ids) in enumerate(zip(draw.slots, draw.states, taken, strict=True)):
+            if index in failures:
                 continue
-            if state.matcher is not None and not state.matcher.consume_token(token_id):
-                failures[row] = why_stopped(state.matcher)
-                continue
-            state.append(token_id)
-            if state.has_penalty:
-                counted_slots.append(slot)
-                counted_ids.append(token_id)
+            if state.matcher is not None:
+                if len(token_ids) > 1:
+                    del token_ids[max(1, num_taken(state.matcher, token_ids)) :]
+                if not all(map(state.matcher.consume_token, token_ids)):
+                    failures[index] = why_stopped(state.matcher)
+                    continue
+            for token_id in token_ids:
+                state.append(token_id)
+                if state.has_penalty:
+                    counted_slots.append(slot)
+                    counted_ids.append(token_id)
         if counted_slots:
             self._penalties.count(counted_slots, counted_ids)
+
+
+class _Row(NamedTuple):
+    """A row whose logits are edited."""
+
+    place: int  # among the rows
+    sequence: int
+    position: int  # of the token that is chosen
+    state: SequenceState  # after the drafts before it
+
+
+def _edited_rows(
+    edited: Sequence[int], states: Sequence[SequenceState], positions: Sequence[int], drafted: Drafted | None
+) -> list[_Row]:
+    """All rows of these sequences, but for those that their grammar does not come to."""
+    if drafted is None:
+        return [_Row(index, index, positions[index], states[index]) for index in edited]
+    starts = [0, *accumulate(drafted.num_nodes)]
+    token_ids, parents = drafted.token_ids.tolist(), drafted.parents.tolist()
+    rows = []
+    for index in edited:
+        reached: list[SequenceState | None] = [states[index]]
+        for node in range(drafted.num_nodes[index]):
+            if node:
+                before = reached[parents[index][node]]
+                reached.append(None if before is None else before.after(token_ids[index][node]))
+            state = reached[node]
+            if state is not None:
+                rows.append(_Row(starts[index] + node, index, positions[index] + state.num_ahead, state))
+    return rows
 
 
 class Draw:
@@ -150,27 +208,49 @@ class Draw:
         slots: Sequence[int],
         states: Sequence[SequenceState],
         is_plain: bool,
-        token_ids_R: Tensor,
+        chosen_R: Tensor,
         model_logits_RV: Tensor | None,
         errors: Mapping[int, str],
+        drafted: Drafted | None,
     ) -> None:
         """is_plain: no row was edited or asked for logprobs, so what follows does not depend on the host.
 
-        model_logits_RV: where rows are not plain. errors: by row, what a user's processor did wrong.
+        model_logits_RV: where rows are not plain. errors: by sequence, what a user's processor did wrong.
         """
         self.slots, self.states, self.is_plain, self.errors = slots, states, is_plain, errors
-        self.token_ids, self.model_logits = token_ids_R, model_logits_RV
-        self._host, self._is_there = token_ids_R, None
-        if token_ids_R.is_cuda:
-            self._host = torch.empty(token_ids_R.shape, dtype=token_ids_R.dtype, pin_memory=True)
-            self._host.copy_(token_ids_R, non_blocking=True)
-            self._is_there = torch.cuda.Event()
-            self._is_there.record()
+        self.model_logits, self._chosen = model_logits_RV, chosen_R
+        self._starts: Sequence[int] = range(len(slots))  # each sequence's first row
+        self._accepted: Accepted | None = None
+        on_its_way = chosen_R
+        if drafted is not None:
+            self._starts = [0, *accumulate(drafted.num_nodes)][:-1]
+            starts_S, num_nodes_S = on_device([self._starts, drafted.num_nodes], torch.int64, chosen_R.device)
+            nodes_M = torch.arange(drafted.token_ids.shape[1], device=chosen_R.device)
+            rows_SM = (starts_S[:, None] + nodes_M).clamp(max=len(chosen_R) - 1)
+            self._accepted = accept(chosen_R[rows_SM], drafted.token_ids, drafted.parents, num_nodes_S)
+            counts_S, token_ids_SM, path_SM = self._accepted
+            on_its_way = torch.cat((counts_S[:, None], token_ids_SM, path_SM), dim=1)
+        self._to_host = ToHost(on_its_way)
 
-    def on_host(self) -> list[int]:
-        if self._is_there is not None:
-            self._is_there.synchronize()
-        return self._host.tolist()
+    @property
+    def accepted(self) -> Accepted:
+        """What each sequence gains, where the model is."""
+        if self._accepted is not None:
+            return self._accepted
+        roots_S1 = torch.zeros_like(self._chosen)[:, None]
+        return Accepted(torch.ones_like(self._chosen), self._chosen[:, None], roots_S1)
+
+    def on_host(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Of each sequence the tokens that it gains, and the rows that they were chosen in."""
+        numbers = self._to_host.wait().tolist()
+        if self._accepted is None:
+            return [[token_id] for token_id in numbers], [[row] for row in self._starts]
+        taken, rows = [], []
+        num_nodes = self._accepted.path.shape[1]
+        for start, (count, *token_ids_and_path) in zip(self._starts, numbers, strict=True):
+            taken.append(token_ids_and_path[:count])
+            rows.append([start + node for node in token_ids_and_path[num_nodes:][:count]])
+        return taken, rows
 
 
 def _why_nothing(model_logits_RV: Tensor | None, row: int) -> str:
@@ -180,16 +260,19 @@ def _why_nothing(model_logits_RV: Tensor | None, row: int) -> str:
     return "the model's logits hold NaN or infinity, or are all -infinity"
 
 
-def _logprobs(logits_RV: Tensor, token_ids_R: Tensor, states: Sequence[SequenceState]) -> dict[int, TokenLogprobs]:
-    """By row, for the rows that ask."""
-    asked = {row: state.sampling.logprobs for row, state in enumerate(states) if state.sampling.logprobs is not None}
+def _logprobs(
+    logits_RV: Tensor, states: Sequence[SequenceState], taken: Sequence[list[int]], rows: Sequence[list[int]]
+) -> dict[int, tuple[TokenLogprobs, ...]]:
+    """By sequence, for those that ask: of each of its tokens."""
+    asked = {index: each.sampling.logprobs for index, each in enumerate(states) if each.sampling.logprobs is not None}
     if not asked:
         return {}
-    rows_N = on_device(list(asked), torch.int64, logits_RV.device)
-    described = _describe(logits_RV[rows_N].float(), token_ids_R[rows_N].clamp(min=0), max(asked.values()))
+    pairs = [pair for index in asked for pair in zip(rows[index], taken[index], strict=False)]
+    rows_N, token_ids_N = on_device(pairs, torch.int64, logits_RV.device).unbind(1)
+    described = iter(_describe(logits_RV[rows_N].float(), token_ids_N.clamp(min=0), max(asked.values())))
     return {
-        row: TokenLogprobs(all_top.token_id, all_top.logprob, all_top.rank, all_top.top[:num_top])
-        for (row, num_top), all_top in zip(asked.items(), described, strict=True)
+        index: tuple(replace(each, top=each.top[:num_top]) for each in islice(described, len(taken[index])))
+        for index, num_top in asked.items()
     }
 
 

@@ -1,30 +1,48 @@
 """Worker: runs StepPlans on one device. Owns the weights, the KV tensors and the sampling slots."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from slipstream.engine.choices import Choices
 from slipstream.engine.folder import Engine
 from slipstream.errors import CapacityError
+from slipstream.kernels.collectives import ALONE, Ranks
 from slipstream.runtime.guidance import Guidance
 from slipstream.runtime.transfer import on_device
+from slipstream.runtime.worker.drafts import Drafts
 from slipstream.runtime.worker.graphs import compile_graph
-from slipstream.runtime.worker.groups import with_groups
+from slipstream.runtime.worker.groups import with_groups, with_trees
+from slipstream.runtime.worker.hidden import embedding_of, head_of, with_hidden
 from slipstream.runtime.worker.inputs import make_inputs, rows_wanted
 from slipstream.runtime.worker.memory import allocate_kv, free_memory, keep_freed_memory, left_by_plan, peak_memory
-from slipstream.runtime.worker.recorded import RecordedSteps
+from slipstream.runtime.worker.pool import Pooler, Vectors
+from slipstream.runtime.worker.recorded import RecordedSteps, StepOutputs
 from slipstream.runtime.worker.sample import Draw, Sampler
 from slipstream.runtime.worker.tables import BlockTables
 from slipstream.runtime.worker.weights import load_weights
 from slipstream.schema.build import MAX_RECORDED_TOKENS
 from slipstream.schema.kv import KVGroup
 from slipstream.schema.step import BlockCopy, SequenceResult, SequenceStep, StepPlan, StepResult
+from slipstream.speculative.accept import Accepted
+from slipstream.speculative.drafter import Drafter, Running
 
 CUBLAS_WORKSPACES = 64 << 20  # cuBLAS and cuBLASLt, 32 MiB each on an H100: once more for the stream of recordings
+
+Announce = Callable[[StepPlan, Sequence[int]], None]  # a step, and how many rows of logits each sequence has in it
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A step of which the other ranks know."""
+
+    plan: StepPlan
+    logit_counts: list[int]
+    wants_all_rows: list[bool]
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,8 @@ class Flight:
     wants_all_rows: list[bool]
     logits_RV: Tensor  # noqa: N815 - a tensor's name carries its shape
     draw: Draw
+    vectors: Vectors | None
+    num_drafts: list[int]  # of each sequence that samples, for its next step
 
 
 class Worker:
@@ -48,27 +68,56 @@ class Worker:
         device: torch.device,
         *,
         guidance: Guidance | None = None,
+        drafter: Drafter | None = None,
+        max_draft_len: int = 0,
         is_deterministic: bool = False,
+        ranks: Ranks = ALONE,
+        announce: Announce | None = None,
     ) -> None:
-        """Weights are loaded; before the first step comes allocate_kv."""
+        """Weights are loaded; before the first step comes allocate_kv.
+
+        max_draft_len: of the drafter, which only the first rank has. announce: tells the other ranks of a step.
+        """
         manifest = engine.manifest
         self._device, self._manifest, self._groups = device, manifest, groups
-        self._max_batch_size = max_batch_size
+        self._max_batch_size, self._ranks, self._announce = max_batch_size, ranks, announce
+        self._drafts = Drafts(drafter, manifest.vocab_size, max_batch_size, device)
         graph = with_groups(engine.graph, groups)  # may refuse: before anything is loaded
+        if self._drafts.can_branch:
+            if ranks.size > 1:
+                raise CapacityError("Drafts that branch need an engine of one rank so far; build it with --tp_size 1.")
+            graph = with_trees(graph, self._drafts.num_mask_words)
+        if self._drafts.reads_hidden:
+            graph = with_hidden(graph, self._drafts.reads_hidden)
         if device.type == "cpu":
             keep_freed_memory()  # before the engine's thread first allocates
         weights = load_weights(engine.weights, list(engine.graph.weights), device)
         self._kv: list[Tensor] = []
         self._kv_inputs: dict[str, Tensor] = {}
-        compiled = compile_graph(graph, weights, choices, device, is_batch_invariant=is_deterministic)
-        self._graph = compiled.run
+        compiled = compile_graph(graph, weights, choices, device, is_batch_invariant=is_deterministic, ranks=ranks)
+        self._graph, self._is_last_stage = compiled.run, engine.is_last_stage
+        # With several stages the plan knows all tokens but drafts, and nobody waits for the first rank.
+        self._copies_tokens = ranks.size > 1 and (manifest.pp_size == 1 or max_draft_len > 0)
+        if self._drafts.own_kv is not None:
+            group = min(range(len(groups)), key=lambda index: (groups[index].window != 0, -groups[index].window))
+            embed, head = (part(engine.graph, weights, choices, device) for part in (embedding_of, head_of))
+            self._drafts.attach(Running(embed, head, groups[group].window), group)
+        self._drafter_kv: list[Tensor] = []
         self._sampler = Sampler(
             manifest.vocab_size, max_batch_size, device, guidance=guidance, is_batch_invariant=is_deterministic
         )
+        self._pooler = Pooler()
         self._tables = BlockTables(len(groups), max_batch_size, manifest.tokens_per_block)
+        self._most_rows = max_batch_size * (1 + max_draft_len)  # of logits in most steps
         self._recorded: RecordedSteps | None = None
-        if device.type == "cuda" and compiled.can_be_recorded:
-            self._recorded = RecordedSteps(self._run, self._tables, max_batch_size, device)
+        if device.type == "cuda" and ranks.least(compiled.can_be_recorded):  # stages may differ
+            self._recorded = RecordedSteps(self._run, self._tables, max_batch_size, self._most_rows, device)
+
+    @property
+    def drafter_bytes_per_token(self) -> int:
+        """Of a block, for a drafter's own layer."""
+        own = self._drafts.own_kv
+        return 0 if own is None else 2 * own.num_heads * own.head_dim * getattr(torch, self._manifest.dtype).itemsize
 
     def memory_left(self, max_num_tokens: int) -> int:
         """Bytes that a KV cache could have, beside the weights and the steps that run and that are recorded.
@@ -82,20 +131,20 @@ class Worker:
         if self._recorded is not None:
             # A quarter more, for what an allocator loses between steps of several sizes.
             recorded = min(max_num_tokens, MAX_RECORDED_TOKENS)
-            largest = self._measure(recorded, min(recorded, self._max_batch_size)) * 5 // 4
+            largest = self._measure(recorded, min(recorded, self._most_rows)) * 5 // 4
             self._recorded.reserve(largest + CUBLAS_WORKSPACES)
-        self._kv, self._kv_inputs = [], {}
+        self._kv, self._kv_inputs, self._drafter_kv = [], {}, []
         torch.cuda.empty_cache()
         return max(0, free_memory(self._device) - peak)
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Zeroed KV blocks, of which the null block is the first."""
-        # A tensor serves the layers of one place in each group: a block belongs to one group at a time.
-        num_tensors = max(len(group.layers) for group in self._groups)
-        self._kv = allocate_kv(self._manifest, num_tensors, num_blocks, self._device)
+        self._kv = allocate_kv(self._manifest, self._groups, num_blocks, self._device)
         self._kv_inputs = {
             f"kv.{layer}": self._kv[place] for group in self._groups for place, layer in enumerate(group.layers)
         }
+        dtype = getattr(torch, self._manifest.dtype)
+        self._drafter_kv = self._drafts.allocate_kv(num_blocks, self._manifest.tokens_per_block, dtype)
 
     @torch.inference_mode()
     def record(self, max_num_tokens: int) -> None:
@@ -127,50 +176,116 @@ class Worker:
             ) from None
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Flight:
-        """Start a step: slots and copies first, then the graph, then sampling. A GPU is not waited for."""
-        self._tables.update(plan)
-        for slot in plan.freed_slots:
-            self._sampler.remove(slot)
-        for sequence in plan.sequences:
-            if sequence.new is not None:
-                self._sampler.add(sequence.slot, sequence.new, sequence.output_token_ids)
-        if plan.copies:
-            self._copy(plan.copies)
+    def begin(self, plan: StepPlan) -> Begun:
+        """Take in who comes and goes, and tell the other ranks, so that the stages before this one begin to compute."""
+        self._change_slots(plan)
         # A prompt whose logprobs were asked for needs the logits of every token; the others only of their last.
         wants_all_rows = [self._sampler.asks_prompt_logprobs(sequence.slot) for sequence in plan.sequences]
         counts = rows_wanted(plan, wants_all_rows)
+        if self._announce is not None:
+            self._announce(plan, counts)
+        return Begun(plan, counts, wants_all_rows)
+
+    @torch.inference_mode()
+    def launch(self, begun: Begun) -> Flight:
+        """Start this rank's part: copies first, then the graph, then sampling and pooling. A GPU is not waited for.
+
+        Steps are launched in the order in which they were begun.
+        """
+        plan, counts = begun.plan, begun.logit_counts
+        self._tables.update(plan)
+        if plan.copies:
+            self._copy(plan.copies)
         # What the host has to do with a row's logits comes after the step.
         is_chosen = [sequence.sample and not self._sampler.is_edited(sequence.slot) for sequence in plan.sequences]
-        logits_RV, token_ids_R = self._run_sized(plan, counts, is_chosen)
-        last_rows = [end - 1 for end, each in zip(accumulate(counts), plan.sequences, strict=True) if each.sample]
-        if len(last_rows) != len(logits_RV):
-            rows_S = on_device(last_rows, torch.int64, self._device)
-            sampled_SV, token_ids_S = logits_RV[rows_S], token_ids_R[rows_S]
-        else:
-            sampled_SV, token_ids_S = logits_RV, token_ids_R
+        logits_RV, token_ids_R, hidden_TH, drafted_from_TF = self._run_sized(plan, counts, is_chosen)
         sampling = [each for each in plan.sequences if each.sample]
+        rows = [
+            row
+            for end, each in zip(accumulate(counts), plan.sequences, strict=True)
+            if each.sample
+            for row in range(end - 1 - each.num_drafts, end)
+        ]
+        sampled_RV, chosen_R = logits_RV, token_ids_R
+        if len(rows) != len(logits_RV):
+            rows_N = on_device(rows, torch.int64, self._device)
+            sampled_RV, chosen_R = logits_RV[rows_N], token_ids_R[rows_N]
+        slots = [each.slot for each in sampling]
         positions = [each.start + len(each.token_ids) for each in sampling]
-        draw = self._sampler.draw([each.slot for each in sampling], positions, sampled_SV, token_ids_S)
-        return Flight(plan, counts, wants_all_rows, logits_RV, draw)
+        drafted = self._drafts.verified_by(sampling)
+        draw = self._sampler.draw(slots, positions, sampled_RV, chosen_R, drafted)
+        if drafted is not None and drafted.is_branching:
+            self._compact(sampling, draw.accepted)
+        vectors = self._pooler.pool(plan, hidden_TH)
+        hidden_SF = None
+        if drafted_from_TF is not None:
+            if self._drafts.own_kv is not None:
+                self._drafts.follow(plan, drafted_from_TF, zip(*draw.on_host(), strict=True), self._tables)
+            if slots:
+                hidden_SF = self._where_chosen(plan, drafted_from_TF, draw.accepted)
+        num_drafts = self._drafts.propose(slots, positions, draw.accepted, hidden_SF)
+        return Flight(plan, counts, begun.wants_all_rows, logits_RV, draw, vectors, num_drafts)
+
+    def _where_chosen(self, plan: StepPlan, hidden_TF: Tensor, accepted: Accepted) -> Tensor:
+        """Of each sequence that samples, the row of its last token's choice."""
+        ends = accumulate(each.num_tokens for each in plan.sequences)
+        roots = [end - 1 - each.num_drafts for end, each in zip(ends, plan.sequences, strict=True) if each.sample]
+        nodes_S = accepted.path.gather(1, accepted.counts[:, None] - 1)[:, 0]
+        return hidden_TF[on_device(roots, torch.int64, self._device) + nodes_S]
+
+    @torch.inference_mode()
+    def hidden_states(self, plan: StepPlan) -> Tensor:
+        """[T, hidden_size]: what the head reads, of all tokens of a step that samples nothing."""
+        self._tables.update(plan)
+        hidden_TH = self._run_sized(plan, [0] * len(plan.sequences), [False] * len(plan.sequences)).hidden
+        assert hidden_TH is not None, "asked of an engine without hidden states"
+        return hidden_TH
+
+    @torch.inference_mode()
+    def follow(self, plan: StepPlan, logit_counts: list[int]) -> None:
+        """This rank's part of a step that the first rank has launched; what comes of it is for that one to know."""
+        self._tables.update(plan)
+        if plan.copies:
+            self._copy(plan.copies)
+        self._run_sized(plan, logit_counts, [False] * len(plan.sequences))
+
+    def _change_slots(self, plan: StepPlan) -> None:
+        for slot in plan.freed_slots:
+            self._sampler.remove(slot)
+            self._pooler.remove(slot)
+            self._drafts.remove(slot)
+        for sequence in plan.sequences:
+            if sequence.new is not None:
+                self._sampler.add(sequence.slot, sequence.new, sequence.output_token_ids)
+                self._pooler.add(sequence.slot, sequence.new)
+                self._drafts.add(sequence.slot, sequence.new, sequence.output_token_ids)
 
     @torch.inference_mode()
     def collect(self, flight: Flight) -> StepResult:
-        """What a step has sampled, and the prompt logprobs asked for. Steps are collected in their order."""
-        drawn, sequences = iter(self._sampler.finish(flight.draw)), flight.plan.sequences
+        """What a step has sampled and pooled, and the prompt logprobs asked for. Steps are collected in their order."""
+        finished = zip(self._sampler.finish(flight.draw), flight.num_drafts, strict=True)
+        drawn = (result._replace(num_drafts=count) for result, count in finished)
+        sequences = flight.plan.sequences
         results = [next(drawn) if sequence.sample else SequenceResult() for sequence in sequences]
         ends = list(accumulate(flight.logit_counts))
         for index in [index for index, is_asked in enumerate(flight.wants_all_rows) if is_asked]:
             chunk_TV = flight.logits_RV[ends[index] - flight.logit_counts[index] : ends[index]]
             found = self._sampler.prompt_logprobs(sequences[index].slot, sequences[index].start, chunk_TV)
             results[index] = results[index]._replace(prompt_logprobs=found)
+        if flight.vectors is not None:
+            for index, result in flight.vectors.results():
+                results[index] = result
         return StepResult(tuple(results))
 
     def can_run_ahead(self, flight: Flight) -> bool:
         """Whether the step after this one may be launched before it is collected."""
-        return self._device.type == "cuda" and not any(flight.wants_all_rows) and flight.draw.is_plain
+        if self._device.type != "cuda" or self._ranks.size > 1:  # other ranks take part in one step at a time
+            return False
+        if self._drafts.max_len:  # how far they get decides where it begins
+            return False
+        return not any(flight.wants_all_rows) and flight.draw.is_plain
 
-    def _run_sized(self, plan: StepPlan, logit_counts: list[int], is_chosen: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    def _run_sized(self, plan: StepPlan, logit_counts: list[int], is_chosen: Sequence[bool]) -> StepOutputs:
         if self._recorded is not None:
             found = self._recorded.run(plan, logit_counts, is_chosen)
             if found is not None:
@@ -184,19 +299,51 @@ class Worker:
                 f"{sum(kv.nbytes for kv in self._kv) * 3 // 4}."
             ) from None
 
-    def _run(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits of the wanted rows, [R, vocab_size], and the token chosen for each."""
+    def _run(self, inputs: dict[str, Tensor]) -> StepOutputs:
         slots = self._sampler.slots
         slots.fill_pending(inputs["step.token_ids"], inputs["token_slots"])
-        (logits_RV,) = self._graph(inputs | self._kv_inputs)
+        tree = self._drafts.fill(inputs)
+        if self._copies_tokens:
+            self._ranks.copy_first(inputs["step.token_ids"])  # which knows them
+        logits_RV, *hidden_TH = self._graph(inputs | tree | self._kv_inputs)
+        if not self._is_last_stage:  # it has sent what it made
+            return StepOutputs(logits_RV.new_empty(0, self._manifest.vocab_size), inputs["row_slots"][:0], None, None)
+        asked = hidden_TH[1:]
+        drafted_from_TF = None if not asked else torch.cat(asked, 1) if len(asked) > 1 else asked[0]
         if self._manifest.logits != "selected":
             logits_RV = logits_RV[inputs["step.logit_rows"]]
-        return logits_RV, slots.choose(logits_RV, inputs["row_slots"], inputs["row_positions"])
+        token_ids_R = slots.choose(logits_RV, inputs["row_slots"], inputs["row_positions"])
+        return StepOutputs(logits_RV, token_ids_R, hidden_TH[0] if hidden_TH else None, drafted_from_TF)
 
     def _copy(self, copies: Sequence[BlockCopy]) -> None:
         """Whole blocks, all at once: what is beyond a copy's tokens is overwritten before anything sees it."""
         sources_C = on_device([copy.source for copy in copies], torch.int64, self._device)
         targets_C = on_device([copy.target for copy in copies], torch.int64, self._device)
-        for kv_PNBKD in self._kv:
-            pages_PNBKD = kv_PNBKD.view(torch.int8) if kv_PNBKD.itemsize == 1 else kv_PNBKD  # FP8 cannot be indexed
+        for kv_PNBKD in (*self._kv, *self._drafter_kv):
+            pages_PNBKD = _indexable(kv_PNBKD)
             pages_PNBKD[:, targets_C] = pages_PNBKD[:, sources_C]
+
+    def _compact(self, steps: Sequence[SequenceStep], accepted: Accepted) -> None:
+        """The accepted nodes of each tree move to the places after its root, where those of a chain are."""
+        num_nodes, size = accepted.path.shape[1], self._tables.tokens_per_block
+        slots = np.array([step.slot for step in steps])[:, None]
+        roots = np.array([step.start + len(step.token_ids) - 1 for step in steps])[:, None]
+        ends = roots + np.array([step.num_drafts for step in steps])[:, None]
+        places_SM = np.minimum(roots + np.arange(num_nodes), ends)
+        is_moved_SM = torch.arange(num_nodes, device=self._device) < accepted.counts[:, None]
+        for index, group in enumerate(self._groups):
+            blocks_SM = self._tables.block_of(index, slots, places_SM // size)
+            targets_SM = on_device((blocks_SM * size + places_SM % size).tolist(), torch.int64, self._device)
+            sources_SM = targets_SM.gather(1, accepted.path)
+            targets_C, sources_C = targets_SM.where(is_moved_SM, sources_SM).flatten(), sources_SM.flatten()
+            if self._device.type == "cpu":  # to look which is which waits for nothing here
+                is_other_C = targets_C != sources_C
+                targets_C, sources_C = targets_C[is_other_C], sources_C[is_other_C]
+            for kv_PNBKD in self._kv[: len(group.layers)]:
+                rows_PCKD = _indexable(kv_PNBKD).flatten(1, 2)
+                rows_PCKD[:, targets_C] = rows_PCKD[:, sources_C]
+
+
+def _indexable(kv_PNBKD: Tensor) -> Tensor:
+    """FP8 cannot be indexed; its bytes can."""
+    return kv_PNBKD.view(torch.int8) if kv_PNBKD.itemsize == 1 else kv_PNBKD

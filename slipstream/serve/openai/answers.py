@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
+from slipstream.api.answers import AnswerReader
 from slipstream.api.outputs import CompletionOutput, RequestOutput
-from slipstream.schema.request import TokenLogprobs
+from slipstream.schema.request import FinishReason, TokenLogprobs
 from slipstream.serve.openai.fields import ChatFields, CompletionFields, SamplingFields
+from slipstream.text import tools
 from slipstream.text.tokenizer import Tokenizer
 
 Body = TypeVar("Body", bound=SamplingFields)
@@ -20,6 +22,7 @@ class _Choice:
 
     num_tokens: int = 0
     num_characters: int = 0  # of the tokens whose logprobs have
+    has_called: bool = False
     has_started: bool = False
     has_ended: bool = False
 
@@ -29,7 +32,7 @@ class _Piece:
     """Some of a choice: all of it, or what is new."""
 
     output: RequestOutput
-    text: str
+    deltas: Sequence[tools.Delta]
     logprobs: Sequence[TokenLogprobs]
     is_first: bool
 
@@ -54,9 +57,11 @@ class Answer(Generic[Body]):
         choices = []
         for prompt_index, output in sorted(self._outputs.items()):
             for completion in output.outputs:
-                piece = _Piece(output, completion.text, completion.logprobs or (), is_first=True)
-                choice = self._choice(piece, _Choice(), is_chunk=False)
-                choices.append({"index": _index(prompt_index, output, completion), **choice, **_ending(completion)})
+                index, choice = _index(prompt_index, output, completion), _Choice()
+                deltas = self._read(index, completion.text, is_last=True)
+                piece = _Piece(output, deltas, completion.logprobs or (), is_first=True)
+                shown = self._choice(piece, choice, is_chunk=False)
+                choices.append({"index": index, **shown, **_ending(choice, completion)})
         return {**self._head, "object": self.object_name, "choices": choices, **self._more(), "usage": self._usage()}
 
     def chunks(self, prompt_index: int) -> Iterator[dict[str, Any]]:
@@ -65,18 +70,24 @@ class Answer(Generic[Body]):
         for completion in output.outputs:
             index = _index(prompt_index, output, completion)
             choice = self._choices.setdefault(index, _Choice())
-            logprobs = (completion.logprobs or ())[choice.num_tokens :]
-            has_news = completion.text_diff or logprobs or completion.finish_reason or not choice.has_started
-            if choice.has_ended or not has_news:
+            if choice.has_ended:
                 continue
-            piece = _Piece(output, completion.text_diff, logprobs, is_first=not choice.has_started)
+            choice.has_ended = completion.finish_reason is not None
+            deltas = self._read(index, completion.text_diff, is_last=choice.has_ended)
+            logprobs = (completion.logprobs or ())[choice.num_tokens :]
+            if choice.has_started and not (deltas or logprobs or choice.has_ended):
+                continue
+            piece = _Piece(output, deltas, logprobs, is_first=not choice.has_started)
             shown = self._choice(piece, choice, is_chunk=True)
-            choice.has_started, choice.has_ended = True, completion.finish_reason is not None
-            choice.num_tokens = len(completion.token_ids)
-            yield self._chunk([{"index": index, **shown, **_ending(completion)}])
+            choice.has_started, choice.num_tokens = True, len(completion.token_ids)
+            yield self._chunk([{"index": index, **shown, **_ending(choice, completion)}])
 
     def usage_chunk(self) -> dict[str, Any]:
         return self._chunk([]) | {"usage": self._usage()}
+
+    def _read(self, index: int, text: str, *, is_last: bool) -> Sequence[tools.Delta]:
+        """What the text, which is new, adds to the choice."""
+        return [tools.Content(text)] if text else []
 
     def _choice(self, piece: _Piece, choice: _Choice, *, is_chunk: bool) -> dict[str, Any]:
         raise NotImplementedError
@@ -135,7 +146,8 @@ class CompletionAnswer(Answer[CompletionFields]):
 
     def _choice(self, piece: _Piece, choice: _Choice, *, is_chunk: bool) -> dict[str, Any]:
         has_prompt = piece.is_first and self.body.echo
-        shown: dict[str, Any] = {"text": self._prompt_text(piece.output) + piece.text if has_prompt else piece.text}
+        text = tools.Answer.of(piece.deltas).content
+        shown: dict[str, Any] = {"text": self._prompt_text(piece.output) + text if has_prompt else text}
         shown["logprobs"] = None
         if self.body.logprobs is not None:
             entries: list[tuple[int, TokenLogprobs | None]] = []
@@ -177,12 +189,21 @@ class ChatAnswer(Answer[ChatFields]):
     object_name, chunk_name = "chat.completion", "chat.completion.chunk"
     id_prefix = "chatcmpl"
 
+    def __init__(self, body: ChatFields, tokenizer: Tokenizer, model: str, reader: AnswerReader) -> None:
+        super().__init__(body, tokenizer, model)
+        self._reader = reader
+        self._parsers: dict[int, tools.AnswerParser] = {}  # by choice
+
+    def _read(self, index: int, text: str, *, is_last: bool) -> Sequence[tools.Delta]:
+        if index not in self._parsers:
+            self._parsers[index] = self._reader.parser()
+        deltas = self._parsers[index].push(text)
+        return deltas + self._parsers[index].finish() if is_last else deltas
+
     def _choice(self, piece: _Piece, choice: _Choice, *, is_chunk: bool) -> dict[str, Any]:
-        message: dict[str, Any] = {"content": piece.text}
-        if piece.is_first:
-            message = {"role": "assistant", **message}
-        if not is_chunk:
-            message["refusal"] = None
+        choice.has_called |= any(isinstance(delta, tools.CallEnd) for delta in piece.deltas)
+        message = {"role": "assistant"} if piece.is_first else {}
+        message |= _delta(piece) if is_chunk else _message(piece)
         logprobs = None
         if self.body.logprobs:
             logprobs = {"content": [self._entry(entry) for entry in piece.logprobs], "refusal": None}
@@ -204,5 +225,50 @@ def _index(prompt_index: int, output: RequestOutput, completion: CompletionOutpu
     return prompt_index * len(output.outputs) + completion.index
 
 
-def _ending(completion: CompletionOutput) -> dict[str, Any]:
-    return {"finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}
+def _ending(choice: _Choice, completion: CompletionOutput) -> dict[str, Any]:
+    reason = completion.finish_reason
+    if reason == FinishReason.STOP and choice.has_called:
+        reason = "tool_calls"
+    return {"finish_reason": reason, "stop_reason": completion.stop_reason}
+
+
+def _message(piece: _Piece) -> dict[str, Any]:
+    """A whole answer."""
+    answer = tools.Answer.of(piece.deltas)
+    message: dict[str, Any] = {"content": answer.content, "refusal": None}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.tool_calls:
+        message["content"] = answer.content or None
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in answer.tool_calls
+        ]
+    return message
+
+
+def _delta(piece: _Piece) -> dict[str, Any]:
+    """What is new of one. A call is shown from its name on, so one that breaks off has been shown, too."""
+    content = reasoning = ""
+    calls: dict[int, dict[str, Any]] = {}
+    for delta in piece.deltas:
+        match delta:
+            case tools.Content(text):
+                content += text
+            case tools.Reasoning(text):
+                reasoning += text
+            case tools.CallStart(index, call_id, name):
+                calls[index] = {
+                    "index": index, "id": call_id, "type": "function", "function": {"name": name, "arguments": ""},
+                }  # fmt: skip
+            case tools.CallArguments(index, text):
+                call = calls.setdefault(index, {"index": index, "function": {"arguments": ""}})
+                call["function"]["arguments"] += text
+    shown: dict[str, Any] = {}
+    if content or piece.is_first:
+        shown["content"] = content
+    if reasoning:
+        shown["reasoning_content"] = reasoning
+    if calls:
+        shown["tool_calls"] = list(calls.values())
+    return shown

@@ -1,31 +1,29 @@
-"""Bodies of OpenAI's protocol. A field is honoured, or refused by its name; the fields here are all there are.
+"""Bodies of OpenAI's completions and chats; the fields here are all there are.
 
 Those that OpenAI does not have are vLLM's, with its meanings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
-from slipstream.api.requests import default_sampling
 from slipstream.errors import RequestError
 from slipstream.schema.guided import Guided
 from slipstream.schema.sampling import SamplingParams
+from slipstream.serve.chats import Chat
+from slipstream.serve.fields import Fields, NotHere, asked_sampling
 
-_NO_TOOLS = "tools are not called here yet"
+_OLD_CALLS = "it is the older form of tools"
 
-# Fields of OpenAI and vLLM that are not here: why, and the values that ask for nothing.
-NOT_HERE: dict[str, tuple[str, tuple[Any, ...]]] = {
+# Fields of OpenAI and vLLM that are not here.
+NOT_HERE: NotHere = {
     "suffix": ("no text is written to fit before another", ("",)),
-    "tools": (_NO_TOOLS, ([],)),
-    "tool_choice": (_NO_TOOLS, ("none", "auto")),
-    "parallel_tool_calls": (_NO_TOOLS, (True, False)),
-    "functions": (_NO_TOOLS, ([],)),
-    "function_call": (_NO_TOOLS, ("none", "auto")),
-    "tool_calls": (_NO_TOOLS, ([],)),
-    "tool_call_id": (_NO_TOOLS, ()),
+    "functions": (_OLD_CALLS, ([],)),
+    "function_call": (_OLD_CALLS, ("none", "auto")),
+    "refusal": ("models here do not mark their refusals", ()),
+    "annotations": ("answers have none", ([],)),
     "structured_outputs": (
         "it has other names here, response_format and guided_json, _regex, _choice and _grammar",
         (),
@@ -39,40 +37,29 @@ NOT_HERE: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 
-class Fields(BaseModel):
-    """A body, or a part of one. Values must be of the JSON type that is asked for."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_is_not_here(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        for name in NOT_HERE.keys() & body.keys() - cls.model_fields.keys():
-            why, neutral = NOT_HERE[name]
-            if body[name] is not None and body[name] not in neutral:
-                raise RequestError(f"{name} is refused: {why}; leave it out.")
-            body = {key: value for key, value in body.items() if key != name}
-        return body
+Prompts = str | list[str] | list[int] | list[list[int]]  # one or several, as text or as token ids
 
 
-class ModelFields(Fields):
+class OpenAIFields(Fields):
+    not_here: ClassVar[NotHere] = NOT_HERE
+
+
+class ModelFields(OpenAIFields):
     model: str | None = None
 
 
-class StreamOptions(Fields):
+class StreamOptions(OpenAIFields):
     include_usage: bool = False
 
 
-class JsonSchema(Fields):
+class JsonSchema(OpenAIFields):
     name: str = Field(description="the caller's own name of it")
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = Field(None, description="every answer follows its schema, whatever this says")
 
 
-class ResponseFormat(Fields):
+class ResponseFormat(OpenAIFields):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -132,17 +119,18 @@ class SamplingFields(ModelFields):
         raise NotImplementedError
 
     def sampling(self, generation: Mapping[str, Any], max_tokens: int | None) -> SamplingParams:
-        """What was asked for; where nothing was, what the model's generation_config.json says, if that samples."""
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options means something only with stream; leave it out or stream.")
         if self.stream and self.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs come with a whole answer; leave them or stream out.")
-        given = self.model_dump(include=_SAMPLING, exclude_none=True)
-        if self.logit_bias is not None:
-            given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
-        given |= {"max_tokens": max_tokens, "logprobs": self.num_logprobs, "guided": self._guided()}
-        base = default_sampling(generation) if generation.get("do_sample") else SamplingParams()
-        return replace(base, **{"best_of": None, **given})
+        return asked_sampling(
+            generation,
+            self.model_dump(include=_SAMPLING, exclude_none=True),
+            logit_bias=self.logit_bias,
+            max_tokens=max_tokens,
+            logprobs=self.num_logprobs,
+            guided=self._guided(),
+        )
 
     def _guided(self) -> Guided | None:
         """What the answer must match, by whichever of the fields says it."""
@@ -157,11 +145,20 @@ class SamplingFields(ModelFields):
         return Guided(**given) if given else wanted  # type: ignore[arg-type]
 
 
-_SAMPLING = {each.name for each in fields(SamplingParams)} & SamplingFields.model_fields.keys()
+_SAMPLING = ({each.name for each in fields(SamplingParams)} & SamplingFields.model_fields.keys()) - {"logit_bias"}
+
+
+def prompts_of(name: str, given: Prompts) -> list[str | list[int]]:
+    """Those of a field of this name, which takes one or several. Raises RequestError for none."""
+    if isinstance(given, list) and not all(isinstance(each, int) for each in given):
+        return list(given)  # type: ignore[arg-type]
+    if not given:
+        raise RequestError(f"{name} is empty; give at least one character or token id.")
+    return [given]  # type: ignore[list-item]
 
 
 class CompletionFields(SamplingFields):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(16, description="0, with echo, scores the prompt")
     logprobs: int | None = None
     echo: bool = False
@@ -175,13 +172,6 @@ class CompletionFields(SamplingFields):
     def is_score(self) -> bool:
         return self.max_tokens == 0
 
-    def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, list) and not all(isinstance(each, int) for each in self.prompt):
-            return list(self.prompt)  # type: ignore[arg-type]
-        if not self.prompt:
-            raise RequestError("prompt is empty; give at least one character or token id.")
-        return [self.prompt]  # type: ignore[list-item]
-
     def params(self, generation: Mapping[str, Any]) -> SamplingParams:
         if self.is_score and not self.echo:
             raise RequestError("max_tokens is 0, which scores a prompt and needs echo; add that, or ask for 1 or more.")
@@ -191,15 +181,29 @@ class CompletionFields(SamplingFields):
         return replace(sampling, prompt_logprobs=max(self.logprobs, self.prompt_logprobs or 0))
 
 
-class ContentPart(Fields):
+class ContentPart(OpenAIFields):
     type: Literal["text"]
     text: str
 
 
-class MessageFields(Fields):
+class CalledFunction(OpenAIFields):
+    name: str
+    arguments: str
+
+
+class ToolCallFields(OpenAIFields):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class MessageFields(OpenAIFields):
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCallFields] | None = None
+    tool_call_id: str | None = Field(None, description="of role tool: the call whose result this is")
+    reasoning_content: str | None = Field(None, description="of an earlier answer, for the template to show")
 
     def for_template(self) -> dict[str, Any]:
         message = self.model_dump(exclude_none=True)
@@ -208,16 +212,27 @@ class MessageFields(Fields):
         return message
 
 
-class TemplateFields(Fields):
+class PromptFields(OpenAIFields):
+    """What a chat's prompt is made of, beside its messages."""
+
+    tools: list[dict[str, Any]] | None = None
     add_generation_prompt: bool = Field(True, description="end with the words that start an answer")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="further names for the template")
 
-    def template_values(self) -> dict[str, Any]:
-        return {**self.chat_template_kwargs, "add_generation_prompt": self.add_generation_prompt}
+    def chat_of(self, messages: Sequence[MessageFields], **more: Any) -> Chat:
+        return Chat(
+            messages=[message.for_template() for message in messages],
+            tools=self.tools,
+            template_values=self.chat_template_kwargs,
+            add_generation_prompt=self.add_generation_prompt,
+            **more,
+        )
 
 
-class ChatFields(SamplingFields, TemplateFields):
+class ChatFields(SamplingFields, PromptFields):
     messages: list[MessageFields]
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = Field(None, description="false: the answer ends with its first call")
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="max_tokens by its newer name")
     logprobs: bool | None = None
@@ -229,13 +244,22 @@ class ChatFields(SamplingFields, TemplateFields):
             raise RequestError("top_logprobs means something only with logprobs; set that to true.")
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    def chat(self) -> Chat:
+        return self.chat_of(
+            self.messages,
+            tool_choice="auto" if self.tool_choice is None else self.tool_choice,
+            parallel_tool_calls=self.parallel_tool_calls is not False,
+            priority=self.priority,
+            cache_salt=self.cache_salt,
+        )
+
     def params(self, generation: Mapping[str, Any]) -> SamplingParams:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise RequestError("max_tokens and max_completion_tokens are two names of one limit; give one of them.")
         return self.sampling(generation, self.max_tokens or self.max_completion_tokens)
 
 
-class TokenizeFields(ModelFields, TemplateFields):
+class TokenizeFields(ModelFields, PromptFields):
     prompt: str | None = None
     messages: list[MessageFields] | None = None
     add_special_tokens: bool | None = Field(None, description="of a prompt; true where it is left out")
@@ -244,9 +268,3 @@ class TokenizeFields(ModelFields, TemplateFields):
 
 class DetokenizeFields(ModelFields):
     tokens: list[int]
-
-
-def _token_id(key: str) -> int:
-    if not key.isdecimal():
-        raise RequestError(f"logit_bias has the key {key!r}; its keys are token ids, such as '42'.")
-    return int(key)

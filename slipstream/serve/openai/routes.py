@@ -2,98 +2,132 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from typing_extensions import TypedDict
 
 from slipstream.api.handles import Handle
 from slipstream.errors import RequestError, SlipstreamError
-from slipstream.serve.frontend import Ask, Frontend
+from slipstream.serve.chats import Chats
+from slipstream.serve.document import STREAM, errors_as
+from slipstream.serve.frontend import Ask, Steps
 from slipstream.serve.openai.answers import Answer, ChatAnswer, CompletionAnswer
 from slipstream.serve.openai.fields import (
     ChatFields,
     CompletionFields,
     DetokenizeFields,
-    MessageFields,
     SamplingFields,
-    TemplateFields,
     TokenizeFields,
+    prompts_of,
 )  # fmt: skip
 from slipstream.serve.replies import EventStream, Fault, fault_of, json_response, server_sent, unless_gone
-
-Steps = AsyncGenerator[tuple[int, Handle], None]
 
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-def error_body(fault: Fault) -> dict[str, Any]:
+class ErrorOfBody(TypedDict):
+    message: str
+    type: str
+    param: str | None  # the part of the body at fault
+    code: int  # the status
+
+
+class ErrorBody(TypedDict):
+    error: ErrorOfBody
+
+
+class Model(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int  # in Unix time
+    owned_by: str
+    max_model_len: int
+
+
+class Models(TypedDict):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Tokens(TypedDict):
+    count: int
+    max_model_len: int
+    tokens: Sequence[int]
+    token_strs: list[str] | None
+
+
+class Text(TypedDict):
+    prompt: str
+
+
+def error_body(fault: Fault) -> ErrorBody:
     kind = _KINDS.get(fault.status, "invalid_request_error" if fault.status < 500 else "server_error")
     return {"error": {"message": fault.message, "type": kind, "param": fault.field_name, "code": fault.status}}
 
 
 class OpenAI:
-    """The protocol over one front.
+    """The protocol over one front.  started: in Unix time."""
 
-    names: what the model is called here; the first is the one that answers bear.  started: in Unix time.
-    """
-
-    def __init__(self, frontend: Frontend, names: Sequence[str], started: int) -> None:
-        self._frontend, self._names, self._started = frontend, names, started
-        self.router = APIRouter()
-        self.router.get("/v1/models")(self.list_models)
-        self.router.get("/v1/models/{name:path}")(self.show_model)
-        self.router.post("/v1/completions")(self.complete)
-        self.router.post("/v1/chat/completions")(self.chat)
-        self.router.post("/tokenize")(self.tokenize)
-        self.router.post("/detokenize")(self.detokenize)
+    def __init__(self, chats: Chats, started: int) -> None:
+        self._chats, self._frontend, self._started = chats, chats.frontend, started
+        self.router = APIRouter(responses=errors_as(ErrorBody))
+        self.router.get("/v1/models", response_model=Models)(self.list_models)
+        self.router.get("/v1/models/{name:path}", response_model=Model)(self.show_model)
+        self.router.post("/v1/completions", responses=STREAM)(self.complete)
+        self.router.post("/v1/chat/completions", responses=STREAM)(self.chat)
+        self.router.post("/tokenize", response_model=Tokens)(self.tokenize)
+        self.router.post("/detokenize", response_model=Text)(self.detokenize)
 
     async def list_models(self) -> Response:
-        return json_response({"object": "list", "data": [self._card(name) for name in self._names]})
+        models: Models = {"object": "list", "data": [self._card(name) for name in self._chats.names]}
+        return json_response(models)
 
     async def show_model(self, name: str) -> Response:
-        return json_response(self._card(self._checked(name)))
+        return json_response(self._card(self._chats.checked_name(name)))
 
     async def complete(self, body: CompletionFields, request: Request) -> Response:
-        name, maker = self._checked(body.model), self._frontend.maker
+        name, maker = self._chats.checked_name(body.model), self._frontend.maker
         sampling = body.params(maker.facts.generation)
+        prompts = prompts_of("prompt", body.prompt)
+        encoded = await self._frontend.encode_all(prompts, body.add_special_tokens)
         asks = []
-        for prompt in body.prompts():
-            token_ids = await self._frontend.encode(prompt, body.add_special_tokens)
+        for prompt, token_ids in zip(prompts, encoded, strict=True):
             text = prompt if isinstance(prompt, str) else None
             asks.append(Ask(token_ids, sampling, text, body.priority, body.cache_salt))
         return await self._answer(request, asks, CompletionAnswer(body, maker.optional_tokenizer, name))
 
     async def chat(self, body: ChatFields, request: Request) -> Response:
-        name, maker = self._checked(body.model), self._frontend.maker
-        sampling = body.params(maker.facts.generation)
-        ask = Ask(self._chat_prompt(body.messages, body), sampling, None, body.priority, body.cache_salt)
-        return await self._answer(request, [ask], ChatAnswer(body, maker.tokenizer, name))
+        name = self._chats.checked_name(body.model)
+        ask, reader = self._chats.ask(body.chat(), body.params)
+        return await self._answer(request, [ask], ChatAnswer(body, self._frontend.maker.tokenizer, name, reader))
 
     async def tokenize(self, body: TokenizeFields) -> Response:
-        self._checked(body.model)
+        self._chats.checked_name(body.model)
         tokenizer = self._frontend.maker.tokenizer
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("Give either prompt or messages to tokenize.")
         if body.messages is None:
             token_ids: Sequence[int] = tokenizer.encode(body.prompt or "", body.add_special_tokens is not False)
         elif body.add_special_tokens is None:
-            token_ids = self._chat_prompt(body.messages, body)
+            token_ids = self._chats.prompt(body.chat_of(body.messages))
         else:
             raise RequestError("add_special_tokens is for a prompt; a chat template writes its own, so leave it out.")
         shown = [tokenizer.token(each) for each in token_ids] if body.return_token_strs else None
         longest = self._frontend.maker.facts.max_seq_len
-        return json_response(
-            {"count": len(token_ids), "max_model_len": longest, "tokens": token_ids, "token_strs": shown}
-        )
+        tokens: Tokens = {
+            "count": len(token_ids), "max_model_len": longest, "tokens": token_ids, "token_strs": shown
+        }  # fmt: skip
+        return json_response(tokens)
 
     async def detokenize(self, body: DetokenizeFields) -> Response:
-        self._checked(body.model)
+        self._chats.checked_name(body.model)
         maker = self._frontend.maker
         token_ids = maker.encode(body.tokens) if body.tokens else ()
-        return json_response({"prompt": maker.tokenizer.decode(token_ids, skip_special_tokens=False)})
+        text: Text = {"prompt": maker.tokenizer.decode(token_ids, skip_special_tokens=False)}
+        return json_response(text)
 
     async def _answer(self, request: Request, asks: Sequence[Ask], answer: Answer[Any]) -> Response:
         steps = self._frontend.generate(asks)
@@ -102,20 +136,14 @@ class OpenAI:
         first = await unless_gone(request, anext(steps))  # a request that is refused gets a status that says so
         return EventStream(_events(first, steps, answer))
 
-    def _checked(self, name: str | None) -> str:
-        """The name that the answer bears. Raises HTTPException for a model that is not here."""
-        if name is not None and name not in self._names:
-            raise HTTPException(404, f"There is no model {name!r} here; there is {self._names[0]}.")
-        return name or self._names[0]
-
-    def _card(self, name: str) -> dict[str, Any]:
-        longest = self._frontend.maker.facts.max_seq_len
-        card = {"id": name, "object": "model", "created": self._started, "owned_by": "slipstream"}
-        return card | {"max_model_len": longest}
-
-    def _chat_prompt(self, messages: Sequence[MessageFields], template: TemplateFields) -> tuple[int, ...]:
-        plain = [message.for_template() for message in messages]
-        return tuple(self._frontend.maker.chat_prompt(plain, **template.template_values()))
+    def _card(self, name: str) -> Model:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "slipstream",
+            "max_model_len": self._frontend.maker.facts.max_seq_len,
+        }
 
 
 async def _whole(steps: Steps, answer: Answer[SamplingFields]) -> dict[str, Any]:
@@ -140,8 +168,8 @@ async def _events(
         try:
             async for index, handle in all_steps():
                 answer.note(index, handle.output())
-                for chunk in answer.chunks(index):
-                    yield server_sent(chunk)
+                if chunks := server_sent(*answer.chunks(index)):
+                    yield chunks
             if answer.body.include_usage:
                 yield server_sent(answer.usage_chunk())
         except SlipstreamError as error:

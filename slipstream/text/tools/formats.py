@@ -17,6 +17,7 @@ class ToolFormat:
     begin: tuple[str, ...]  # what the model writes before the first call, between two, and after the last one
     between: tuple[str, ...]
     end: tuple[str, ...]
+    trigger: str  # what begins a call amid other text; where `begin` is empty, a call may also be how an answer begins
     in_template: tuple[str, ...]  # a chat template that holds one of these is of this format, …
     not_in_template: tuple[str, ...] = ()  # … unless it holds one of those
 
@@ -31,15 +32,15 @@ def _mistral_id() -> str:
 
 FORMATS = {
     "hermes": ToolFormat(
-        hermes.read, _new_id, "arguments", hermes.BEGIN, hermes.BETWEEN, hermes.END,
+        hermes.read, _new_id, "arguments", hermes.BEGIN, hermes.BETWEEN, hermes.END, hermes.OPEN,
         in_template=(hermes.OPEN,), not_in_template=("<function=", "<arg_key>"),  # Qwen 3 Coder, GLM: not JSON
     ),
     "llama3": ToolFormat(
-        llama3.read, _new_id, "parameters", llama3.BEGIN, llama3.BETWEEN, llama3.END,
+        llama3.read, _new_id, "parameters", llama3.BEGIN, llama3.BETWEEN, llama3.END, llama3.TAG,
         in_template=(llama3.TAG, '"parameters": dictionary of argument name'),
     ),
     "mistral": ToolFormat(
-        mistral.read, _mistral_id, "arguments", mistral.BEGIN, mistral.BETWEEN, mistral.END,
+        mistral.read, _mistral_id, "arguments", mistral.BEGIN, mistral.BETWEEN, mistral.END, mistral.TAG,
         in_template=(mistral.TAG,),
     ),
 }  # fmt: skip

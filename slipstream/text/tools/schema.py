@@ -10,7 +10,7 @@ from slipstream.text.tools import reasoning
 from slipstream.text.tools.formats import ToolFormat
 
 _NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
-_ANY_OBJECT = {"type": "object"}
+ANY_OBJECT = {"type": "object"}
 
 
 def check_tools(tools: Any) -> dict[str, Mapping[str, Any]]:
@@ -31,7 +31,7 @@ def check_tools(tools: Any) -> dict[str, Mapping[str, Any]]:
             raise RequestError(f"tools has two functions of the name {name!r}; give each its own.")
         if not isinstance(parameters, Mapping | None):
             raise RequestError(f"tools[{index}] has parameters that are no JSON schema; give {{'type': 'object', …}}.")
-        schemas[name] = parameters or _ANY_OBJECT
+        schemas[name] = parameters or ANY_OBJECT
     return schemas
 
 
@@ -55,12 +55,14 @@ def schema_of(
     choice: Any,
     form: ToolFormat,
     *,
+    parallel: bool = True,
     reasons: bool = False,
     reasoning_in_prompt: bool = False,
     special_ids: Mapping[str, int] | None = None,
 ) -> str:
     """A grammar (llguidance's Lark) of the answers that call a tool: any and often ("required"), or once the named one.
 
+    parallel: any may be called more than once.
     The calls are in the model's own format, so what reads its other answers reads these.
     reasons: the answer may think first.  reasoning_in_prompt: it thinks already, as the prompt ends with <think>.
     special_ids: the ids of tokens that are no text: a marker among them is one token in the grammar, too.
@@ -73,7 +75,7 @@ def schema_of(
     def literals(pieces: Sequence[str]) -> str:
         return " ".join(_literal(piece, special_ids or {}) for piece in pieces)
 
-    more = "" if named else f"({literals(form.between)} call)*"
+    more = "" if named or not parallel else f"({literals(form.between)} call)*"
     rules = [
         f"start: {'thought ' if reasons else ''}{literals(form.begin)} call {more} {literals(form.end)}",
         f"call: {' | '.join(f'%json {json.dumps(each)}' for each in objects)}",

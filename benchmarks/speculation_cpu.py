@@ -1,0 +1,124 @@
+"""Drafts on a CPU: SmolLM2 one request at a time, greedy, engines with and without drafts in turns.
+
+    python benchmarks/speculation_cpu.py --rounds 9
+    python benchmarks/speculation_cpu.py --heads heads      Medusa's, of slipstream train-drafter, as well
+
+Seconds a token are those after the first, whose step has the prompt. A round asks each engine once, each in a process
+of its own (two engines in one would fight over torch's thread pools); the ratio is the median over rounds of plain
+decoding's time by that of the drafting engine in the same round, so that a busy machine slows both. Texts must be
+equal, or it ends; but those of trees, which may part from plain decoding at a near tie in int8 (docs/speculation.md):
+it is said where.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from slipstream import LLM, SamplingParams
+from slipstream.schema.request import EngineStats
+
+PROMPTS = {
+    "copy": "Repeat this text word for word.\n\nThe harbour opened at dawn. Three boats came in with herring, one with "
+    "cod, and the ice house had none to sell. The buyers from the city waited in the rain until noon, paid what was "
+    "asked, and left. Nobody spoke of the storm.\n",
+    "edit": "Add type hints to this code and change nothing else. Answer with the code only.\n\n"
+    "def area(width, height):\n    return width * height\n\n"
+    "def perimeter(width, height):\n    return 2 * (width + height)\n\n"
+    "def describe(width, height):\n    print('area', area(width, height))\n"
+    "    print('perimeter', perimeter(width, height))\n",
+    "chat": "Why is the sky blue? Explain it to a child.",
+    "chat, advice": "I have an interview next week and I am nervous. What should I do?",
+    "chat, list": "Give me five ideas for a rainy weekend with two children.",
+    "chat, code": "How do I read a CSV file in Python and add up one of its columns?",
+}
+ENGINES: dict[str, dict[str, Any] | None] = {"plain": None} | {
+    f"ngram, {length} drafts": {"method": "ngram", "max_draft_len": length} for length in (4, 8)
+}
+
+
+@dataclass
+class Run:
+    token_ids: list[int]
+    seconds: float  # a token
+    before: EngineStats
+    after: EngineStats
+
+    def gained(self, name: str) -> int:
+        return getattr(self.after, name) - getattr(self.before, name)
+
+    def describe(self) -> str:
+        drafts, tokens = self.gained("num_drafts"), self.gained("num_draft_tokens")
+        accepted = sum(self.after.num_accepted_tokens) - sum(self.before.num_accepted_tokens)
+        length = f"{1 + accepted / drafts:.2f}" if drafts else "-"
+        rate = f"{accepted / tokens:.0%}" if tokens else "-"
+        return f"{len(self.token_ids) / self.gained('num_steps'):.2f} | {length} | {rate}"
+
+
+_llm: LLM | None = None  # of a process that runs one
+
+
+def start(speculative: dict[str, Any] | None) -> None:
+    global _llm
+    _llm = LLM("smollm2", speculative=speculative, max_batch_size=4, kv_cache_max_tokens=4096)
+
+
+def run(text: str, max_tokens: int) -> Run:
+    assert _llm is not None
+    prompt = _llm.chat_prompt([{"role": "user", "content": text}])
+    before, times, counts = _llm.stats, list[float](), list[int]()
+    for output in _llm.stream(prompt, SamplingParams(max_tokens=max_tokens, temperature=0)):
+        times.append(time.perf_counter())
+        counts.append(len(output.outputs[0].token_ids))
+    seconds = (times[-1] - times[0]) / (counts[-1] - counts[0])
+    return Run(output.outputs[0].token_ids, seconds, before, _llm.stats)
+
+
+def parts_at(found: list[int], expected: list[int]) -> int | None:
+    """The first place where two texts differ."""
+    return next((place for place, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--max_tokens", type=int, default=96)
+    parser.add_argument("--heads", help="a folder of Medusa's heads for smollm2")
+    arguments = parser.parse_args()
+    if arguments.heads:
+        for length in (2, 4, 8, 16):
+            medusa = {"method": "medusa", "model": arguments.heads, "max_draft_len": length}
+            ENGINES[f"medusa, {length} drafts"] = medusa
+    context = multiprocessing.get_context("spawn")
+    engines = {
+        name: ProcessPoolExecutor(1, mp_context=context, initializer=start, initargs=(speculative,))
+        for name, speculative in ENGINES.items()
+    }
+    print(
+        "| prompt | engine | tokens | tokens a step | acceptance length | rate | ms a token, median (least) | ratio |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for kind, text in PROMPTS.items():
+        runs: dict[str, list[Run]] = {name: [] for name in engines}
+        for _ in range(arguments.rounds + 1):
+            for name, engine in engines.items():
+                runs[name].append(engine.submit(run, text, arguments.max_tokens).result())
+        for name, found in runs.items():
+            parting = parts_at(found[-1].token_ids, runs["plain"][-1].token_ids)
+            assert parting is None or name.startswith("medusa"), f"{kind}: {name} says something else"
+            timed = found[1:]  # the first has computed the prompt, the others find it
+            times = [1000 * each.seconds for each in timed]
+            ratios = [its.seconds / mine.seconds for its, mine in zip(runs["plain"][1:], timed, strict=True)]
+            print(
+                f"| {kind} | {name} | {len(found[-1].token_ids)}{'' if parting is None else f', parts at {parting}'} | "
+                f"{found[-1].describe()} | "
+                f"{statistics.median(times):.1f} ({min(times):.1f}) | {statistics.median(ratios):.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Serve through NVIDIA's Triton Inference Server: write a model repository, fill it in, launch it."""

@@ -1,0 +1,127 @@
+"""The texts that a drafter learns from: the target's own answers, kept as JSON lines, so that they are made once.
+
+    {"settings": {…}}                          what they were made with; others are not mixed in
+    {"prompt": [1, 9, …], "answer": [4, …]}    token ids, one text a line
+
+Prompts are given, or the target makes them too: after the opening of a user's turn a chat model says what users say
+(Magpie, arXiv:2406.08464). A model without a chat template goes on from single tokens.
+"""
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from slipstream.api.llm import LLM
+from slipstream.errors import UsageError
+from slipstream.progress import Progress
+from slipstream.schema.sampling import SamplingParams
+
+PROMPT_TOKENS, PROMPT_TOP_P = 128, 0.9  # of a prompt that the target makes: tokens at most, and how it is drawn
+TEXTS_AT_ONCE = 128  # made, then written
+
+
+class Text(NamedTuple):
+    prompt: list[int]
+    answer: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    model: str
+    num_texts: int
+    max_output_len: int  # tokens of an answer
+    temperature: float  # of answers; prompts that the target makes are drawn at 1
+    seed: int
+    prompts: str | None = None  # a digest of those that were given
+
+    def first_line(self) -> dict[str, Any]:
+        """What the texts of a file have in common: there may be more of them, and of these the first are taken."""
+        return {"settings": {name: value for name, value in asdict(self).items() if name != "num_texts"}}
+
+
+class PromptSource(Protocol):
+    def __call__(self, llm: LLM, first: int, count: int) -> list[list[int]]: ...
+
+
+def own_prompts(seed: int) -> PromptSource:
+    """What the target itself would be asked."""
+
+    def make(llm: LLM, first: int, count: int) -> list[list[int]]:
+        if llm.request_maker.chat_template is None:
+            return [[_seed(seed, first + index, "prompt") % llm.manifest.vocab_size] for index in range(count)]
+        asked = [
+            SamplingParams(top_p=PROMPT_TOP_P, max_tokens=PROMPT_TOKENS, seed=_seed(seed, first + index, "prompt"))
+            for index in range(count)
+        ]
+        outputs = llm.generate([opening_of_user_turn(llm)] * count, asked)
+        texts = [output.outputs[0].text.strip() or "Hello" for output in outputs]
+        return [llm.chat_prompt([{"role": "user", "content": text}]) for text in texts]
+
+    return make
+
+
+def opening_of_user_turn(llm: LLM) -> list[int]:
+    """How a conversation begins, to where the user's words are."""
+    one, other = (llm.chat_prompt([{"role": "user", "content": words}]) for words in ("Why", "how"))
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+
+
+def answer(llm: LLM, path: Path, settings: TextSettings, prompts: PromptSource, progress: Progress) -> list[Text]:
+    """The texts of `path`, and those that are missing there, which the target writes now.
+
+    Raises UsageError where the file holds texts of other settings.
+    """
+    texts = read_texts(path, settings)
+    with path.open("a", encoding="utf-8") as file:
+        if not path.stat().st_size:
+            file.write(json.dumps(settings.first_line()) + "\n")
+        while len(texts) < settings.num_texts:
+            progress("answer", len(texts), settings.num_texts)
+            first = len(texts)
+            given = prompts(llm, first, min(TEXTS_AT_ONCE, settings.num_texts - first))
+            made = _answers(llm, given, settings, first)
+            file.writelines(json.dumps(text._asdict()) + "\n" for text in made)
+            file.flush()
+            texts += made
+    return texts
+
+
+def _answers(llm: LLM, prompts: Sequence[list[int]], settings: TextSettings, first: int) -> list[Text]:
+    asked = [
+        SamplingParams(
+            temperature=settings.temperature, max_tokens=settings.max_output_len,
+            seed=_seed(settings.seed, first + index, "answer"),
+        )
+        for index in range(len(prompts))
+    ]  # fmt: skip
+    outputs = llm.generate(list(prompts), asked)
+    failed = next((output.error for output in outputs if output.error), None)
+    if failed is not None:
+        raise UsageError(f"The model does not answer a prompt ({failed}); take others for --data.")
+    return [Text(prompt, output.outputs[0].token_ids) for prompt, output in zip(prompts, outputs, strict=True)]
+
+
+def _seed(seed: int, index: int, what: str) -> int:
+    return random.Random(f"{seed} {index} {what}").getrandbits(62)
+
+
+def read_texts(path: Path, settings: TextSettings) -> list[Text]:
+    """Those that are whole; a line that was being written when its run was killed is cut off."""
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    lines: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+    if lines and lines[0] != settings.first_line():
+        raise UsageError(
+            f"{path} holds texts that were made with other settings; give those ({lines[0].get('settings')}) or "
+            "another --output_dir."
+        )
+    return [Text(line["prompt"], line["answer"]) for line in lines[1 : 1 + settings.num_texts]]

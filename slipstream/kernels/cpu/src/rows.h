@@ -1,0 +1,83 @@
+// Rows of numbers and rows of bytes: rounding to 8 bits and back.
+#pragma once
+#include "tensor.h"
+#include "vector.h"
+
+namespace slipstream {
+
+// The largest magnitude of a row; NaN where the row holds NaN or infinity.
+inline float largest_magnitude(const float* x, int64_t count) {
+  Floats most = {}, poison = {};
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    const Floats v = load(x + i);
+    most = larger(most, magnitude(v));
+    poison += v * 0.0f;
+  }
+  if (i < count) {
+    const Floats v = load_some(x + i, count - i);
+    most = larger(most, magnitude(v));
+    poison += v * 0.0f;
+  }
+  return largest(most) + sum(poison);
+}
+
+// round(x / scale), halves to even, as int8.
+inline void divide_to_int8(const float* x, int64_t count, float scale, float lowest, int8_t* to) {
+  int64_t i = 0;
+  for (; i < count; i += LANES) {
+    const bool is_whole = i + LANES <= count;
+    Floats v = (is_whole ? load(x + i) : load_some(x + i, count - i)) / scale;
+    v = nearest(smaller(larger(v, splat(lowest)), splat(127.0f)));
+    if (is_whole) {
+      narrow(__builtin_convertvector(v, Ints), to + i);
+      continue;
+    }
+    int8_t bytes[LANES];
+    narrow(__builtin_convertvector(v, Ints), bytes);
+    std::memcpy(to + i, bytes, count - i);
+  }
+}
+
+// A row of activations in 8 bits and the scale of each group of columns: the largest magnitude / 127, or input_scale
+// where that is not 0. A group_size of 0 means all.
+inline void quantize_row(const float* x, int64_t count, float input_scale, int64_t group_size, int8_t* to, float* scales) {
+  const int64_t size = group_size > 0 && group_size < count ? group_size : count;
+  for (int64_t first = 0; first < count; first += size) {
+    const int64_t length = count - first < size ? count - first : size;
+    float scale = input_scale;
+    if (input_scale == 0) {
+      const float most = largest_magnitude(x + first, length);
+      scale = (most < 1e-12f ? 1e-12f : most) / 127;
+    }
+    divide_to_int8(x + first, length, scale, -128.0f, to + first);
+    *scales++ = scale;
+  }
+}
+
+// Nearest, ties to even.
+inline uint16_t float_to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // NaN, whose bits rounding could make another number's
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Nearest, ties to even, magnitudes beyond 448 as 448.
+inline uint8_t float_to_float8(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint8_t sign = bits >> 24 & 128;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 127;
+  if (bits > 0x43e00000) return sign | 126;  // 448
+  if (bits < 0x3c800000) {                   // below 2^-6: steps of 2^-9
+    float small;
+    std::memcpy(&small, &bits, 4);
+    return sign | static_cast<uint8_t>(std::nearbyint(small * 512));
+  }
+  bits += 0x7ffff + (bits >> 20 & 1);
+  return sign | static_cast<uint8_t>((bits >> 20) - ((127 - 7) << 3));
+}
+
+}  // namespace slipstream

@@ -1,0 +1,206 @@
+"""What is drafted for each slot, where the model is: a plan says how many drafts a step verifies, not which.
+
+Shape suffixes: S sequences, N drafts, M nodes (a sequence's last known token and its drafts), T tokens of the step.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slipstream.kernels.attention.tree import WORD
+from slipstream.runtime.transfer import on_device
+from slipstream.runtime.worker.inputs import draft_name
+from slipstream.runtime.worker.memory import zeros
+from slipstream.runtime.worker.tables import BlockTables
+from slipstream.schema.request import GenerateRequest
+from slipstream.schema.step import PENDING, SequenceStep, StepPlan
+from slipstream.speculative.accept import Accepted
+from slipstream.speculative.drafter import Computed, Drafter, LayerDrafter, OwnKV, Running, Verified
+from slipstream.speculative.tree import ancestors, chain_parents, check_parents, depths
+
+_ROOT = (1, 0)  # a column before, none after: the root is its own parent, and its token is not looked at
+
+
+class Drafted(NamedTuple):
+    """The trees of a step's sequences, in their order; where the model is."""
+
+    num_nodes: list[int]  # of each, its last token included: so many rows of logits it has
+    token_ids: Tensor  # [S, M]
+    parents: Tensor  # [S, M]
+    is_branching: bool  # whether what is accepted may have to move in the cache
+
+
+class Drafts:
+    """Of all slots. Without a drafter there are none."""
+
+    def __init__(self, drafter: Drafter | None, vocab_size: int, num_slots: int, device: torch.device) -> None:
+        self._drafter, self._vocab_size, self._device = drafter, vocab_size, device
+        self.max_len = 0 if drafter is None else drafter.max_draft_len
+        self.can_branch = drafter is not None and drafter.can_branch
+        self.num_mask_words = -(-(1 + self.max_len) // WORD)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros((num_slots, *shape), dtype=torch.int64, device=device)
+
+        self._token_ids, self._parents = zeros(self.max_len), zeros(self.max_len)
+        # Of drafts that may branch, and their roots: how far a node is from the root, and what is above it.
+        self._depths, self._masks = zeros(1 + self.max_len), zeros(1 + self.max_len, self.num_mask_words)
+        self._is_taking = [False] * num_slots
+        self._is_branching = [False] * num_slots
+        self._layer = drafter if isinstance(drafter, LayerDrafter) else None
+        self._known: list[Sequence[int]] = [()] * num_slots  # tokens that each text had when it came
+        self._group = 0  # whose blocks the drafter is lent
+
+    def attach(self, running: Running, group: int) -> None:
+        """The engine's weights are there. group: of the KV blocks that a drafter's own layer is lent."""
+        self._group = group
+        if self._layer is not None:
+            self._layer.attach(running)
+
+    def allocate_kv(self, num_blocks: int, tokens_per_block: int, dtype: torch.dtype) -> list[Tensor]:
+        """The drafter's own cache, if it has one: where the model's blocks are copied, its are too."""
+        if self._layer is None:
+            return []
+        own = self._layer.own_kv
+        num_more = -(-own.num_ahead // tokens_per_block) * len(self._known)
+        shape = (2, num_blocks + num_more, tokens_per_block, own.num_heads, own.head_dim)
+        kv_PNBKD = zeros(shape, dtype, self._device)
+        self._layer.take_kv(kv_PNBKD, num_blocks)
+        return [kv_PNBKD]
+
+    def add(self, slot: int, request: GenerateRequest, output_token_ids: tuple[int, ...]) -> None:
+        if self._drafter is None:
+            return
+        self._known[slot] = (*request.prompt_token_ids, *output_token_ids)
+        # A user's function is called once a token, in their order, as it may expect. Last tokens have none after them.
+        self._is_taking[slot] = not request.sampling.logits_processors and request.max_tokens > 1
+        if self._is_taking[slot]:
+            self._drafter.start(slot, self._known[slot], request)
+
+    def remove(self, slot: int) -> None:
+        if self._drafter is not None:
+            self._drafter.stop(slot)
+
+    @property
+    def reads_hidden(self) -> tuple[int, ...]:
+        return () if self._drafter is None else self._drafter.reads_hidden
+
+    @property
+    def own_kv(self) -> OwnKV | None:
+        return None if self._layer is None else self._layer.own_kv
+
+    def follow(
+        self, plan: StepPlan, hidden_TF: Tensor, said: Iterable[tuple[list[int], list[int]]], tables: BlockTables
+    ) -> None:
+        """Tell a drafter with a KV cache of its own which rows of a step are text.
+
+        said: of each sequence that samples, the tokens that it gains and the rows that they were chosen in.
+        """
+        assert self._layer is not None
+        samples = iter(said)
+        rows, next_ids, first = list[int](), list[list[int]](), 0
+        for step in plan.sequences:
+            mine, known = range(first, first + len(step.token_ids)), self._known[step.slot]
+            following, end = list(step.token_ids[1:]), step.start + len(step.token_ids)
+            if step.sample:
+                token_ids, chosen_at = next(samples)
+                following += [max(0, token_id) for token_id in token_ids]  # where there is none, the request ends
+                rows += [*mine, *(mine[-1] + row - chosen_at[0] for row in chosen_at[1:])]
+            else:
+                following += known[end : end + 1]  # nothing, where a text that is pooled ends
+                rows += mine[: len(following)]
+            next_ids.append(following)
+            first += step.num_tokens
+        slots, starts = [step.slot for step in plan.sequences], [step.start for step in plan.sequences]
+        longest = max(start + len(ids) for start, ids in zip(starts, next_ids, strict=True))
+        tables_SB = tables.of(self._group, np.array(slots), -(-longest // tables.tokens_per_block))
+        hidden_NF = hidden_TF[on_device(rows, torch.int64, self._device)]
+        self._layer.follow(Computed(slots, starts, next_ids, hidden_NF, torch.from_numpy(tables_SB)))
+
+    def propose(
+        self, slots: Sequence[int], positions: Sequence[int], accepted: Accepted, hidden_SH: Tensor | None = None
+    ) -> list[int]:
+        """Drafts for the next step of these slots: how many each has.
+
+        positions: of the first token that the step gave each. hidden: where its last one was chosen. Raises ValueError
+        for what a drafter may not propose.
+        """
+        num_drafts = [0] * len(slots)
+        taking = [index for index, slot in enumerate(slots) if self._is_taking[slot]]
+        if self._drafter is None or not taking:
+            return num_drafts
+        last_S = on_device(positions, torch.int64, self._device) + accepted.counts - 1
+        verified = Verified(slots, accepted.counts, accepted.token_ids, last_S, hidden_SH)
+        if len(taking) < len(slots):
+            index_S, slots = on_device(taking, torch.int64, self._device), [slots[index] for index in taking]
+            verified = Verified(
+                slots, accepted.counts[index_S], accepted.token_ids[index_S], last_S[index_S],
+                None if hidden_SH is None else hidden_SH[index_S],
+            )  # fmt: skip
+        drafts = self._drafter.draft(verified)
+        rows = []
+        for slot, draft in zip(slots, drafts, strict=True):
+            chain = chain_parents(len(draft.token_ids))
+            parents = chain if draft.parents is None else list(draft.parents)
+            self._is_branching[slot] = parents != chain
+            self._check(draft.token_ids, parents, self._is_branching[slot])
+            padding = [0] * (self.max_len - len(chain))
+            rows.append([[*draft.token_ids, *padding], [*parents, *padding]])
+        slots_S = on_device(slots, torch.int64, self._device)
+        token_ids_SN, parents_SN = on_device(rows, torch.int64, self._device).unbind(1)
+        self._token_ids[slots_S], self._parents[slots_S] = token_ids_SN, parents_SN
+        if self.can_branch:
+            parents_SM = functional.pad(parents_SN, _ROOT)
+            self._depths[slots_S], self._masks[slots_S] = depths(parents_SM), ancestors(parents_SM)
+        for index, draft in zip(taking, drafts, strict=True):
+            num_drafts[index] = len(draft.token_ids)
+        return num_drafts
+
+    def _check(self, token_ids: Sequence[int], parents: Sequence[int], is_branching: bool) -> None:
+        """What comes from outside may not reach the model's tables unseen."""
+        if len(token_ids) > self.max_len:
+            raise ValueError(f"the drafter proposed {len(token_ids)} tokens, more than {self.max_len}")
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocab_size:
+                raise ValueError(
+                    f"the drafter proposed token {token_id}; the vocabulary is 0 to {self._vocab_size - 1}"
+                )
+        if len(parents) != len(token_ids):
+            raise ValueError(f"the drafter proposed {len(token_ids)} tokens and {len(parents)} parents")
+        check_parents(parents)
+        if is_branching and not self.can_branch:
+            raise ValueError("the drafter proposed branches; its class must say can_branch = True")
+
+    def fill(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the step's token ids name, in place. Returns what attention needs besides, where drafts may branch."""
+        if not self.max_len:
+            return {}
+        token_ids_T, slots_T = inputs["step.token_ids"], inputs["token_slots"]
+        is_draft_T = token_ids_T < PENDING
+        nodes_T = (1 + draft_name(token_ids_T)).where(is_draft_T, 0).clamp(max=self.max_len)
+        drafts_T = self._token_ids[slots_T, (nodes_T - 1).clamp(min=0)]
+        token_ids_T.copy_(drafts_T.where(is_draft_T, token_ids_T))
+        if not self.can_branch:
+            return {}
+        positions_T = inputs["step.positions"]  # as if drafts were chains: each node's place in the cache
+        positions_T += (self._depths[slots_T, nodes_T] - nodes_T).where(is_draft_T, 0)
+        inputs["row_positions"].copy_(1 + positions_T[inputs["step.logit_rows"]])
+        return {"step.tree_masks": self._masks[slots_T, nodes_T].where(is_draft_T[:, None], -1)}
+
+    def verified_by(self, steps: Sequence[SequenceStep]) -> Drafted | None:
+        """What these sequences have drafts of, if any has."""
+        num_drafts = [step.num_drafts for step in steps]
+        if not any(num_drafts):
+            return None
+        slots_S, most = on_device([step.slot for step in steps], torch.int64, self._device), max(num_drafts)
+        token_ids_SN, parents_SN = self._token_ids[slots_S, :most], self._parents[slots_S, :most]
+        return Drafted(
+            [1 + count for count in num_drafts],
+            functional.pad(token_ids_SN, _ROOT),
+            functional.pad(parents_SN, _ROOT),
+            any(self._is_branching[step.slot] for step in steps),
+        )

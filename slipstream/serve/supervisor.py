@@ -1,0 +1,276 @@
+"""The server's parent process: it holds the listening socket, and sees that there are so many engines and fronts.
+
+It touches no request. What it tells its children, and how they end with it, is in messages.py.
+"""
+
+import asyncio
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from slipstream.errors import SlipstreamError, UsageError
+from slipstream.serve.app import ServeConfig
+from slipstream.serve.messages import (
+    EngineEnded,
+    EngineSetup,
+    EngineStarted,
+    FrontGone,
+    FrontReady,
+    FrontSetup,
+    Ready,
+    ToFront,
+    json_line,
+)  # fmt: skip
+from slipstream.serve.service_manager import tell_service_manager
+
+STOP_SECONDS = 10.0  # for a process to end by itself
+RESTART_SECONDS = (0.0, 1.0, 5.0, 15.0, 30.0)  # between a death and the next start, by how many there were in a row
+LONGEST_LINE = 1 << 24  # bytes of what a front says of its engine
+
+OnReady = Callable[[Ready, str], None]
+
+
+class StartFailed(SlipstreamError):
+    """The first engine process, or front, ended before it was ready; it has said why on stderr."""
+
+
+def run_server(options: Mapping[str, Any], config: ServeConfig, on_ready: OnReady) -> None:
+    """Serve until SIGTERM or SIGINT, then let the requests in flight finish.
+
+    options: of LLM(...), plain values.  on_ready: called with what the engine is and the server's address.
+    Raises UsageError for an address that cannot be had, StartFailed where the engine does not come up.
+    """
+    with _listen(config, "--port", config.port) as listener, _with_grpc_port(config) as config:
+        asyncio.run(_run(Supervisor(options, config, listener, on_ready)))
+
+
+async def _run(supervisor: "Supervisor") -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    keepers = supervisor.start()
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait({*keepers, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()  # why the start failed, or a defect of ours
+    finally:
+        await supervisor.close()
+        for task in (*keepers, stopping):
+            task.cancel()
+        await asyncio.gather(*keepers, stopping, return_exceptions=True)
+
+
+@dataclass
+class _Replica:
+    """The place of one engine process, whichever has it."""
+
+    index: int
+    process: Process | None = None
+    address: str = ""  # of that process
+    is_ready: bool = False
+    was_ready: asyncio.Event = field(default_factory=asyncio.Event)  # ever
+
+
+class Supervisor:
+    def __init__(
+        self, options: Mapping[str, Any], config: ServeConfig, listener: socket.socket, on_ready: OnReady
+    ) -> None:
+        self._options, self._config, self._listener, self._on_ready = dict(options), config, listener, on_ready
+        self._folder = Path(tempfile.mkdtemp(prefix="slipstream-"))  # of the engines' sockets; nobody else's to enter
+        self._replicas = [_Replica(index) for index in range(config.replicas)]
+        self._fronts: dict[str, Process] = {}
+        self._ready: set[tuple[str, int]] = set()  # which front has said so of which engine
+        self._has_started = self._is_closing = False
+
+    def start(self) -> Sequence[asyncio.Task[None]]:
+        """Tasks that end when the server is closed, or cannot be started."""
+        engines = [self._keep_engine(replica) for replica in self._replicas]
+        fronts = [self._keep_front() for _ in range(self._config.num_fronts)]
+        return [asyncio.create_task(keeper) for keeper in (*engines, *fronts)]
+
+    async def close(self) -> None:
+        """Fronts finish what they have, or what drain_timeout lets them; the engines end after them."""
+        self._is_closing = True
+        tell_service_manager("STOPPING=1")
+        self._listener.close()
+        for front in self._fronts.values():
+            _signal(front, signal.SIGTERM)
+        seconds = self._config.drain_timeout + STOP_SECONDS
+        await asyncio.gather(*(_ended(front, seconds) for front in list(self._fronts.values())))
+        await asyncio.gather(*(self._end_engine(replica) for replica in self._replicas))
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # --- engines ---
+
+    async def _keep_engine(self, replica: _Replica) -> None:
+        if replica.index:  # the first one builds the engine where there is none, and the others find it
+            await self._replicas[0].was_ready.wait()
+        num_deaths = 0
+        while not self._is_closing:
+            why = await self._live_once(replica)
+            if self._is_closing:
+                return
+            if not self._has_started:
+                raise StartFailed(f"The engine could not be started ({why}).")
+            num_deaths = 1 if replica.is_ready else num_deaths + 1  # in a row, of such as were never ready
+            print(f"warning: the engine process ended ({why}); starting it again.", file=sys.stderr, flush=True)
+            await asyncio.sleep(_pause(num_deaths))
+
+    async def _live_once(self, replica: _Replica) -> str:
+        """An engine process from its start to its end; returns how it ended."""
+        replica.is_ready = False
+        replica.address = f"ipc://{self._folder}/{secrets.token_hex(4)}"
+        config = self._config
+        setup = EngineSetup(
+            self._options, replica.index, config.replicas, config.max_queue_size, config.max_concurrent_requests,
+            config.step_timeout, config.iteration_log, config.profile_dir,
+        )  # fmt: skip
+        process = replica.process = await _start("slipstream.serve.engine_process", setup, replica.address)
+        self._tell_fronts(EngineStarted(replica.index, replica.address))
+        why = _ending(await process.wait())
+        replica.process = None
+        self._tell_fronts(EngineEnded(replica.index, why))
+        return why
+
+    async def _end_engine(self, replica: _Replica) -> None:
+        if (process := replica.process) is None:
+            return
+        assert process.stdin is not None
+        process.stdin.close()
+        if not replica.is_ready:  # it is still opening the model, and would not look
+            _signal(process, signal.SIGTERM)
+        await _ended(process, STOP_SECONDS)
+
+    # --- fronts ---
+
+    async def _keep_front(self) -> None:
+        num_deaths = 0
+        while not self._is_closing:
+            name = secrets.token_hex(4)
+            setup = FrontSetup(name, self._listener.fileno(), asdict(self._config))
+            front = self._fronts[name] = await _start(
+                "slipstream.serve.front_process", setup, stdout=PIPE, limit=LONGEST_LINE, pass_fds=[setup.listener]
+            )
+            for replica in self._replicas:
+                if replica.process is not None:
+                    _tell(front, EngineStarted(replica.index, replica.address))
+            was_ready = await self._listen_to(name, front)
+            why = _ending(await front.wait())
+            del self._fronts[name]
+            self._ready = {(front_name, index) for front_name, index in self._ready if front_name != name}
+            for replica in self._replicas:
+                if replica.process is not None:
+                    _tell(replica.process, FrontGone(name))
+            if self._is_closing:
+                return
+            if not self._has_started:
+                raise StartFailed(f"A front could not be started ({why}).")
+            num_deaths = 1 if was_ready else num_deaths + 1
+            print(f"warning: a front ended ({why}); starting another one.", file=sys.stderr, flush=True)
+            await asyncio.sleep(_pause(num_deaths))
+
+    async def _listen_to(self, name: str, front: Process) -> bool:
+        """A front says what an engine is, each time that one is ready. Returns whether it ever did."""
+        assert front.stdout is not None
+        was_ready = False
+        async for line in front.stdout:
+            was_ready = True
+            said = msgspec.json.decode(line, type=FrontReady)
+            replica = self._replicas[said.replica]
+            replica.is_ready = True
+            replica.was_ready.set()
+            self._ready.add((name, said.replica))
+            if not self._has_started and len(self._ready) == self._config.num_fronts * self._config.replicas:
+                self._has_started = True
+                self._on_ready(said.engine, _url(self._config, self._listener))
+                tell_service_manager("READY=1")
+        return was_ready
+
+    def _tell_fronts(self, message: ToFront) -> None:
+        for front in self._fronts.values():
+            _tell(front, message)
+
+
+async def _start(module: str, setup: msgspec.Struct, *arguments: str, **more: Any) -> Process:
+    # A session of its own: Ctrl-C is the parent's to handle, and ends the engine after the requests.
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", module, *arguments, stdin=PIPE, start_new_session=True, **more
+    )
+    _tell(process, setup)
+    return process
+
+
+def _tell(process: Process, message: msgspec.Struct) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json_line(message))
+
+
+def _signal(process: Process, number: int) -> None:
+    if process.returncode is None:
+        process.send_signal(number)
+
+
+async def _ended(process: Process, seconds: float) -> None:
+    """Wait for its end, and bring it about where it takes longer."""
+    try:
+        await asyncio.wait_for(process.wait(), seconds)
+    except TimeoutError:
+        _signal(process, signal.SIGKILL)
+        await process.wait()
+
+
+def _pause(num_deaths: int) -> float:
+    return RESTART_SECONDS[min(num_deaths, len(RESTART_SECONDS)) - 1]
+
+
+def _ending(exit_code: int) -> str:
+    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+
+
+def _listen(config: ServeConfig, flag: str, port: int) -> socket.socket:
+    """Before the engine starts: an address that is taken shows at once."""
+    try:
+        return socket.create_server((config.host, port), family=_family(config), backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"{config.host}:{port} cannot be listened on ({reason}); give another --host or {flag}."
+        ) from None
+
+
+@contextmanager
+def _with_grpc_port(config: ServeConfig) -> Iterator[ServeConfig]:
+    """Its number, where any will do. Each front listens on it by itself; it is held for those that come later."""
+    if config.grpc_port is None:
+        yield config
+        return
+    with _listen(config, "--grpc_port", config.grpc_port) as found:
+        port = found.getsockname()[1]
+    with socket.socket(_family(config)) as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind((config.host, port))
+        yield replace(config, grpc_port=port)
+
+
+def _family(config: ServeConfig) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in config.host else socket.AF_INET
+
+
+def _url(config: ServeConfig, listener: socket.socket) -> str:
+    scheme = "https" if config.ssl_certfile else "http"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    more = "" if config.grpc_port is None else f" and grpc://{host}:{config.grpc_port}"
+    return f"{scheme}://{host}:{listener.getsockname()[1]}{more}"

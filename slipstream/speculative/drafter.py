@@ -1,0 +1,152 @@
+"""Drafter: what proposes the tokens that a step verifies. docs/adding/drafter.md shows how to write one.
+
+    start(slot, token_ids, request)   a sequence enters a slot, with its prompt and whatever it has said before
+    draft(verified)                   after each step: what may come after the tokens that the step gave
+    stop(slot)                        the sequence has left; the slot may be empty
+
+A LayerDrafter has a layer with a KV cache of its own, and is told of each step's rows besides.
+
+Nothing that a drafter does changes a text (accept.py): it decides how many tokens a step gives, not which.
+
+Shape suffixes: S sequences, M tokens that a step gave at most, N rows of hidden states, F numbers of each.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slipstream.engine.choices import Choices
+from slipstream.engine.folder import Engine
+from slipstream.engine.manifest import Manifest
+from slipstream.errors import UsageError
+from slipstream.schema.request import GenerateRequest
+from slipstream.schema.speculative import Speculation
+
+LAST = -1  # of reads_hidden: what the model's head reads
+
+
+class Draft(NamedTuple):
+    """Of one sequence: tokens, and the node that each follows (tree.py); None is a chain."""
+
+    token_ids: Sequence[int] = ()
+    parents: Sequence[int] | None = None
+
+
+class Verified(NamedTuple):
+    """What a step gave S sequences."""
+
+    slots: Sequence[int]
+    counts: Tensor  # [S] tokens that each has gained
+    token_ids: Tensor  # [S, M] they; only the first counts[s] mean something
+    positions: Tensor  # [S] of the last of them
+    hidden: Tensor | None = None  # [S, F] what reads_hidden asks for, where that one was chosen
+
+    def lists(self) -> list[list[int]]:
+        """The new tokens on the host. On a GPU that waits for the step."""
+        rows = zip(self.token_ids.tolist(), self.counts.tolist(), strict=True)
+        return [token_ids[:count] for token_ids, count in rows]
+
+
+class Computed(NamedTuple):
+    """The rows of a step that are text now, N of S sequences, one sequence after the other."""
+
+    slots: Sequence[int]
+    starts: Sequence[int]  # the place of each one's first row in its text
+    next_ids: Sequence[Sequence[int]]  # of each, the token that follows each of its rows
+    hidden: Tensor  # [N, F]
+    block_tables: Tensor  # int64 [S, B], on the host: the KV blocks of each, as far as its rows
+
+
+class OwnKV(NamedTuple):
+    """The KV cache of one layer of a drafter's own."""
+
+    num_heads: int
+    head_dim: int
+    num_ahead: int  # tokens beyond the end of a text that it computes at most
+
+
+class Running(NamedTuple):
+    """The target's own embedding and head, whatever format they are in, and how far the layers see that see most."""
+
+    embed: Callable[[Tensor], Tensor]  # token ids [N] -> what the first layer reads, [N, hidden_size]
+    head: Callable[[Tensor], Tensor]  # what the head reads, [N, hidden_size] -> logits [N, vocab_size]
+    window: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """The engine whose steps verify the drafts."""
+
+    engine: Engine
+    device: torch.device
+    max_batch_size: int
+    max_seq_len: int
+    memory_fraction: float  # of what is free, for KV caches
+    draft_engine: tuple[Engine, Choices] | None = None  # of the model that a method's option `model` names
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.engine.manifest
+
+
+class Drafter(ABC):
+    """One for an engine; it is called from the engine's thread only."""
+
+    default_draft_len: ClassVar[int] = 8
+    can_branch: ClassVar[bool] = False  # whether drafts may be trees, which attention must be told when it starts
+    # The hidden states that it drafts from: of a layer's number what that layer reads, or LAST.
+    reads_hidden: tuple[int, ...] = ()
+
+    def __init__(self, speculation: Speculation, target: Target) -> None:
+        """Raises UsageError for options that the method does not know."""
+        self.max_draft_len = speculation.max_draft_len or self.default_draft_len
+
+    @abstractmethod
+    def start(self, slot: int, token_ids: Sequence[int], request: GenerateRequest) -> None: ...
+
+    @abstractmethod
+    def draft(self, verified: Verified) -> Sequence[Draft]:
+        """For each of the sequences, at most max_draft_len tokens; none where nothing is worth a guess."""
+
+    @abstractmethod
+    def stop(self, slot: int) -> None: ...
+
+
+class LayerDrafter(Drafter):
+    """One with a layer of its own on top of the target's hidden states. Its KV lies in blocks that are numbered as the
+    target's, and are shared, copied and found again with these."""
+
+    own_kv: OwnKV
+
+    @abstractmethod
+    def attach(self, running: Running) -> None:
+        """The engine's weights are loaded: what it may use of the target."""
+
+    @abstractmethod
+    def take_kv(self, kv_PNBKD: Tensor, num_blocks: int) -> None:
+        """Its cache: the first num_blocks are the target's blocks, the others for what is beyond a text's end."""
+
+    @abstractmethod
+    def follow(self, computed: Computed) -> None:
+        """After each step, before `draft`: of all its sequences, also those that no drafts are asked for."""
+
+
+def read_options(kind: type[Any], speculation: Speculation) -> Any:
+    """A method's own options as its dataclass. Raises UsageError where one is unknown, missing or of a wrong type."""
+    types: dict[str, Any] = {each.name: each.type for each in fields(kind)}
+    values = speculation.options
+    for name, value in values.items():
+        if name not in types:
+            there = ", ".join(("max_draft_len", *types))
+            raise UsageError(f"speculative has {name!r}, which {speculation.method} does not know; it takes {there}.")
+        if type(value) is not types[name] or (types[name] is int and value < 1):
+            what = "a whole number of at least 1" if types[name] is int else f"of type {types[name].__name__}"
+            raise UsageError(f"speculative has {name} {value!r}; it must be {what}.")
+    for each in fields(kind):
+        if each.default is MISSING and each.name not in values:
+            raise UsageError(f"speculative lacks {each.name}, which {speculation.method} needs; add it.")
+    return kind(**values)

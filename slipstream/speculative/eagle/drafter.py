@@ -1,0 +1,250 @@
+"""Drafts of EAGLE's layer, which goes on where the model's own layers end: from its hidden states (head.py).
+
+    place              0      1      2      3     the model's KV
+    token              the    cat    sat    on  │ …
+    hidden states      f0     f1     f2         │         of tokens that the model has computed
+    row of the layer   f0,cat f1,sat f2,on      │         its KV, in the same blocks at the same places
+                              says what may follow "on" ┴ f3', with each of these: the next level of the tree (trees.py)
+
+The layer's KV lies in blocks of the same numbers as the model's: what is shared, copied, given up or found again there
+is so here. A row holds the token after its own, so of a prefix that is found the last token is computed again (where
+two texts part at the border of a block, its last row is that of the first one; drafts may be wrong, texts not). Of a
+prompt only keys and values are computed. Nodes of a tree lie beyond the text's end, in what is left of its last block
+and in blocks of the slot's own; the next rows overwrite them.
+
+Shape suffixes: S sequences, N rows, H hidden size, Z, X and Y as in head.py, B blocks, M nodes of a tree, W a level's,
+K ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slipstream.errors import UsageError
+from slipstream.kernels.attention.paged import kv_write
+from slipstream.kernels.attention.tree import WORD, tree_attention
+from slipstream.kernels.registry import Op
+from slipstream.kernels.rope import rope, rope_cos_sin
+from slipstream.schema.request import GenerateRequest
+from slipstream.schema.speculative import MAX_DRAFT_LEN, Speculation
+from slipstream.speculative.choices import fitting, read_choices
+from slipstream.speculative.drafter import (
+    Computed,
+    Draft,
+    LayerDrafter,
+    OwnKV,
+    Running,
+    Target,
+    Verified,
+    read_options,
+)
+from slipstream.speculative.eagle.head import Sizes, load
+from slipstream.speculative.eagle.trees import Growing, Grown, Level, Trees, Written
+
+MAX_TREE = 32
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str  # a folder of an EAGLE head
+    choices: str = ""  # [[0], [0, 0], [1], ...] as JSON, or a file of it: a tree that does not grow
+    depth: int = 5  # of one that grows, and
+    width: int = 8  # how many of its likeliest ways go on at each level, and are looked at behind each node
+
+
+class _Last(NamedTuple):
+    """The last row of each sequence of a step: drafts are what may follow its token."""
+
+    rows: dict[int, int]  # of slots, in the others
+    places: list[int]
+    x: Tensor  # [S, Z] and
+    residual: Tensor  # [S, H], as Head.enter gives them
+    block_tables: Tensor  # [S, B], on the host
+
+
+@dataclass
+class _Forest:
+    """A tree a sequence, as far as it is computed: the first num_nodes nodes."""
+
+    roots: Tensor  # [S] places
+    block_tables: Tensor  # [S, B]
+    slots: Tensor  # [S, M] of keys and values
+    positions: Tensor  # [S, M] in the text
+    masks: Tensor  # [S, M, words] of tree_attention
+    queries: Tensor  # [S, M, X]
+    token_ids: Tensor  # [S, M, K] of children, as Grown has them
+    scores: Tensor  # [S, M, K]
+    num_nodes: int = 0
+
+
+class Drafter(LayerDrafter):
+    default_draft_len = 24
+    can_branch = True
+
+    def __init__(self, speculation: Speculation, target: Target) -> None:
+        super().__init__(speculation, target)
+        options, manifest = read_options(Options, speculation), target.manifest
+        sizes = Sizes(manifest.hidden_size, manifest.vocab_size, manifest.num_layers, target.max_seq_len)
+        self._device, self._dtype = target.device, getattr(torch, manifest.dtype)
+        self._head = load(Path(options.model), sizes, self._dtype, target.device)
+        self._config = config = self._head.config
+        self._trees = self._make_trees(options)
+        self.max_draft_len = self._trees.num_drafts
+        self.reads_hidden = config.hidden_layers
+        self.own_kv = OwnKV(config.num_kv_heads, config.head_dim, num_ahead=self._trees.num_nodes - 1)
+        self._inv_freq = config.inv_freq.to(target.device)
+        self._block_size = manifest.tokens_per_block
+
+    def _make_trees(self, options: Options) -> Trees:
+        num_ids = self._config.num_drafted_ids
+        if options.choices:
+            choices = fitting(read_choices(options.choices), MAX_DRAFT_LEN, num_ids)
+            return Written(choices[: self.max_draft_len], self._device)
+        for name, value in (("depth", options.depth), ("width", options.width)):
+            if value > MAX_TREE:
+                raise UsageError(f"speculative has {name} {value}; it must be at most {MAX_TREE}.")
+        return Growing(min(options.width, num_ids), options.depth, self.max_draft_len)
+
+    def attach(self, running: Running) -> None:
+        self._running = running
+
+    def take_kv(self, kv_PNBKD: Tensor, num_blocks: int) -> None:
+        self._kv, self._num_shared = kv_PNBKD, num_blocks
+
+    def start(self, slot: int, token_ids: Sequence[int], request: GenerateRequest) -> None:
+        pass
+
+    def stop(self, slot: int) -> None:
+        pass
+
+    @torch.inference_mode()
+    def follow(self, computed: Computed) -> None:
+        """Keys and values of the step's rows."""
+        token_ids = [token_id for ids in computed.next_ids for token_id in ids]
+        if not token_ids:
+            return
+        starts_S, lengths_S = torch.tensor(computed.starts), torch.tensor([len(ids) for ids in computed.next_ids])
+        ends_S = lengths_S.cumsum(0)
+        sequences_N = torch.arange(len(lengths_S)).repeat_interleave(lengths_S)
+        places_N = torch.arange(len(token_ids)) + (starts_S + lengths_S - ends_S)[sequences_N]
+        slots_N = self._slots(computed.block_tables[sequences_N], places_N[:, None])[:, 0]
+        numbers = torch.stack((torch.tensor(token_ids), places_N, slots_N)).to(self._device)
+        x_NZ, residual_NH = self._head.enter(self._embed(numbers[0]), self._head.read(computed.hidden))
+        self._write(x_NZ, self._rotation(numbers[1]), numbers[2])
+        last_S = (ends_S - 1).clamp(min=0).to(self._device)
+        rows = {slot: row for row, slot in enumerate(computed.slots)}
+        places = (starts_S + lengths_S - 1).tolist()
+        self._last = _Last(rows, places, x_NZ[last_S], residual_NH[last_S], computed.block_tables)
+
+    @torch.inference_mode()
+    def draft(self, verified: Verified) -> list[Draft]:
+        last, trees = self._last, self._trees
+        rows = [last.rows[slot] for slot in verified.slots]
+        rows_S = torch.tensor(rows, device=self._device)
+        roots_S = torch.tensor([last.places[row] for row in rows])
+        forest = self._plant(roots_S, last.block_tables[rows], verified.slots)
+        x_NZ, residual_NH = last.x[rows_S], last.residual[rows_S]
+        levels = list[Level]()
+        while True:
+            first = forest.num_nodes
+            hidden_SWH = self._compute(forest, len(levels), x_NZ, residual_NH)
+            grown = Grown(first, forest.num_nodes, forest.token_ids, forest.scores)
+            level = trees.level(len(levels), grown)
+            if level is None:
+                return trees.drafts(grown, levels)
+            x_NZ, residual_NH = self._descend(forest, first, level, hidden_SWH)
+            levels.append(level)
+
+    def _plant(self, roots_S: Tensor, tables_SB: Tensor, slots: Sequence[int]) -> _Forest:
+        """Trees whose roots are rows that are computed, at these places."""
+        num_trees, num_nodes, num_ranks = len(slots), self._trees.num_nodes, self._trees.num_ranks
+        tables_SB = self._with_blocks_ahead(roots_S, tables_SB, torch.tensor(slots))
+        kv_slots_SM = self._slots(tables_SB, roots_S[:, None] + torch.arange(num_nodes))
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(num_trees, num_nodes, *shape, dtype=dtype, device=self._device)
+
+        return _Forest(
+            roots=roots_S.to(self._device),
+            block_tables=tables_SB.to(self._device),
+            slots=kv_slots_SM.to(self._device),
+            positions=empty(),
+            masks=empty(-(-num_nodes // WORD)),
+            queries=empty(self._config.num_heads * self._config.head_dim, dtype=self._dtype),
+            token_ids=empty(num_ranks),
+            scores=empty(num_ranks, dtype=torch.float32),
+        )
+
+    def _with_blocks_ahead(self, roots_S: Tensor, tables_SB: Tensor, slots_S: Tensor) -> Tensor:
+        """Behind each root's block those that are its slot's own."""
+        num_ahead = -(-(self._trees.num_nodes - 1) // self._block_size)
+        last_S1 = roots_S[:, None] // self._block_size
+        ahead_SB = torch.arange(int(last_S1.max()) + 1 + num_ahead) - last_S1 - 1
+        own_SB = self._num_shared + slots_S[:, None] * num_ahead + ahead_SB.clamp(max=num_ahead - 1)
+        return own_SB.where(ahead_SB >= 0, functional.pad(tables_SB, (0, own_SB.shape[1]))[:, : own_SB.shape[1]])
+
+    def _compute(self, forest: _Forest, depth: int, x_NZ: Tensor, residual_NH: Tensor) -> Tensor:
+        """The next nodes of each tree, all of one depth: their children. -> hidden states [S, W, H]"""
+        num_trees, first = len(forest.roots), forest.num_nodes
+        forest.num_nodes = end = first + len(x_NZ) // num_trees
+        forest.positions[:, first:end] = forest.roots[:, None] + depth
+        rotation = self._rotation(forest.positions[:, first:end].flatten())
+        if depth:
+            self._write(x_NZ, rotation, forest.slots[:, first:end].flatten())
+        else:
+            forest.masks[:, 0, 0] = 1
+        q_NX = _run(rope, self._head.queries(x_NZ), *rotation, self._config.head_dim)
+        forest.queries[:, first:end] = q_NX.view(num_trees, end - first, -1)
+        # All nodes so far ask, since the op takes a tree whole; the answers to those before are not looked at.
+        attended_NX = _run(
+            tree_attention, forest.queries[:, :end].flatten(0, 1), self._kv,
+            torch.arange(num_trees + 1, device=self._device) * end, forest.roots + end, forest.block_tables,
+            forest.positions[:, :end].flatten(), forest.roots, forest.masks[:, :end].flatten(0, 1), None, None, None,
+            self._config.head_dim**-0.5, self._running.window, 0.0, self._config.head_dim,
+        )  # fmt: skip
+        attended_SMX = attended_NX.view(num_trees, end, -1)
+        hidden_NH = self._head.leave(attended_SMX[:, first:].flatten(0, 1), residual_NH)
+        logits_ND = self._head.logits(hidden_NH, self._running.head)
+        best = logits_ND.float().log_softmax(1).topk(self._trees.num_ranks)
+        forest.token_ids[:, first:end] = self._head.token_ids(best.indices).view(num_trees, end - first, -1)
+        forest.scores[:, first:end] += best.values.view(num_trees, end - first, -1)
+        return hidden_NH.view(num_trees, end - first, -1)
+
+    def _descend(self, forest: _Forest, first: int, level: Level, hidden_SWH: Tensor) -> tuple[Tensor, Tensor]:
+        """What the nodes of the next level are made of. first: of those of this one, whose hidden states these are."""
+        children_SW = level.parents * self._trees.num_ranks + level.ranks
+        begin, end = forest.num_nodes, forest.num_nodes + children_SW.shape[1]
+        forest.scores[:, begin:end] = forest.scores.flatten(1).gather(1, children_SW)[:, :, None]
+        above_SWW = level.parents[:, :, None].expand(-1, -1, forest.masks.shape[2])
+        forest.masks[:, begin:end] = forest.masks.gather(1, above_SWW)
+        nodes_W = torch.arange(begin, end, device=self._device)
+        forest.masks[:, nodes_W, nodes_W // WORD] |= 1 << nodes_W % WORD
+        places_SWH = (level.parents - first)[:, :, None].expand(-1, -1, hidden_SWH.shape[2])
+        token_ids_SW = forest.token_ids.flatten(1).gather(1, children_SW)
+        return self._head.enter(self._embed(token_ids_SW.flatten()), hidden_SWH.gather(1, places_SWH).flatten(0, 1))
+
+    def _embed(self, token_ids_N: Tensor) -> Tensor:
+        table = self._head.embedding
+        return self._running.embed(token_ids_N) if table is None else functional.embedding(token_ids_N, table)
+
+    def _rotation(self, places_N: Tensor) -> tuple[Tensor, Tensor]:
+        return _run(rope_cos_sin, places_N, self._inv_freq, self._config.rope_scale)
+
+    def _write(self, x_NZ: Tensor, rotation: tuple[Tensor, Tensor], slots_N: Tensor) -> None:
+        k_NY, v_NY = self._head.keys_values(x_NZ)
+        _run(kv_write, _run(rope, k_NY, *rotation, self._config.head_dim), v_NY, self._kv, slots_N, None)
+
+    def _slots(self, tables_NB: Tensor, places_NW: Tensor) -> Tensor:
+        """Where rows at these places of each text are kept."""
+        return tables_NB.gather(1, places_NW // self._block_size) * self._block_size + places_NW % self._block_size
+
+
+def _run(op: Op, x: Tensor, *rest: Any) -> Any:
+    """By the newest kernel that runs here."""
+    dtype = x.dtype if x.is_floating_point() else torch.float32
+    return list(op.candidates(x.device, dtype).values())[-1].function(x, *rest)

@@ -1,0 +1,298 @@
+"""EAGLE's layer as it is published: what each tensor of a folder's model.safetensors is, and what the layer computes.
+
+                     f  hidden states of the model at a token      e  embedding of the token after it
+
+    EAGLE 1 and 2    x = fc [e; f]                                 f: what the model's head reads
+                     h = x + attention(x);  h + mlp(norm h)        is the next f, and the model's own head reads it
+    EAGLE-3          g = fc f                                      f: what three of the model's layers read
+                     h = g + attention([norm e; norm g]);  h + mlp(norm h)
+                                                                   is the next g; norm and a head of its own say tokens
+
+    config.json      of Llama with one layer; EAGLE-3 may name its layers: eagle_aux_hidden_state_layer_ids (what they
+                     read, as in vLLM; inside eagle_config what they give, as in SGLang), norm_before_residual
+    tensors          fc, then layers.0.* or midlayer.*; embed_tokens, where it is not the model's own
+    EAGLE-3          also norm, lm_head [D, H] and d2t [D]: the draft token i is the model's i + d2t[i]; t2d is not read
+
+(SafeAILab/EAGLE, eagle/model/cnets1.py and cnets.py; vLLM, models/llama_eagle.py and llama_eagle3.py.) A first layer
+of EAGLE 1 has no input norm.
+
+Shape suffixes: N rows, H hidden size of the layer, E of its embedding, F of what is read of the model, X queries,
+Y keys or values, Z what queries and keys are made of, V vocabulary of the model, D that of drafts.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slipstream.engine.bounded_json import read_json
+from slipstream.engine.tensor_file import TensorFile
+from slipstream.errors import ModelError
+from slipstream.layers.rope import inverse_frequencies
+from slipstream.schema.model import Options, read_decoder
+
+CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+LAYER_NAMES = ("midlayer.", "layers.0.")
+NOT_READ = ("t2d", "inv_freq", "lm_head.weight")  # the last of EAGLE 1, whose head is the model's
+
+LAST = -1  # of hidden_layers: what the model's head reads
+
+Product = Callable[[Tensor], Tensor]
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the model that drafts are for."""
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    hidden_layers: tuple[int, ...]  # what it reads of the model: of a layer's number what that layer reads, or LAST
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_drafted_ids: int  # the vocabulary of drafts
+    eps: float
+    adds_normed: bool  # EAGLE-3: attention is added to norm g, not to g
+    inv_freq: Tensor
+    rope_scale: float
+
+
+@dataclass(frozen=True)
+class Head(ABC):
+    config: Config
+    weights: Mapping[str, Tensor]
+
+    @property
+    def embedding(self) -> Tensor | None:
+        """[V, E]; None where it is the model's own."""
+        return self.weights.get("embed_tokens.weight")
+
+    @abstractmethod
+    def read(self, f_NF: Tensor) -> Tensor:
+        """The model's hidden states as the layer has its own. -> [N, H]"""
+
+    @abstractmethod
+    def enter(self, e_NE: Tensor, f_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries, keys and values are made of, [N, Z], and what attention is added to, [N, H]."""
+
+    def queries(self, x_NZ: Tensor) -> Tensor:
+        return self._linear("self_attn.q_proj", x_NZ)
+
+    def keys_values(self, x_NZ: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, Y] each; keys are not rotated yet."""
+        return self._linear("self_attn.k_proj", x_NZ), self._linear("self_attn.v_proj", x_NZ)
+
+    def leave(self, attended_NX: Tensor, residual_NH: Tensor) -> Tensor:
+        """The hidden states of the next token, as the layer has its own. -> [N, H]"""
+        h_NH = residual_NH + self._linear("self_attn.o_proj", attended_NX)
+        x_NH = self._norm("post_attention_layernorm", h_NH)
+        gate, up = self._linear("mlp.gate_proj", x_NH), self._linear("mlp.up_proj", x_NH)
+        return h_NH + self._linear("mlp.down_proj", functional.silu(gate) * up)
+
+    @abstractmethod
+    def logits(self, h_NH: Tensor, head: Product) -> Tensor:
+        """Of the token after the next, in the vocabulary of drafts. head: the model's own."""
+
+    def token_ids(self, drafted: Tensor) -> Tensor:
+        """Of the model, for those of drafts."""
+        return drafted
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        weight = self.weights[f"{name}.weight"]
+        return functional.rms_norm(x, weight.shape, weight, self.config.eps)
+
+
+class Eagle1(Head):
+    def read(self, f_NF: Tensor) -> Tensor:
+        return f_NF
+
+    def enter(self, e_NE: Tensor, f_NH: Tensor) -> tuple[Tensor, Tensor]:
+        x_NH = self._linear("fc", torch.cat((e_NE, f_NH), 1))
+        return x_NH, x_NH
+
+    def logits(self, h_NH: Tensor, head: Product) -> Tensor:
+        return head(h_NH)
+
+
+class Eagle3(Head):
+    def read(self, f_NF: Tensor) -> Tensor:
+        return self._linear("fc", f_NF)
+
+    def enter(self, e_NE: Tensor, f_NH: Tensor) -> tuple[Tensor, Tensor]:
+        normed_NH = self._norm("hidden_norm", f_NH)
+        x_NZ = torch.cat((self._norm("input_layernorm", e_NE), normed_NH), 1)
+        return x_NZ, normed_NH if self.config.adds_normed else f_NH
+
+    def logits(self, h_NH: Tensor, head: Product) -> Tensor:
+        return self._linear("lm_head", self._norm("norm", h_NH))
+
+    def token_ids(self, drafted: Tensor) -> Tensor:
+        offsets_D = self.weights.get("d2t")
+        return drafted if offsets_D is None else drafted + offsets_D[drafted]
+
+
+def load(folder: Path, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Head:
+    """The layer for a model of these sizes. Raises ModelError for that of another, and for what is no such folder."""
+    if not (folder / WEIGHTS_FILE).is_file():
+        if (folder / PICKLED_FILE).is_file():
+            raise ModelError(
+                f"{folder} holds {PICKLED_FILE}, which is pickled, and nothing is ever unpickled here; save its "
+                f"tensors as {WEIGHTS_FILE}."
+            )
+        raise ModelError(f"{folder} has no {WEIGHTS_FILE}; name a folder of an EAGLE head.")
+    with TensorFile.open(folder / WEIGHTS_FILE) as file:
+        stored = {_plain(name): name for name in file.names()}
+        is_third = "hidden_norm.weight" in stored
+        config = _read_config(folder / CONFIG_FILE, sizes, is_third=is_third)
+        shapes, optional = _shapes(config, sizes, is_third=is_third)
+        weights = _read(file, stored, shapes, optional, dtype, device)
+    if is_third:
+        if "d2t" in weights:
+            _check_ids(folder, weights["d2t"], sizes.vocab_size)
+        return Eagle3(config, weights)
+    return Eagle1(config, weights)
+
+
+def _plain(name: str) -> str:
+    """Its layer is the only one, whatever it is called."""
+    name = name.removeprefix("model.")
+    for layer in LAYER_NAMES:
+        name = name.removeprefix(layer)
+    return name
+
+
+def _read_config(path: Path, sizes: Sizes, *, is_third: bool) -> Config:
+    values = read_json(path)
+    options = Options(values, str(path))
+    shape = read_decoder(options, max_position_embeddings=2048)
+    options.choice("hidden_act", ("silu",), "silu")
+    _check(path, "vocab_size", shape["vocab_size"], sizes.vocab_size)
+    if is_third:
+        hidden_size = options.integer("target_hidden_size", sizes.hidden_size)
+        _check(path, "target_hidden_size", hidden_size, sizes.hidden_size)
+    else:
+        _check(path, "hidden_size", shape["hidden_size"], sizes.hidden_size)
+    rope = shape["rope"]
+    return Config(
+        hidden_layers=_layers_read(path, values, sizes.num_layers) if is_third else (LAST,),
+        hidden_size=shape["hidden_size"],
+        intermediate_size=options.integer("intermediate_size"),
+        num_heads=shape["num_heads"],
+        num_kv_heads=shape["num_kv_heads"],
+        head_dim=shape["head_dim"],
+        num_drafted_ids=options.integer("draft_vocab_size", sizes.vocab_size, high=sizes.vocab_size),
+        eps=options.real("rms_norm_eps", 1e-6),
+        adds_normed=options.boolean("norm_before_residual"),
+        inv_freq=inverse_frequencies(rope, sizes.max_seq_len),
+        rope_scale=rope.attention_factor,
+    )
+
+
+def _check(path: Path, name: str, its: int, the_models: int) -> None:
+    if its != the_models:
+        raise ModelError(f"{path} has {name} {its} and the model {the_models}; take the head that was trained for it.")
+
+
+def _layers_read(path: Path, values: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    inside = values.get("eagle_config")
+    given = values.get(LAYER_IDS)
+    after = inside.get(LAYER_IDS) if isinstance(inside, dict) else None
+    if given is None and after is None:
+        given = [2, num_layers // 2, num_layers - 3]
+    layers = given if given is not None else after
+    if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
+        raise ModelError(f"{path} has {LAYER_IDS} {layers!r}; it must be a list of layers, such as [2, 16, 29].")
+    read = tuple(layer + (given is None) for layer in layers)
+    for layer in read:
+        if not 0 <= layer < num_layers:
+            raise ModelError(
+                f"{path} drafts from what layer {layer} reads, and the model has {num_layers} layers; take the head "
+                "that was trained for it."
+            )
+    return read
+
+
+def _shapes(config: Config, sizes: Sizes, *, is_third: bool) -> tuple[Shapes, Shapes]:
+    """Of the tensors that must be there, and of those that may."""
+    size, inner, num_read = config.hidden_size, config.intermediate_size, len(config.hidden_layers)
+    num_queries, num_keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    num_in = 2 * size if is_third else size
+    shapes: Shapes = {
+        "fc.weight": (size, num_read * sizes.hidden_size if is_third else 2 * size),
+        "self_attn.q_proj.weight": (num_queries, num_in),
+        "self_attn.k_proj.weight": (num_keys, num_in),
+        "self_attn.v_proj.weight": (num_keys, num_in),
+        "self_attn.o_proj.weight": (size, num_queries),
+        "post_attention_layernorm.weight": (size,),
+        "mlp.gate_proj.weight": (inner, size),
+        "mlp.up_proj.weight": (inner, size),
+        "mlp.down_proj.weight": (size, inner),
+    }
+    optional: Shapes = {
+        "fc.bias": (size,),
+        "self_attn.q_proj.bias": (num_queries,),
+        "self_attn.k_proj.bias": (num_keys,),
+        "self_attn.v_proj.bias": (num_keys,),
+        "self_attn.o_proj.bias": (size,),
+    }
+    embedding: Shapes = {"embed_tokens.weight": (sizes.vocab_size, size)}
+    if not is_third:
+        return shapes, optional | embedding
+    shapes |= {f"{name}.weight": (size,) for name in ("input_layernorm", "hidden_norm", "norm")}
+    shapes |= {"lm_head.weight": (config.num_drafted_ids, size)}
+    if config.num_drafted_ids < sizes.vocab_size:
+        shapes |= {"d2t": (config.num_drafted_ids,)}
+    else:
+        optional |= {"d2t": (config.num_drafted_ids,)}
+    if size != sizes.hidden_size:
+        return shapes | embedding, optional
+    return shapes, optional | embedding
+
+
+def _read(
+    file: TensorFile, stored: Mapping[str, str], shapes: Shapes, optional: Shapes, dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:  # fmt: skip
+    missing = next((name for name in shapes if name not in stored), None)
+    if missing is not None:
+        raise ModelError(f"{file.path} lacks {missing}, which an EAGLE head has; name a folder of a whole one.")
+    known, weights = shapes | optional, {}
+    for name, stored_name in stored.items():
+        if name not in known:
+            if name.endswith(NOT_READ):
+                continue
+            raise ModelError(f"{file.path} has {stored_name}, which no EAGLE head here has; take one of EAGLE 1 to 3.")
+        if file.shape(stored_name) != known[name]:
+            raise ModelError(
+                f"{file.path} has {stored_name} {list(file.shape(stored_name))}, and its config and the model need "
+                f"{list(known[name])}; take the head that was trained for it."
+            )
+        weights[name] = file.read(stored_name).to(device, torch.int64 if name == "d2t" else dtype, copy=True)
+    return weights
+
+
+def _check_ids(folder: Path, offsets_D: Tensor, vocab_size: int) -> None:
+    ids_D = torch.arange(len(offsets_D), device=offsets_D.device) + offsets_D
+    if int(ids_D.min()) < 0 or int(ids_D.max()) >= vocab_size:
+        raise ModelError(
+            f"{folder / WEIGHTS_FILE} has a d2t that names tokens beyond the model's {vocab_size}; take the head that "
+            "was trained for it."
+        )

@@ -1,0 +1,92 @@
+"""Drafts of Medusa's heads: each says what it holds likely so far ahead, and a tree says which of these to combine.
+
+    hidden state where the last token was chosen ──┬── head 0 ── a, b, c, …   the token after it
+                                                   └── head 1 ── x, y, z, …   the one after that
+    choices [0] [0,0] [1] [0,1] …                  a    a x    b    a y
+
+A choice is the rank of a token in each head on its way down; the first are the likeliest. Heads may bring the tree that
+was measured for them. The tree of 63, for the others, is the one that Medusa's authors measured for Vicuna 7B
+(FasterDecoding/Medusa, medusa_choices.py), and what TensorRT-LLM is told as --medusa_choices. Drafts are verified as
+any: there is no typical acceptance, which would change texts.
+
+Shape suffixes: S sequences, H hidden size, K ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from slipstream.engine.shared import lm_head
+from slipstream.errors import UsageError
+from slipstream.schema.request import GenerateRequest
+from slipstream.schema.speculative import Speculation
+from slipstream.speculative.choices import Choice, fitting, parents_of, read_choices
+from slipstream.speculative.drafter import LAST, Draft, Target, Verified, read_options
+from slipstream.speculative.drafter import Drafter as Base
+from slipstream.speculative.medusa.head import CHOICES_FILE, load
+
+MC_SIM_7B_63 = """
+0 00 1 01 2 000 10 02 3 03 4 04 20 05 001 5 06 6 07 010 11 7 08 002 30 09 8 9 100 020 12 003 40 21 004 005 0000 011 006
+030 50 13 007 008 009 60 040 14 70 012 200 31 22 80 050 15 101 021 90 060 0001 16 070
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str = ""  # a folder of heads; by default those that ship for the target
+    choices: str = ""  # [[0], [0, 0], [1], ...] as JSON, or a file of it; by default the heads' own, or the tree of 63
+
+
+class Drafter(Base):
+    default_draft_len = 24
+    can_branch = True
+    reads_hidden = (LAST,)
+
+    def __init__(self, speculation: Speculation, target: Target) -> None:
+        super().__init__(speculation, target)
+        options = read_options(Options, speculation)
+        manifest = target.manifest
+        folder = Path(options.model) if options.model else shipped_heads(manifest.name)
+        self._heads = load(
+            folder, manifest.hidden_size, manifest.vocab_size, getattr(torch, manifest.dtype), target.device,
+            lambda: lm_head(target.engine),
+        )  # fmt: skip
+        own = folder / CHOICES_FILE
+        given = options.choices or (str(own) if own.is_file() else "")
+        choices = read_choices(given) if given else default_choices()
+        self._choices = fitting(choices, len(self._heads.layers), self._heads.num_tokens)[: self.max_draft_len]
+        self.max_draft_len = len(self._choices)
+        self._heads = self._heads.first(max(map(len, self._choices)))
+        self._parents = parents_of(self._choices)
+        self._num_ranks = 1 + max(rank for choice in self._choices for rank in choice)
+
+    def start(self, slot: int, token_ids: Sequence[int], request: GenerateRequest) -> None:
+        pass
+
+    @torch.inference_mode()
+    def draft(self, verified: Verified) -> list[Draft]:
+        assert verified.hidden is not None
+        return [
+            Draft([ranked[len(choice) - 1][choice[-1]] for choice in self._choices], self._parents)
+            for ranked in self._heads.likeliest(verified.hidden, self._num_ranks).tolist()
+        ]
+
+    def stop(self, slot: int) -> None:
+        pass
+
+
+def shipped_heads(name: str) -> Path:
+    """Of a model of this name. Raises UsageError where none are here."""
+    there = {path.name: path for path in sorted((Path(__file__).parent / "heads").glob("*")) if path.is_dir()}
+    if name not in there:
+        raise UsageError(
+            f"speculative lacks model, a folder of heads: those that ship are for {', '.join(there) or 'no model'}, "
+            f"not for {name}; train some with slipstream train-drafter --method medusa."
+        )
+    return there[name]
+
+
+def default_choices() -> list[Choice]:
+    return [tuple(map(int, ranks)) for ranks in MC_SIM_7B_63.split()]

@@ -1,0 +1,120 @@
+"""Medusa's heads as they are published: what each layer of a folder's medusa_lm_head.safetensors is.
+
+    config.json                    medusa_num_layers: residual layers of a head, 1 where it does not say
+    medusa_choices.json            the tree that was measured for these heads, where there is one
+    {h}.{layer}.linear.weight      [H, H], with a .bias [H]: x + silu(linear(x))
+    {h}.{medusa_num_layers}.weight [V, H]: the logits of the token after the next, for head 0, and so on
+    draft_token_ids                [D] instead of these: the tokens whose rows of the model's own head all heads share
+
+The file says how many heads there are; config.json of the first published ones does not (FasterDecoding/Medusa, TGI).
+Those of slipstream train-drafter share the model's head, and ship in heads/ for the model smollm2.
+
+Shape suffixes: S rows, H hidden size, V vocabulary, D tokens that can be drafted, N heads, K tokens of each.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slipstream.engine.bounded_json import read_json
+from slipstream.engine.tensor_file import TensorFile
+from slipstream.errors import ModelError
+
+CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "medusa_lm_head.safetensors", "medusa_lm_head.pt"
+CHOICES_FILE, DRAFT_TOKENS = "medusa_choices.json", "draft_token_ids"
+
+Layers = Sequence[tuple[Tensor, Tensor]]  # weight and bias of each
+
+
+class Heads(NamedTuple):
+    layers: Sequence[Layers]  # of each head
+    lm_heads: Sequence[Tensor]  # of each head, or one for all
+    token_ids_D: Tensor | None = None  # noqa: N815 - a tensor's name carries its shape; of the shared one's rows
+
+    @property
+    def num_tokens(self) -> int:
+        """That can be drafted."""
+        return len(self.lm_heads[0])
+
+    def first(self, count: int) -> "Heads":
+        """Only these: a tree of few nodes does not reach the others."""
+        return self._replace(layers=self.layers[:count], lm_heads=self.lm_heads[:count])
+
+    def logits(self, x_SH: Tensor) -> Tensor:
+        """[N, S, V], or [N, S, D] of heads that share the model's."""
+        x_NSH = torch.stack([_through(layers, x_SH) for layers in self.layers])
+        if len(self.lm_heads) == 1:
+            return functional.linear(x_NSH, self.lm_heads[0])
+        return torch.stack([functional.linear(x, head) for x, head in zip(x_NSH, self.lm_heads, strict=True)])
+
+    def likeliest(self, x_SH: Tensor, count: int) -> Tensor:
+        """[S, N, K] token ids, the likeliest first."""
+        places_NSK = self.logits(x_SH).topk(count).indices
+        found_NSK = places_NSK if self.token_ids_D is None else self.token_ids_D[places_NSK]
+        return found_NSK.transpose(0, 1)
+
+
+def _through(layers: Layers, x_SH: Tensor) -> Tensor:
+    for weight, bias in layers:
+        x_SH = x_SH + functional.silu(functional.linear(x_SH, weight, bias))
+    return x_SH
+
+
+def load(
+    folder: Path, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device,
+    lm_head: Callable[[], Tensor],
+) -> Heads:  # fmt: skip
+    """The heads for a model of these sizes; lm_head gives the model's own, [V, H], for heads that share it.
+
+    Raises ModelError for those of another model, and for what is no such folder.
+    """
+    if not (folder / WEIGHTS_FILE).is_file():
+        if (folder / PICKLED_FILE).is_file():
+            raise ModelError(
+                f"{folder} holds {PICKLED_FILE}, which is pickled, and nothing is ever unpickled here; save its "
+                f"tensors as {WEIGHTS_FILE}."
+            )
+        raise ModelError(f"{folder} has no {WEIGHTS_FILE}; name a folder of Medusa heads.")
+    num_layers = read_json(folder / CONFIG_FILE).get("medusa_num_layers", 1)
+    if type(num_layers) is not int or num_layers < 0:
+        raise ModelError(f"{folder / CONFIG_FILE} has medusa_num_layers {num_layers!r}; it must be a whole number.")
+    with TensorFile.open(folder / WEIGHTS_FILE) as file:
+        there = set(file.names())
+
+        def read(name: str, *shape: int) -> Tensor:
+            if name not in there:
+                raise ModelError(f"{file.path} lacks {name}, which {num_layers} layers a head need.")
+            if file.shape(name) != shape:
+                raise ModelError(
+                    f"{file.path} has {name} {list(file.shape(name))}, and the model needs {list(shape)}; take the "
+                    "heads that were trained for it."
+                )
+            return file.read(name).to(device, dtype, copy=True)
+
+        numbers = [first for name in there if (first := name.partition(".")[0]).isdigit()]
+        num_heads = 1 + max(map(int, numbers), default=0)
+        layers = [
+            [
+                (
+                    read(f"{head}.{layer}.linear.weight", hidden_size, hidden_size),
+                    read(f"{head}.{layer}.linear.bias", hidden_size),
+                )
+                for layer in range(num_layers)
+            ]
+            for head in range(num_heads)
+        ]
+        if DRAFT_TOKENS not in there:
+            return Heads(
+                layers, [read(f"{head}.{num_layers}.weight", vocab_size, hidden_size) for head in range(num_heads)]
+            )
+        token_ids_D = file.read(DRAFT_TOKENS).long()
+    if token_ids_D.ndim != 1 or not len(token_ids_D) or not 0 <= token_ids_D.min() <= token_ids_D.max() < vocab_size:
+        raise ModelError(
+            f"{file.path} drafts tokens that the model's {vocab_size} do not have; take the heads that were trained "
+            "for it."
+        )
+    return Heads(layers, [lm_head()[token_ids_D].to(device, dtype)], token_ids_D.to(device))

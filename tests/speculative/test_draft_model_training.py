@@ -1,0 +1,76 @@
+"""Draft models that are trained: the student is the model that is saved, of any architecture, and it learns."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slipstream import LLM, SamplingParams
+from slipstream.checkpoint.random import write_random_model
+from slipstream.engine.folder import open_engine
+from slipstream.errors import UsageError
+from slipstream.models import gemma3_text, llama, qwen3
+from slipstream.speculative.draft_model.training import Options, Student
+from slipstream.speculative.training import Teacher
+from tests.cli.conftest import Call, call  # noqa: F401
+
+CPU = torch.device("cpu")
+
+
+def student(model: Path, num_layers: int) -> Student:
+    with LLM(model) as llm:
+        engine = open_engine(llm.engine_path)
+    return Student(Teacher(str(model), engine, CPU, torch.zeros(0)), Options(num_layers=num_layers))
+
+
+@pytest.mark.parametrize(
+    ("tiny", "num_layers"), [(llama.TINY, 2), (gemma3_text.TINY, 1), (qwen3.TINY, 2)],
+    ids=["llama", "gemma3_text", "qwen3"],
+)  # fmt: skip
+def test_the_student_says_what_its_engine_will_say(tiny: dict[str, Any], num_layers: int, tmp_path: Path) -> None:
+    """In bfloat16, as it is saved, so that nothing is rounded."""
+    made = student(write_random_model(tmp_path / "model", tiny, dtype="bfloat16"), num_layers)
+    (tmp_path / "student").mkdir()
+    made.save(tmp_path / "student", {})
+    texts_SL = torch.randint(tiny["vocab_size"], (2, 50), generator=torch.Generator().manual_seed(0))
+    found_SLV = made._logits(texts_SL, torch.arange(100)).log_softmax(dim=1).view(2, 50, -1)
+    with LLM(tmp_path / "student", dtype="float32") as llm:
+        scores = llm.score(texts_SL.tolist())
+    for text_L, found_LV, score in zip(texts_SL, found_SLV, scores, strict=True):
+        expected_L = torch.tensor(score.logprobs[1:])
+        torch.testing.assert_close(found_LV[:-1].gather(1, text_L[1:, None])[:, 0], expected_L, rtol=1e-4, atol=1e-4)
+
+
+def test_it_learns_and_drafts(tmp_path: Path, call: Call) -> None:  # noqa: F811
+    model = write_random_model(tmp_path / "model", llama.TINY)
+    acceptance = {}
+    for learning_rate in ("1e-9", "0.01"):
+        folder = tmp_path / learning_rate
+        ended = call(
+            "train-drafter", "--method", "draft_model", "--model", model, "--output_dir", folder, "--num_layers", 2,
+            "--num_texts", 96, "--max_output_len", 24, "--num_epochs", 8, "--learning_rate", learning_rate,
+        )  # fmt: skip
+        assert ended.code == 0, ended.err
+        facts = json.loads((folder / "training.json").read_text())
+        acceptance[learning_rate] = facts["held_out_acceptance"]
+    assert len(acceptance["0.01"]) == 5
+    assert all(after > before + 0.1 for before, after in zip(*acceptance.values(), strict=True))
+
+    prompts, asked = [[5, 6, 7], [100]], SamplingParams(max_tokens=40, temperature=0)
+    with LLM(model) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, asked)]
+    with LLM(model, speculative={"method": "draft_model", "model": str(folder)}) as llm:
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, asked)] == expected
+        assert sum(llm.stats.num_accepted_tokens) > 0
+
+
+def test_what_cannot_be_a_student_is_refused(tmp_path: Path) -> None:
+    model = write_random_model(tmp_path / "model", llama.TINY)
+    with pytest.raises(UsageError, match="--num_layers is 3 and model has 3; a draft model has fewer"):
+        student(model, 3)
+    with LLM(model) as llm:
+        built = llm.engine_path
+    with pytest.raises(UsageError, match="is an engine, which is not taken apart; give the model it was built of"):
+        student(built, 2)

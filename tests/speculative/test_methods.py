@@ -1,0 +1,129 @@
+"""Every method of slipstream/speculative: texts are those of plain decoding, in any company.
+
+The runner walks the folder, and a method that is added needs a row in METHODS. What a drafter can do at all is tried by
+test_lossless.py.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy import stats
+from torch import Tensor
+
+from slipstream import LLM, SamplingParams
+from slipstream.api.outputs import RequestOutput
+from slipstream.checkpoint.random import write_random_model
+from slipstream.models import gemma3_text, llama, qwen3
+from slipstream.runtime.speculation import methods
+from tests.speculative.heads import write_eagle, write_eagle3, write_medusa
+from tests.speculative.likeness import write_likeness
+from tests.speculative.test_lossless import LIMITS, REQUESTS, assert_same, prompts, run, texts_of
+
+ARCHITECTURES = {"llama": llama.TINY, "gemma3_text": gemma3_text.TINY, "qwen3": qwen3.TINY}
+
+# How each drafts for a model in this folder; whatever it needs besides goes into another one. A row's first word is its
+# method.
+METHODS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
+    "ngram": lambda model, folder: {"method": "ngram", "max_draft_len": 6, "min_ngram": 1},
+    "draft_model": lambda model, folder: {
+        "method": "draft_model", "model": str(write_likeness(model, folder)), "max_draft_len": 4
+    },
+    "eagle": lambda model, folder: {
+        "method": "eagle", "model": str(write_eagle(model, folder)), "choices": "[[0], [1], [0, 0], [1, 0], [0, 0, 0]]",
+    },
+    "eagle 3, grown": lambda model, folder: {"method": "eagle", "model": str(write_eagle3(model, folder))},
+    "medusa": lambda model, folder: {"method": "medusa", "model": str(write_medusa(model, folder))},
+}  # fmt: skip
+
+
+def test_no_method_is_left_out() -> None:
+    assert {row.partition(" ")[0] for row in METHODS} == set(methods())
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def plain(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[RequestOutput], list[RequestOutput]]:
+    """A random model, what it answers without drafts, and its draws of many seeds."""
+    model = write_random_model(tmp_path_factory.mktemp(request.param), ARCHITECTURES[request.param])
+    with LLM(model, **LIMITS) as llm:
+        return model, run(model, REQUESTS)[0], draws(llm)
+
+
+def draws(llm: LLM) -> list[RequestOutput]:
+    """At temperature 1; the first step that verifies drafts is that of the second token."""
+    asked = SamplingParams(max_tokens=5, n=64, temperature=1.0, seed=7)
+    return llm.generate([prompts(llm.manifest.vocab_size)[6]], [asked])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_texts_are_those_of_plain_decoding(
+    method: str, plain: tuple[Path, list[RequestOutput], list[RequestOutput]], tmp_path: Path
+) -> None:
+    model, expected, expected_draws = plain
+    speculative = METHODS[method](model, tmp_path / "draft")
+    with LLM(model, **LIMITS, speculative=speculative) as llm:
+        asked = [SamplingParams(**{"max_tokens": 40, **each}) for each in REQUESTS]
+        assert_same(llm.generate(prompts(llm.manifest.vocab_size)[: len(asked)], asked), expected)
+        in_company = llm.stats
+        assert_same(draws(llm), expected_draws)
+        assert llm.stats.num_blocks_used == 0
+        assert llm.stats.num_draft_tokens > in_company.num_draft_tokens
+    assert 0 < sum(in_company.num_accepted_tokens) < in_company.num_draft_tokens
+
+    few = [0, 2, 5, 7]  # alone
+    with LLM(model, **LIMITS | {"max_batch_size": 1}, speculative=speculative) as llm:
+        found = [llm.generate(prompts(llm.manifest.vocab_size)[index], asked[index]) for index in few]
+    assert_same(found, [expected[index] for index in few])
+
+
+NUM_SAMPLES = 64, 320  # texts, and tokens of each
+
+
+@pytest.fixture(scope="module")
+def bigrams(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
+    """A model whose layers add nothing, so that each token depends on the one before alone; its logits after each."""
+    model = tmp_path_factory.mktemp("bigrams")
+    write_random_model(model, llama.TINY | {"vocab_size": 16, "max_position_embeddings": 400})
+    weights = load_file(model / "model.safetensors")
+    for name in weights:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name] = torch.zeros_like(weights[name])
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    x_VH = weights["model.embed_tokens.weight"].double()
+    x_VH = x_VH / (x_VH.square().mean(1, keepdim=True) + llama.TINY["rms_norm_eps"]).sqrt()
+    return model, (x_VH * weights["model.norm.weight"].double()) @ weights["lm_head.weight"].double().T
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pairs_of_tokens_are_as_likely_as_the_model_says(
+    method: str, bigrams: tuple[Path, Tensor], tmp_path: Path
+) -> None:
+    """By chi-square over 20,480 pairs (Anderson and Goodman, 1957), which a temperature of 1.1 would not pass."""
+    model, logits_VV = bigrams
+    num_texts, length = NUM_SAMPLES
+    speculative = METHODS[method](model, tmp_path / "draft") | {"max_draft_len": 3}
+    limits = {"max_batch_size": num_texts, "max_num_tokens": 512, "kv_cache_max_tokens": 2 * num_texts * length}
+    with LLM(model, **limits, speculative=speculative) as llm:
+        asked = [SamplingParams(max_tokens=length, seed=seed, temperature=1.0) for seed in range(num_texts)]
+        texts = texts_of(llm.generate([[seed % 16] for seed in range(num_texts)], asked))
+        assert sum(llm.stats.num_accepted_tokens) > NUM_SAMPLES[0] * NUM_SAMPLES[1] // 50
+    counts_VV = np.zeros((16, 16))
+    for text in texts:
+        np.add.at(counts_VV, (text[:-1], text[1:]), 1)
+    assert counts_VV.sum() == num_texts * length
+    assert likelihood(counts_VV, logits_VV.softmax(1)) > 1e-3
+    assert likelihood(counts_VV, (logits_VV / 1.1).softmax(1)) < 1e-6
+
+
+def likelihood(counts_VV: np.ndarray[Any, Any], probs_VV: Tensor) -> float:
+    """Of counts as unlikely as these, or more so."""
+    expected_VV = counts_VV.sum(1, keepdims=True) * probs_VV.numpy()
+    is_enough_VV = expected_VV > 5
+    statistic = ((counts_VV - expected_VV) ** 2 / expected_VV)[is_enough_VV].sum()
+    return float(stats.chi2.sf(statistic, is_enough_VV.sum() - len(counts_VV)))
