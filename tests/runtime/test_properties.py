@@ -61,6 +61,7 @@ def crowded_config(rng: random.Random) -> RuntimeConfig:
         kv_groups=groups,
         tokens_per_block=2,
         max_batch_size=5,
+        max_seq_len=20,
         capacity_policy=CapacityPolicy.MAX_UTILIZATION,
         enable_block_reuse=True,
     )
