@@ -2,6 +2,7 @@
 
     python benchmarks/speculation_cpu.py --rounds 9
     python benchmarks/speculation_cpu.py --heads heads      Medusa's, of slipstream train-drafter, as well
+    python benchmarks/speculation_cpu.py --lookahead 7 5 7  window, n-gram and guesses
 
 Seconds a token are those after the first, whose step has the prompt. A round asks each engine once, each in a process
 of its own (two engines in one would fight over torch's thread pools); the ratio is the median over rounds of plain
@@ -86,8 +87,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--max_tokens", type=int, default=96)
+    parser.add_argument("--prompts", nargs="+", choices=PROMPTS, default=list(PROMPTS))
     parser.add_argument("--heads", help="a folder of Medusa's heads for smollm2")
+    parser.add_argument("--lookahead", type=int, nargs=3, action="append", default=[], metavar=("W", "N", "G"))
     arguments = parser.parse_args()
+    for window, ngram, guesses in arguments.lookahead:
+        options = {"method": "lookahead", "window": window, "ngram": ngram, "guesses": guesses}
+        ENGINES[f"lookahead, {window} {ngram} {guesses}"] = options
     if arguments.heads:
         for length in (2, 4, 8, 16):
             medusa = {"method": "medusa", "model": arguments.heads, "max_draft_len": length}
@@ -101,14 +107,15 @@ def main() -> None:
         "| prompt | engine | tokens | tokens a step | acceptance length | rate | ms a token, median (least) | ratio |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for kind, text in PROMPTS.items():
+    for kind in arguments.prompts:
+        text = PROMPTS[kind]
         runs: dict[str, list[Run]] = {name: [] for name in engines}
         for _ in range(arguments.rounds + 1):
             for name, engine in engines.items():
                 runs[name].append(engine.submit(run, text, arguments.max_tokens).result())
         for name, found in runs.items():
             parting = parts_at(found[-1].token_ids, runs["plain"][-1].token_ids)
-            assert parting is None or name.startswith("medusa"), f"{kind}: {name} says something else"
+            assert parting is None or name.startswith(("medusa", "lookahead")), f"{kind}: {name} says something else"
             timed = found[1:]  # the first has computed the prompt, the others find it
             times = [1000 * each.seconds for each in timed]
             ratios = [its.seconds / mine.seconds for its, mine in zip(runs["plain"][1:], timed, strict=True)]

@@ -79,11 +79,12 @@ _IN_THE_BUILD = "a checkpoint is whole; slipstream build --tp_size --pp_size sha
 _NO_QUANTIZING = "slipstream quantize does that, with --qformat int8_wo and others; go on with what it writes"
 _QUANTIZES_ONLY = "it matters to quantizing only"
 _NO_SUCH_DRAFTS = (
-    "drafts are of n-grams, a draft model, Medusa's heads or EAGLE's layer so far, as --speculative says; leave it "
-    "out, the texts are the same without it"
+    "drafts are of n-grams, lookahead's window, a draft model, Medusa's heads or EAGLE's layer so far, as "
+    "--speculative says; leave it out, the texts are the same without it"
 )
 _DRAFT_MODEL = '--speculative {"method": "draft_model", "model": E, "max_draft_len": N}'
 _NGRAM_OF_N = '--speculative {"method": "ngram", "max_draft_len": N}'
+_WINDOW = '--speculative {"method": "lookahead", "window": W, "ngram": N, "guesses": G}'
 _NO_DRAFTING_BUILD = "any engine can verify drafts; run and serve make them, with --speculative"
 _NO_ADAPTERS = "adapters (LoRA, prompt tuning) are not here yet; merge them into the weights first"
 _FROM_CONFIG = "the model's config.json says it"
@@ -171,6 +172,14 @@ def _draft_target(value: str) -> tuple[str, ...]:
     return _drafted_by(max_draft_len=int(max_draft_len))
 
 
+def _lookahead(value: str) -> tuple[str, ...]:
+    window, ngram, guesses = map(int, json.loads(value))
+    if ngram == 1:  # how TensorRT-LLM has it off
+        return ()
+    options = {"method": "lookahead", "window": window, "ngram": ngram, "guesses": guesses}
+    return ("--speculative", json.dumps(options))
+
+
 def _tree_of(method: str) -> Answers:
     def read(value: str) -> tuple[str, ...]:
         json.loads(value)
@@ -181,7 +190,7 @@ def _tree_of(method: str) -> Answers:
 
 DRAFTING_BUILD: dict[str, Answers] = {
     "--speculative_decoding_mode": {
-        **dict.fromkeys(("draft_tokens_external", "medusa", "eagle"), Note(_NO_DRAFTING_BUILD)),
+        **dict.fromkeys(("draft_tokens_external", "lookahead_decoding", "medusa", "eagle"), Note(_NO_DRAFTING_BUILD)),
         ANY: Refusal(_NO_SUCH_DRAFTS),
     },
     "--max_draft_len": note(_NO_DRAFTING_BUILD),
@@ -196,7 +205,7 @@ DRAFTING: dict[str, Answers] = {
     "--prompt_lookup_config": {ANY: Reads(_prompt_lookup, f"[N, LONGEST, [DEVICES]]: {_NGRAM_OF_N}")},
     "--medusa_choices": _tree_of("medusa"),
     "--eagle_choices": _tree_of("eagle"),
-    "--lookahead_config": refused(_NO_SUCH_DRAFTS),
+    "--lookahead_config": {ANY: Reads(_lookahead, f"[W, N, G]: {_WINDOW}")},
 }
 
 # What convert_checkpoint.py and the one-step build.py of v0.7 are told of a model.

@@ -36,6 +36,7 @@ class Accepted(NamedTuple):
     counts: Tensor  # [S] tokens that each sequence gains, at least 1: the accepted drafts and what the model says then
     token_ids: Tensor  # [S, M] they; only the first counts[s] mean something
     path: Tensor  # [S, M] the node whose row chose each: the root, then the accepted drafts; then the root again
+    chosen: Tensor  # [S, M] by each node's row; NOTHING_TO_SAMPLE behind a tree's last node
 
 
 def accept(chosen_SM: Tensor, drafted_SM: Tensor, parents_SM: Tensor, num_nodes_S: Tensor) -> Accepted:
@@ -61,4 +62,5 @@ def accept(chosen_SM: Tensor, drafted_SM: Tensor, parents_SM: Tensor, num_nodes_
     places_SM = depths_SM.where(is_on_path_SM, num_nodes)  # the last column takes in what is on no path
     path_SM = chosen_SM.new_zeros(len(chosen_SM), num_nodes + 1).scatter(1, places_SM, nodes_1M.expand_as(places_SM))
     path_SM = path_SM[:, :num_nodes]
-    return Accepted(counts_S, chosen_SM.gather(1, path_SM), path_SM)
+    verified_SM = chosen_SM.where(nodes_1M < num_nodes_S[:, None], NOTHING_TO_SAMPLE)
+    return Accepted(counts_S, chosen_SM.gather(1, path_SM), path_SM, verified_SM)

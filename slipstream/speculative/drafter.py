@@ -43,6 +43,7 @@ class Verified(NamedTuple):
     counts: Tensor  # [S] tokens that each has gained
     token_ids: Tensor  # [S, M] they; only the first counts[s] mean something
     positions: Tensor  # [S] of the last of them
+    chosen: Tensor  # [S, M] what the model says after each node that was verified; NOTHING_TO_SAMPLE after others
     hidden: Tensor | None = None  # [S, F] what reads_hidden asks for, where that one was chosen
 
     def lists(self) -> list[list[int]]:

@@ -10,7 +10,8 @@ drafts of a tree are a tree as well: a step that has no room for all of them tak
 Shape suffixes: S sequences, N drafts, M nodes (the root and N drafts), W words of 64 bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,29 @@ from slipstream.kernels.attention.tree import WORD
 
 def chain_parents(num_drafts: int) -> list[int]:
     return list(range(num_drafts))
+
+
+class Merged(NamedTuple):
+    token_ids: list[int]
+    parents: list[int]
+    ends: list[int]  # of each way, its last node
+
+
+def merged(ways: Iterable[Sequence[int]]) -> Merged:
+    """Ways down from the root as one tree: as far as two begin alike, they are one."""
+    tree = Merged([], [], [])
+    nodes: dict[tuple[int, int], int] = {}  # by the node before, and the token
+    for way in ways:
+        node = 0
+        for token_id in way:
+            place = (node, token_id)
+            if place not in nodes:
+                tree.token_ids.append(token_id)
+                tree.parents.append(node)
+                nodes[place] = len(tree.token_ids)
+            node = nodes[place]
+        tree.ends.append(node)
+    return tree
 
 
 def check_parents(parents: Sequence[int]) -> None:

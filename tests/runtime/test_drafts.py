@@ -56,7 +56,7 @@ def test_rows_are_told_where_they_stand_in_their_trees(drafts: list[Draft], data
         books.add(slot, make_request(str(slot)), ())
     drafter.drafts = drafts
     ones = torch.ones(num, dtype=torch.int64)
-    counts = books.propose(slots, [9] * num, Accepted(ones, ones[:, None], 0 * ones[:, None]))
+    counts = books.propose(slots, [9] * num, Accepted(ones, ones[:, None], 0 * ones[:, None], ones[:, None]))
     assert counts == [len(draft.token_ids) for draft in drafts]
 
     # A step takes as many of a tree as it has room for, after a chunk of what is known; some sequences come without.

@@ -22,6 +22,7 @@ LIMITS: dict[str, Any] = {"max_batch_size": 16, "max_num_tokens": 64, "kv_cache_
 PARROT = {"method": "parrot", "max_draft_len": 5}
 BUSH = {"method": "bush", "max_draft_len": 12}
 NGRAM = {"method": "ngram", "max_draft_len": 6, "min_ngram": 1}
+LOOKAHEAD = {"method": "lookahead", "window": 4, "ngram": 4, "guesses": 3}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -197,7 +198,7 @@ def test_the_real_model_says_what_it_says_without_drafts(smollm2_llm: LLM) -> No
     asked = [SamplingParams(max_tokens=24, **each) for each in OF_TEXT]
     expected = smollm2_llm.generate(texts, asked)
     Parrot.texts = texts_of(expected)
-    for method in (PARROT, BUSH, NGRAM):
+    for method in (PARROT, BUSH, NGRAM, LOOKAHEAD):
         with LLM("smollm2", dtype="float32", speculative=method, max_batch_size=16) as llm:
             assert_same(llm.generate(texts, asked), expected)
             stats = llm.stats

@@ -134,11 +134,11 @@ class Drafts:
         if self._drafter is None or not taking:
             return num_drafts
         last_S = on_device(positions, torch.int64, self._device) + accepted.counts - 1
-        verified = Verified(slots, accepted.counts, accepted.token_ids, last_S, hidden_SH)
+        verified = Verified(slots, accepted.counts, accepted.token_ids, last_S, accepted.chosen, hidden_SH)
         if len(taking) < len(slots):
             index_S, slots = on_device(taking, torch.int64, self._device), [slots[index] for index in taking]
             verified = Verified(
-                slots, accepted.counts[index_S], accepted.token_ids[index_S], last_S[index_S],
+                slots, accepted.counts[index_S], accepted.token_ids[index_S], last_S[index_S], accepted.chosen[index_S],
                 None if hidden_SH is None else hidden_SH[index_S],
             )  # fmt: skip
         drafts = self._drafter.draft(verified)

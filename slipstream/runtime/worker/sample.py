@@ -228,7 +228,7 @@ class Draw:
             nodes_M = torch.arange(drafted.token_ids.shape[1], device=chosen_R.device)
             rows_SM = (starts_S[:, None] + nodes_M).clamp(max=len(chosen_R) - 1)
             self._accepted = accept(chosen_R[rows_SM], drafted.token_ids, drafted.parents, num_nodes_S)
-            counts_S, token_ids_SM, path_SM = self._accepted
+            counts_S, token_ids_SM, path_SM, _ = self._accepted
             on_its_way = torch.cat((counts_S[:, None], token_ids_SM, path_SM), dim=1)
         self._to_host = ToHost(on_its_way)
 
@@ -238,7 +238,8 @@ class Draw:
         if self._accepted is not None:
             return self._accepted
         roots_S1 = torch.zeros_like(self._chosen)[:, None]
-        return Accepted(torch.ones_like(self._chosen), self._chosen[:, None], roots_S1)
+        chosen_S1 = self._chosen[:, None]
+        return Accepted(torch.ones_like(self._chosen), chosen_S1, roots_S1, chosen_S1)
 
     def on_host(self) -> tuple[list[list[int]], list[list[int]]]:
         """Of each sequence the tokens that it gains, and the rows that they were chosen in."""
