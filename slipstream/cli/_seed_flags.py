@@ -79,7 +79,7 @@ _IN_THE_BUILD = "a checkpoint is whole; slipstream build --tp_size --pp_size sha
 _NO_QUANTIZING = "slipstream quantize does that, with --qformat int8_wo and others; go on with what it writes"
 _QUANTIZES_ONLY = "it matters to quantizing only"
 _NO_SUCH_DRAFTS = (
-    "drafts are of n-grams, lookahead's window, a draft model, Medusa's heads or EAGLE's layer so far, as "
+    "drafts are of n-grams, lookahead's window, a draft model or heads of Medusa, EAGLE or ReDrafter, as "
     "--speculative says; leave it out, the texts are the same without it"
 )
 _DRAFT_MODEL = '--speculative {"method": "draft_model", "model": E, "max_draft_len": N}'
@@ -190,7 +190,10 @@ def _tree_of(method: str) -> Answers:
 
 DRAFTING_BUILD: dict[str, Answers] = {
     "--speculative_decoding_mode": {
-        **dict.fromkeys(("draft_tokens_external", "lookahead_decoding", "medusa", "eagle"), Note(_NO_DRAFTING_BUILD)),
+        **dict.fromkeys(
+            ("draft_tokens_external", "medusa", "lookahead_decoding", "explicit_draft_tokens", "eagle"),
+            Note(_NO_DRAFTING_BUILD),
+        ),
         ANY: Refusal(_NO_SUCH_DRAFTS),
     },
     "--max_draft_len": note(_NO_DRAFTING_BUILD),

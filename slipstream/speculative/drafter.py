@@ -99,6 +99,7 @@ class Drafter(ABC):
 
     default_draft_len: ClassVar[int] = 8
     can_branch: ClassVar[bool] = False  # whether drafts may be trees, which attention must be told when it starts
+    reads_ends: ClassVar[bool] = False  # whether it drafts with the target's own embedding or head, and has `attach`
     # The hidden states that it drafts from: of a layer's number what that layer reads, or LAST.
     reads_hidden: tuple[int, ...] = ()
 
@@ -116,16 +117,17 @@ class Drafter(ABC):
     @abstractmethod
     def stop(self, slot: int) -> None: ...
 
+    def attach(self, running: Running) -> None:
+        """The engine's weights are loaded: what it may use of the target, where reads_ends says so."""
+        raise NotImplementedError
+
 
 class LayerDrafter(Drafter):
     """One with a layer of its own on top of the target's hidden states. Its KV lies in blocks that are numbered as the
     target's, and are shared, copied and found again with these."""
 
+    reads_ends = True
     own_kv: OwnKV
-
-    @abstractmethod
-    def attach(self, running: Running) -> None:
-        """The engine's weights are loaded: what it may use of the target."""
 
     @abstractmethod
     def take_kv(self, kv_PNBKD: Tensor, num_blocks: int) -> None:

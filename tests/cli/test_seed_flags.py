@@ -129,6 +129,8 @@ def test_flags_whose_value_becomes_an_option_of_ours() -> None:
     given = ["--speculative", '{"method": "eagle", "model": "F"}', "--eagle_choices", "[[0], [0, 0]]"]
     name, value = answer_seed_flags("run", given, own)
     assert json.loads(value) == {"method": "eagle", "model": "F", "choices": "[[0], [0, 0]]"}
+    for mode in ("draft_tokens_external", "medusa", "lookahead_decoding", "explicit_draft_tokens", "eagle"):
+        assert answered("--speculative_decoding_mode", mode) == []
     drafting = ["--speculative", '{"method": "lookahead", "window": 7, "ngram": 5, "guesses": 7}']
     assert answer_seed_flags("run", ["--lookahead_config", "[7,5,7]"], own) == drafting
     assert answer_seed_flags("run", ["--lookahead_config=[1,1,0]"], own) == []
@@ -148,7 +150,7 @@ def test_flags_whose_value_becomes_an_option_of_ours() -> None:
     ("--qformat fp8", "--qformat fp8 is refused: slipstream quantize does that"),
     ("--cp_size 2", "--cp_size 2 is refused: ranks share the model by --tp_size, --pp_size and --moe_ep_size"),
     ("--weight_only_precision int2", "--weight_only_precision int2 is refused: slipstream quantize does that"),
-    ("--speculative_decoding_mode=explicit_draft_tokens", "drafts are of n-grams, lookahead's window, a draft model"),
+    ("--speculative_decoding_mode=telepathy", "drafts are of n-grams, lookahead's window, a draft model or heads of"),
     ("--use_fused_mlp maybe", "--use_fused_mlp is 'maybe'; it must be enable or disable."),
     ("--gemm_plugin int7", "--gemm_plugin is 'int7'; it must be enable or disable or"),
     ("--strip_plan=yes", "--strip_plan is 'yes'; it must be given without a value."),

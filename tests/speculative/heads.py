@@ -69,6 +69,23 @@ def _write(
     return folder
 
 
+def write_redrafter(model: Path, folder: Path, exit_dim: int = 0, num_layers: int = 2, rnn: bool = True) -> Path:
+    """exit_dim: twice the hidden size, unless it is said."""
+    target = json.loads((model / "config.json").read_text())
+    size, vocab_size = target["hidden_size"], target["vocab_size"]
+    exit_dim = exit_dim or 2 * size
+    values = {"model_type": "recurrent_drafting_drafter", "hidden_size": size, "vocab_size": vocab_size, "rnn": rnn}
+    values |= {"exit_dim": exit_dim, "num_draft_layers": num_layers, "num_lookback_tokens": 5}
+    shapes: dict[str, tuple[int, ...]] = {f"lm_head.{num_layers}.weight": (vocab_size, exit_dim)}
+    if exit_dim != 2 * size:
+        shapes |= {"input_proj.weight": (exit_dim, 2 * size), "input_proj.bias": (exit_dim,)}
+    for layer in range(num_layers):
+        shapes |= {f"lm_head.{layer}.linear.weight": (exit_dim, exit_dim), f"lm_head.{layer}.linear.bias": (exit_dim,)}
+    if rnn:
+        shapes |= {"rnn_w.weight": (size, size), "rnn_u.weight": (size, size), "rnn_u.bias": (size,)}
+    return _write(folder, values, shapes)
+
+
 def write_medusa(model: Path, folder: Path, num_heads: int = 3, num_layers: int = 1) -> Path:
     config = json.loads((model / "config.json").read_text())
     hidden_size, vocab_size = config["hidden_size"], config["vocab_size"]

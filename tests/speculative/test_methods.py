@@ -20,7 +20,7 @@ from slipstream.api.outputs import RequestOutput
 from slipstream.checkpoint.random import write_random_model
 from slipstream.models import gemma3_text, llama, qwen3
 from slipstream.runtime.speculation import methods
-from tests.speculative.heads import write_eagle, write_eagle3, write_medusa
+from tests.speculative.heads import write_eagle, write_eagle3, write_medusa, write_redrafter
 from tests.speculative.likeness import write_likeness
 from tests.speculative.test_lossless import LIMITS, REQUESTS, assert_same, prompts, run, texts_of
 
@@ -39,6 +39,7 @@ METHODS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "eagle 3, grown": lambda model, folder: {"method": "eagle", "model": str(write_eagle3(model, folder))},
     "lookahead": lambda model, folder: {"method": "lookahead", "window": 2, "ngram": 3, "guesses": 1},
     "medusa": lambda model, folder: {"method": "medusa", "model": str(write_medusa(model, folder))},
+    "redrafter": lambda model, folder: {"method": "redrafter", "model": str(write_redrafter(model, folder))},
 }  # fmt: skip
 
 

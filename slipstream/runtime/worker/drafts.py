@@ -58,8 +58,8 @@ class Drafts:
     def attach(self, running: Running, group: int) -> None:
         """The engine's weights are there. group: of the KV blocks that a drafter's own layer is lent."""
         self._group = group
-        if self._layer is not None:
-            self._layer.attach(running)
+        assert self._drafter is not None
+        self._drafter.attach(running)
 
     def allocate_kv(self, num_blocks: int, tokens_per_block: int, dtype: torch.dtype) -> list[Tensor]:
         """The drafter's own cache, if it has one: where the model's blocks are copied, its are too."""
@@ -88,6 +88,10 @@ class Drafts:
     @property
     def reads_hidden(self) -> tuple[int, ...]:
         return () if self._drafter is None else self._drafter.reads_hidden
+
+    @property
+    def reads_ends(self) -> bool:
+        return self._drafter is not None and self._drafter.reads_ends
 
     @property
     def own_kv(self) -> OwnKV | None:

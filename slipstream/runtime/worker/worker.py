@@ -98,7 +98,7 @@ class Worker:
         self._graph, self._is_last_stage = compiled.run, engine.is_last_stage
         # With several stages the plan knows all tokens but drafts, and nobody waits for the first rank.
         self._copies_tokens = ranks.size > 1 and (manifest.pp_size == 1 or max_draft_len > 0)
-        if self._drafts.own_kv is not None:
+        if self._drafts.reads_ends:
             group = min(range(len(groups)), key=lambda index: (groups[index].window != 0, -groups[index].window))
             embed, head = (part(engine.graph, weights, choices, device) for part in (embedding_of, head_of))
             self._drafts.attach(Running(embed, head, groups[group].window), group)

@@ -1,0 +1,1 @@
+"""ReDrafter: a small recurrent network drafts beams from the model's hidden state (arXiv:2403.09919)."""

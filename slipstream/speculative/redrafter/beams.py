@@ -1,0 +1,35 @@
+"""The beam search of ReDrafter's head: the likeliest ways to go on, of equal length.
+
+Shape suffixes: S sequences, H hidden size, B beams, K tokens of each that are looked at, L tokens of a beam so far.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from slipstream.speculative.redrafter.head import Head
+
+MOST_LIKELY = 50  # tokens after a beam, beyond which none is looked at; probabilities are of these alone
+
+
+def beam_search(
+    head: Head, embed: Callable[[Tensor], Tensor], h_SH: Tensor, token_ids_S: Tensor, width: int, length: int
+) -> Tensor:
+    """After each last known token. embed: token ids [N] -> [N, H]. -> token ids [S, B, L], the likeliest beam first"""
+    num, hidden_size = h_SH.shape
+    last_SB, scores_SB = token_ids_S[:, None], torch.zeros(num, 1, device=h_SH.device)
+    state_SBH, beams_SBL = torch.zeros_like(h_SH)[:, None], token_ids_S.new_empty(num, 1, 0)
+    for _ in range(length):
+        e_SBH = embed(last_SB.flatten()).view(num, -1, hidden_size)
+        state_SBH = head.state(e_SBH, state_SBH)
+        logits_SBD = head.logits(h_SH[:, None].expand_as(state_SBH), state_SBH).float()
+        likely = logits_SBD.topk(min(MOST_LIKELY, logits_SBD.shape[2]))
+        scores_SBK = scores_SB[:, :, None] + likely.values.log_softmax(2)
+        scores_SB, places_SB = scores_SBK.flatten(1).topk(min(width, scores_SBK[0].numel()))
+        before_SB1 = places_SB[:, :, None] // scores_SBK.shape[2]
+        last_SB = head.token_ids(likely.indices).flatten(1).gather(1, places_SB)
+        beams_SBL = beams_SBL.gather(1, before_SB1.expand(-1, -1, beams_SBL.shape[2]))
+        beams_SBL = torch.cat((beams_SBL, last_SB[:, :, None]), 2)
+        state_SBH = state_SBH.gather(1, before_SB1.expand(-1, -1, hidden_size))
+    return beams_SBL

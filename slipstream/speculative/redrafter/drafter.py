@@ -1,0 +1,75 @@
+"""Drafts of ReDrafter's head: beams after each accepted token, merged into a tree.
+
+    beams   the cat sat │ the cat ran │ a dog ran      the head's, after the last known token (beams.py)
+    tree    the cat sat  └ ran   a dog ran             what begins alike is one, so it is verified once
+
+A beam search needs the hidden state where the last token was chosen, so drafts are verified before the next are made:
+one beam search a step, whatever was accepted. The published code accepts by the beams' probabilities, each beam for
+itself, which its authors say may change texts; here drafts are verified as any.
+
+Shape suffixes: S sequences, H hidden size, B beams, L tokens of each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from slipstream.engine.shared import lm_head
+from slipstream.errors import UsageError
+from slipstream.schema.request import GenerateRequest
+from slipstream.schema.speculative import Speculation
+from slipstream.speculative.drafter import LAST, Draft, Running, Target, Verified, read_options
+from slipstream.speculative.drafter import Drafter as Base
+from slipstream.speculative.redrafter.beams import beam_search
+from slipstream.speculative.redrafter.head import load
+from slipstream.speculative.tree import merged
+
+MOST = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str  # a folder of a ReDrafter head
+    width: int = 5  # beams
+    length: int = 5  # tokens of each
+
+
+class Drafter(Base):
+    default_draft_len = 24
+    can_branch = True
+    reads_hidden = (LAST,)
+    reads_ends = True
+
+    def __init__(self, speculation: Speculation, target: Target) -> None:
+        super().__init__(speculation, target)
+        self._options = options = read_options(Options, speculation)
+        for name, value in (("width", options.width), ("length", options.length)):
+            if value > MOST:
+                raise UsageError(f"speculative has {name} {value}; it must be at most {MOST}.")
+        manifest = target.manifest
+        self._head = load(
+            Path(options.model), manifest.hidden_size, manifest.vocab_size, getattr(torch, manifest.dtype),
+            target.device, lambda: lm_head(target.engine),
+        )  # fmt: skip
+        self.max_draft_len = min(self.max_draft_len, options.width * options.length)
+
+    def attach(self, running: Running) -> None:
+        self._embed = running.embed
+
+    def start(self, slot: int, token_ids: Sequence[int], request: GenerateRequest) -> None:
+        pass
+
+    @torch.inference_mode()
+    def draft(self, verified: Verified) -> list[Draft]:
+        assert verified.hidden is not None
+        last_S = verified.token_ids.gather(1, verified.counts[:, None] - 1)[:, 0].clamp(min=0)
+        beams_SBL = beam_search(
+            self._head, self._embed, verified.hidden, last_S, self._options.width, self._options.length
+        )
+        trees = [merged(beams) for beams in beams_SBL.tolist()]
+        return [Draft(tree.token_ids[: self.max_draft_len], tree.parents[: self.max_draft_len]) for tree in trees]
+
+    def stop(self, slot: int) -> None:
+        pass

@@ -1,0 +1,140 @@
+"""ReDrafter's head as it is published: what each tensor of a folder's model.safetensors is, and what it computes.
+
+    h        what the model's head read where the last known token was chosen
+    s        0, and with each token silu(rnn_w e + rnn_u s), or e + s without rnn; e is the model's embedding of it
+    logits   of the token after it: lm_head [h; s]
+
+    config.json                         vocab_size, hidden_size, exit_dim (X), num_draft_layers, rnn
+    input_proj.weight, .bias            [X, 2H] and [X], where X is not 2H
+    lm_head.{layer}.linear.weight       [X, X], with a .bias [X]: x + silu(linear(x))
+    lm_head.{num_draft_layers}.weight   [V, X]
+    rnn_w.weight, rnn_u.weight, .bias   [H, H], [H, H] and [H]
+    draft_token_ids                     [D] instead of lm_head's last: the tokens whose rows of the model's head it has
+
+(apple/ml-recurrent-drafter, recurrent_drafting/modeling_drafter.py; heads of slipstream train-drafter are of the last
+kind.)
+
+Shape suffixes: H hidden size, X exit_dim, V vocabulary, D tokens that can be drafted; before them any others.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slipstream.engine.bounded_json import read_json
+from slipstream.engine.tensor_file import TensorFile
+from slipstream.errors import ModelError
+from slipstream.schema.model import Options
+
+CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
+DRAFT_TOKENS = "draft_token_ids"
+MODEL_TYPE = "recurrent_drafting_drafter"
+
+Linear = tuple[Tensor, Tensor]  # weight and bias
+
+
+@dataclass(frozen=True)
+class Head:
+    input_proj: Linear | None
+    layers: Sequence[Linear]
+    output_DX: Tensor  # noqa: N815 - a tensor's name carries its shape
+    rnn_w: Tensor | None
+    rnn_u: Linear | None
+    token_ids_D: Tensor | None = None  # noqa: N815 - of a shared head's rows
+
+    def state(self, e_H: Tensor, s_H: Tensor) -> Tensor:
+        """With one more token."""
+        if self.rnn_w is None or self.rnn_u is None:
+            return e_H + s_H
+        return functional.silu(functional.linear(e_H, self.rnn_w) + functional.linear(s_H, *self.rnn_u))
+
+    def logits(self, h_H: Tensor, s_H: Tensor) -> Tensor:
+        """Of the token after those that s has taken in. -> [..., D]"""
+        x_X = torch.cat((h_H, s_H), -1)
+        if self.input_proj is not None:
+            x_X = functional.linear(x_X, *self.input_proj)
+        for layer in self.layers:
+            x_X = x_X + functional.silu(functional.linear(x_X, *layer))
+        return functional.linear(x_X, self.output_DX)
+
+    def token_ids(self, drafted: Tensor) -> Tensor:
+        """Of the model, for rows of the head."""
+        return drafted if self.token_ids_D is None else self.token_ids_D[drafted]
+
+
+def load(
+    folder: Path, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device,
+    lm_head: Callable[[], Tensor],
+) -> Head:  # fmt: skip
+    """The head for a model of these sizes; lm_head gives the model's own, [V, H], for heads that share it.
+
+    Raises ModelError for that of another model, and for what is no such folder.
+    """
+    if not (folder / WEIGHTS_FILE).is_file():
+        if (folder / PICKLED_FILE).is_file():
+            raise ModelError(
+                f"{folder} holds {PICKLED_FILE}, which is pickled, and nothing is ever unpickled here; save its "
+                f"tensors as {WEIGHTS_FILE}."
+            )
+        raise ModelError(f"{folder} has no {WEIGHTS_FILE}; name a folder of a ReDrafter head.")
+    values = read_json(folder / CONFIG_FILE)
+    if (kind := values.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
+        raise ModelError(f"{folder / CONFIG_FILE} has model_type {kind!r}; a ReDrafter head is of {MODEL_TYPE!r}.")
+    options = Options(values, str(folder / CONFIG_FILE))
+    for name, size in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+        if (its := options.integer(name)) != size:
+            raise ModelError(
+                f"{folder / CONFIG_FILE} has {name} {its} and the model {size}; take the head that was trained for it."
+            )
+    exit_dim, num_layers = options.integer("exit_dim"), options.integer("num_draft_layers", low=0)
+    has_rnn = options.boolean("rnn")
+    with TensorFile.open(folder / WEIGHTS_FILE) as file:
+        unread = set(file.names())
+
+        def read(name: str, *shape: int) -> Tensor:
+            if name not in file.names():
+                raise ModelError(f"{file.path} lacks {name}, which its config.json asks for; name a whole head.")
+            if file.shape(name) != shape:
+                raise ModelError(
+                    f"{file.path} has {name} {list(file.shape(name))}, and its config and the model need "
+                    f"{list(shape)}; take the head that was trained for it."
+                )
+            unread.remove(name)
+            return file.read(name).to(device, dtype, copy=True)
+
+        def linear(name: str, num_out: int, num_in: int) -> Linear:
+            return read(f"{name}.weight", num_out, num_in), read(f"{name}.bias", num_out)
+
+        token_ids_D = _drafted(file, vocab_size, hidden_size, exit_dim) if DRAFT_TOKENS in unread else None
+        head = Head(
+            None if exit_dim == 2 * hidden_size else linear("input_proj", exit_dim, 2 * hidden_size),
+            [linear(f"lm_head.{layer}.linear", exit_dim, exit_dim) for layer in range(num_layers)],
+            read(f"lm_head.{num_layers}.weight", vocab_size, exit_dim)
+            if token_ids_D is None
+            else lm_head()[token_ids_D].to(device, dtype),
+            read("rnn_w.weight", hidden_size, hidden_size) if has_rnn else None,
+            linear("rnn_u", hidden_size, hidden_size) if has_rnn else None,
+            None if token_ids_D is None else token_ids_D.to(device),
+        )
+    if unknown := sorted(unread - {DRAFT_TOKENS}):
+        raise ModelError(f"{folder / WEIGHTS_FILE} has {unknown[0]}, which its config.json does not tell of.")
+    return head
+
+
+def _drafted(file: TensorFile, vocab_size: int, hidden_size: int, exit_dim: int) -> Tensor:
+    token_ids_D = file.read(DRAFT_TOKENS).long()
+    if exit_dim != hidden_size:
+        raise ModelError(
+            f"{file.path} shares the model's head, which reads {hidden_size} numbers and not exit_dim {exit_dim}; "
+            "take a head with an lm_head of its own."
+        )
+    if token_ids_D.ndim != 1 or not len(token_ids_D) or not 0 <= token_ids_D.min() <= token_ids_D.max() < vocab_size:
+        raise ModelError(
+            f"{file.path} drafts tokens that the model's {vocab_size} do not have; take the head that was trained "
+            "for it."
+        )
+    return token_ids_D
