@@ -49,7 +49,7 @@ def main() -> int:
 def measure(rank: int, size: int, folder: Path) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    ranks = ProcessRanks(folder / "engine", rank, Mapping(size), device)
+    ranks = ProcessRanks(dist.FileStore(str(folder / "engine"), size), rank, Mapping(size), device)
     ways: dict[str, Callable[[Tensor], Any]] = {
         "engine": ranks.add_up,
         "NCCL": lambda x: ranks._all.allreduce([x]).wait(),

@@ -40,7 +40,7 @@ class ThreadRanks:
 
     def __init__(self, rank: int, mapping: Mapping, meetings: Sequence[Meeting], sent: "list[SimpleQueue[Tensor]]"):
         """meetings: of all, then of the ranks of each stage. sent: to each rank."""
-        self.rank, self.size = rank, mapping.num_ranks
+        self.rank, self.size, self.num_here = rank, mapping.num_ranks, mapping.num_ranks
         self._mapping, self._all, self._sent = mapping, meetings[0], sent
         self._stage = meetings[1 + mapping.stage(rank)]
 

@@ -33,9 +33,11 @@ from slipstream.errors import CapacityError, EngineError, RequestError, UsageErr
 from slipstream.progress import Stopwatch, progress_bar
 from slipstream.runtime.engine import start_engine
 from slipstream.runtime.loop import EngineLoop
-from slipstream.runtime.ranks import check_devices
+from slipstream.runtime.meeting import check_ranks
+from slipstream.runtime.rank_process import follow
 from slipstream.runtime.worker.memory import check_kv_size
 from slipstream.schema.build import BuildConfig, CapacityPolicy, QueuePolicy
+from slipstream.schema.launch import Launch
 from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, Pooling, TokenEvent
 from slipstream.schema.sampling import SamplingParams
 from slipstream.schema.speculative import Speculation
@@ -124,6 +126,9 @@ class LLM:
             "disabled_passes": disabled_passes, "extra_passes": extra_passes, "plugins": plugins,
             "show_progress": show_progress,
         })  # fmt: skip
+        launch = Launch.read()
+        if launch is not None and launch.rank:  # torchrun's or mpirun's: it has from the first one what to do
+            follow(launch)
         where = device_for(device)
         if deterministic and where.type == "cpu":
             raise UsageError(
@@ -144,7 +149,7 @@ class LLM:
         if source.kind == "engine":
             path = _given_engine(source.path, disabled_passes, extra_passes, quantization)
         else:
-            check_devices(config.tp_size * config.pp_size, where)
+            check_ranks(config.tp_size * config.pp_size, where)
             with progress_bar(show_progress) as progress:
                 path = cached_engine(
                     source, config, where, progress, at_most=None if sink_token_length else max_seq_len

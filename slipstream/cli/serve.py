@@ -14,6 +14,7 @@ from slipstream.cli._config_file import effective_values, use_config_file
 from slipstream.cli._prompts import read_text
 from slipstream.cli._tables import human_bytes
 from slipstream.errors import UsageError
+from slipstream.schema.launch import Launch
 from slipstream.text.tools import answer_format
 
 if TYPE_CHECKING:
@@ -141,6 +142,8 @@ def serve(
     Example:
         slipstream serve smollm2 --port 8000
     """
+    if Launch.read() is not None:
+        raise UsageError("slipstream serve starts its ranks itself; run it once, without torchrun or mpirun.")
     if config is not None:
         print(f"Options of {config} and the command line: {effective_values(ctx)}", file=sys.stderr)
     template = None if chat_template is None else read_text(chat_template, "--chat_template")

@@ -23,6 +23,10 @@ class Ranks(Protocol):
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
+    @property
+    def num_here(self) -> int:
+        """Of these ranks, those on this one's machine."""
+
     def add_up(self, x: Tensor) -> Tensor:
         """The sum of what the ranks of this stage gave, in memory of its own; x is contiguous."""
 
@@ -45,7 +49,7 @@ class Ranks(Protocol):
 class Alone:
     """One rank, which has everything."""
 
-    rank, size = 0, 1
+    rank, size, num_here = 0, 1, 1
 
     def add_up(self, x: Tensor) -> Tensor:
         return x.clone()

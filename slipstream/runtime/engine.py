@@ -11,7 +11,8 @@ from slipstream.engine.folder import Engine as EngineFolder
 from slipstream.engine.manifest import Manifest
 from slipstream.errors import CapacityError, EngineError, RankError, SlipstreamError
 from slipstream.runtime.guidance import Guidance
-from slipstream.runtime.ranks import RankGroup
+from slipstream.runtime.meeting import check_ranks
+from slipstream.runtime.rank_group import RankGroup
 from slipstream.runtime.scheduler import Scheduler
 from slipstream.runtime.speculation import open_drafter
 from slipstream.runtime.worker.memory import check_kv_dtype
@@ -19,6 +20,7 @@ from slipstream.runtime.worker.start import StartOptions, open_worker, use_threa
 from slipstream.runtime.worker.worker import Begun, Flight, Worker
 from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
 from slipstream.schema.kv import narrow
+from slipstream.schema.launch import Launch
 from slipstream.schema.request import EngineStats, GenerateRequest, RequestState, TokenEvent
 from slipstream.schema.speculative import Speculation
 from slipstream.schema.step import StepPlan
@@ -208,6 +210,7 @@ def start_engine(
         max_draft_len=0 if drafter is None else drafter.max_draft_len,
     )
     group: RankGroup | None = None
+    check_ranks(manifest.num_ranks, device)
     if manifest.num_ranks == 1:
         worker, num_blocks = open_worker(folder, choices, device, options, guidance=guidance, drafter=drafter)
     else:
@@ -235,19 +238,15 @@ def _start_ranks(
     drafter: Drafter | None, plugins: Sequence[str],
 ) -> tuple[RankGroup, Worker, int]:  # fmt: skip
     """Start the other ranks, and this one with them. Raises what keeps any of them from it."""
-    mapping, first = folder.manifest.mapping, device.index or 0
-    size = mapping.num_ranks
+    mapping = folder.manifest.mapping
     before = torch.get_num_threads()
-    num_threads = max(1, before // size) if device.type == "cpu" else before
-    setups = [
-        {
-            "engine": str(folder.path), "rank": rank, "kernels": choices.kernels, "options": options.to_json(),
-            "device": "cpu" if device.type == "cpu" else f"cuda:{first + rank}", "num_threads": num_threads,
-            "plugins": list(plugins),
-        }
-        for rank in range(1, size)
-    ]  # fmt: skip
-    group = RankGroup(mapping, setups, device, lambda: use_threads(num_threads), at_end=lambda: use_threads(before))
+    shares_cores = device.type == "cpu" and Launch.read() is None  # a launcher has shared them out already
+    num_threads = max(1, before // mapping.num_ranks) if shares_cores else before
+    setup = {
+        "engine": str(folder.path), "kernels": choices.kernels, "options": options.to_json(),
+        "num_threads": num_threads if shares_cores else None, "plugins": list(plugins),
+    }  # fmt: skip
+    group = RankGroup(mapping, setup, device, lambda: use_threads(num_threads), at_end=lambda: use_threads(before))
     try:
         group.at_start()
         worker, num_blocks = open_worker(

@@ -6,8 +6,8 @@ the order of ranks, so that all have the same bits.
 """
 
 import os
+import secrets
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,28 +18,30 @@ MAX_BYTES = 2 << 20  # beyond, each GPU's reading of everything costs more than 
 RELEASE_SECONDS = 10.0
 
 
-def open_one_shot(store: Path, rank: int, size: int, device: torch.device) -> "OneShot | None":
+def open_one_shot(store: dist.Store, rank: int, size: int, device: torch.device) -> "OneShot | None":
     """None where GPUs cannot see each other's memory. All ranks call it, and all of them get the same."""
     if device.type != "cuda":
         return None
-    files = dist.FileStore(f"{store}-one-shot", size)
+    store = dist.PrefixStore("one-shot", store)
+    if rank == 0:
+        store.set("name", f"slipstream-{secrets.token_hex(4)}")
     try:
-        found = OneShot(str(store), files, rank, size, device)
+        found = OneShot(store.get("name").decode(), store, rank, size, device)
     except RuntimeError:
         found = None
-    files.set(str(rank), "" if found is None else "ready")
-    return found if all(files.get(str(other)) for other in range(size)) else None
+    store.set(str(rank), "" if found is None else "ready")
+    return found if all(store.get(str(other)) for other in range(size)) else None
 
 
 class OneShot:
     """What the ranks of one machine read from each other."""
 
-    def __init__(self, name: str, files: dist.Store, rank: int, size: int, device: torch.device) -> None:
+    def __init__(self, name: str, store: dist.Store, rank: int, size: int, device: torch.device) -> None:
         """name: the same on all ranks, and no other group's. Raises RuntimeError without access between the GPUs."""
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # not every machine's NVSwitch has it to give
         from torch._C._distributed_c10d import _SymmetricMemory
 
-        _SymmetricMemory.set_group_info(name, rank, size, files)
+        _SymmetricMemory.set_group_info(name, rank, size, store)
         self._name, self._rank, self._size, self._device = name, rank, size, device
         self._mine = _SymmetricMemory.empty_strided_p2p((MAX_BYTES,), (1,), torch.uint8, device, name)
         self._shared: Any = _SymmetricMemory.rendezvous(self._mine, name)

@@ -46,7 +46,7 @@ def test_a_lost_rank_ends_its_requests_in_a_sentence(tmp_path: Path, monkeypatch
         stream = llm.stream([1, 2, 3], SamplingParams(max_tokens=90_000, temperature=0, ignore_eos=True))
         next(stream)
         assert llm.loop._engine is not None and llm.loop._engine._group is not None
-        llm.loop._engine._group._processes[0].send_signal(signal.SIGKILL)
+        llm.loop._engine._group._children[1].send_signal(signal.SIGKILL)
         with pytest.raises(SlipstreamError, match="the engine stopped: rank 1 has ended, by signal 9"):
             for _ in stream:
                 pass

@@ -16,8 +16,9 @@ from slipstream import LLM, SamplingParams
 from slipstream.checkpoint.random import write_random_model
 from slipstream.errors import CapacityError, EngineError, SlipstreamError, UsageError
 from slipstream.models import llama
-from slipstream.runtime import ranks
-from slipstream.runtime.ranks import RankGroup, check_devices, plan_from_json, plan_to_json
+from slipstream.runtime import rank_group
+from slipstream.runtime.meeting import check_ranks
+from slipstream.runtime.rank_group import RankGroup, plan_from_json, plan_to_json
 from slipstream.schema.mapping import Mapping
 from slipstream.schema.step import PENDING, BlockCopy, SequenceStep, StepPlan
 
@@ -44,7 +45,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 def children(llm: LLM) -> "list[subprocess.Popen[bytes]]":
     engine = llm.loop._engine
     assert engine is not None and engine._group is not None
-    return engine._group._processes
+    return list(engine._group._children.values())
 
 
 def test_two_ranks_give_the_tokens_of_one(model: Path) -> None:
@@ -62,7 +63,7 @@ def test_two_ranks_give_the_tokens_of_one(model: Path) -> None:
 def test_a_rank_that_is_lost_ends_every_request_in_a_sentence(
     model: Path, options: dict[str, int], sent: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks, "SILENCE_SECONDS", 3.0)
+    monkeypatch.setattr(rank_group, "SILENCE_SECONDS", 3.0)
     with LLM(model, max_num_tokens=64, show_progress=False, **options) as llm:
         (other,) = children(llm)
         streams = [llm.stream(prompt, FOREVER) for prompt in PROMPTS[:2]]
@@ -98,7 +99,7 @@ def test_ranks_end_with_their_parent(model: Path) -> None:
     script = (
         "import sys, time\nfrom slipstream import LLM\n"
         f"llm = LLM({str(model)!r}, tp_size=2, show_progress=False)\n"
-        "print(llm.loop._engine._group._processes[0].pid, flush=True)\ntime.sleep(600)"
+        "print(llm.loop._engine._group._children[1].pid, flush=True)\ntime.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -129,9 +130,9 @@ def test_wrong_sizes_end_in_a_sentence(model: Path, monkeypatch: pytest.MonkeyPa
         LLM(model, tp_size=3, show_progress=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(CapacityError, match=r"for 4 GPUs, and this machine has 2; build it with --tp_size 2 alone"):
-        check_devices(4, torch.device("cuda"))
+        check_ranks(4, torch.device("cuda"))
     with pytest.raises(CapacityError, match=r"from cuda:1 on there are 1"):
-        check_devices(2, torch.device("cuda:1"))
+        check_ranks(2, torch.device("cuda:1"))
 
 
 def test_a_plan_is_the_same_after_its_way_to_another_rank() -> None:
@@ -147,8 +148,8 @@ def test_a_plan_is_the_same_after_its_way_to_another_rank() -> None:
 
 
 def test_a_group_whose_ranks_never_come_is_no_wait() -> None:
-    setups = [{"engine": "/nowhere", "plugins": ["no_such_module"]}]
-    group = RankGroup(Mapping(2), setups, torch.device("cpu"), at_start=lambda: None, at_end=lambda: None)
+    setup = {"engine": "/nowhere", "plugins": ["no_such_module"]}
+    group = RankGroup(Mapping(2), setup, torch.device("cpu"), at_start=lambda: None, at_end=lambda: None)
     with pytest.raises(SlipstreamError, match="rank 1: ModuleNotFoundError"):
         group.join()
     group.close()

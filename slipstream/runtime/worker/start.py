@@ -68,7 +68,7 @@ def open_worker(
     )  # fmt: skip
     left = worker.memory_left(options.max_num_tokens)
     num_blocks = count_blocks(
-        manifest, groups, device, left // ranks.size if device.type == "cpu" else left,
+        manifest, groups, device, left // ranks.num_here if device.type == "cpu" else left,
         fraction=options.kv_cache_free_memory_fraction, max_tokens=options.kv_cache_max_tokens,
         max_bytes=options.kv_cache_max_bytes, max_seq_len=options.max_seq_len,
         more_bytes_per_token=worker.drafter_bytes_per_token,
