@@ -32,18 +32,27 @@ class Calibration:
     num_steps: int
     median_error: float  # of a step, relative
     total_error: float  # of all of them together
+    round_seconds: tuple[float, ...]  # the same steps in each: what differs is the machine's
 
 
-def calibrate(llm: LLM, runs_ahead: bool, progress: Progress = lambda stage, done, total: None) -> Calibration:
-    """runs_ahead: the engine plans a step while another runs, as it does on a GPU."""
-    loads = list(_loads(llm))
-    planned = [_planned_steps(llm, samples, runs_ahead) for samples in loads]
-    _timed_steps(llm, loads[0], len(planned[0]))  # warm-up
+def calibrate(
+    llm: LLM,
+    runs_ahead: bool,
+    progress: Progress = lambda stage, done, total: None,
+    *,
+    max_sequences: int | None = None,
+) -> Calibration:
+    """runs_ahead: the engine plans a step while another runs, as it does on a GPU. max_sequences: that a step may have;
+    by default as many as the engine takes."""
+    most = llm.runtime_config.max_batch_size
+    loads = list(_loads(llm, min(max_sequences or most, most)))
+    planned = [_planned_steps(llm, *load, runs_ahead) for load in loads]
+    _timed_steps(llm, *loads[0], len(planned[0]))  # warm-up
     rounds: list[list[float]] = []
     for turn in range(ROUNDS):
         rounds.append([])
-        for done, (samples, steps) in enumerate(zip(loads, planned, strict=True), start=1):
-            rounds[-1] += _timed_steps(llm, samples, len(steps))
+        for done, (load, steps) in enumerate(zip(loads, planned, strict=True), start=1):
+            rounds[-1] += _timed_steps(llm, *load, len(steps))
             progress("measure steps", turn * len(loads) + done, ROUNDS * len(loads))
     works, seconds = (
         [work for steps in planned for work in steps],
@@ -52,29 +61,33 @@ def calibrate(llm: LLM, runs_ahead: bool, progress: Progress = lambda stage, don
     costs = fit(works, seconds, llm.runtime_config.max_num_tokens)
     guesses = [costs.seconds(work) for work in works]
     errors = [abs(guess / real - 1) for guess, real in zip(guesses, seconds, strict=True)]
-    return Calibration(costs, len(works), median(errors), sum(guesses) / sum(seconds) - 1)
+    total_error = sum(guesses) / sum(seconds) - 1
+    return Calibration(costs, len(works), median(errors), total_error, tuple(map(sum, rounds)))
 
 
-def _loads(llm: LLM) -> Iterator[list[Sample]]:
-    """Prompts of every size alone, batches of every size, long contexts, and a mixture of chunks and next tokens."""
+def _loads(llm: LLM, max_sequences: int) -> Iterator[tuple[list[Sample], Load]]:
+    """Prompts of every size alone, batches of every size, long contexts, and mixtures of chunks and next tokens: of all
+    sequences that fit, and of few, as clients that ask again make them."""
     config, vocabulary = llm.runtime_config, range(llm.manifest.vocab_size)
     longest = config.max_seq_len - NUM_DECODES
-    sizes = _powers(min(config.max_num_tokens, longest))
-    batches = _powers(config.max_batch_size)
     draw = random.Random(0)
 
     def prompts(inputs: list[int], outputs: list[int]) -> list[Sample]:
         return random_tokens(draw, vocabulary, inputs, outputs)
 
-    for size in sizes:
-        yield prompts([size], [2])
-    for batch in batches:
-        yield prompts([min(16, longest)] * batch, [NUM_DECODES] * batch)
-    for batch in {1, min(8, config.max_batch_size)}:
-        yield prompts([min(LONG_CONTEXT, longest)] * batch, [NUM_DECODES] * batch)
-    count = 2 * batches[-1]
-    inputs = uniform_lengths(draw, count, min(16, longest), min(512, longest))
-    yield prompts(inputs, uniform_lengths(draw, count, 1, NUM_DECODES))
+    def mixture(count: int, most: int) -> list[Sample]:
+        inputs = uniform_lengths(draw, count, min(8, longest), min(most, longest))
+        return prompts(inputs, uniform_lengths(draw, count, 1, NUM_DECODES))
+
+    for size in _powers(min(config.max_num_tokens, longest)):
+        yield prompts([size], [2]), Load()
+    for batch in _powers(max_sequences):
+        yield prompts([min(16, longest)] * batch, [NUM_DECODES] * batch), Load()
+    few = min(8, max_sequences)
+    for batch in {1, few}:
+        yield prompts([min(LONG_CONTEXT, longest)] * batch, [NUM_DECODES] * batch), Load()
+    yield mixture(2 * max_sequences, 64), Load(concurrency=max_sequences)
+    yield mixture(4 * few, 512), Load(concurrency=few)
 
 
 def _powers(most: int) -> list[int]:
@@ -82,14 +95,15 @@ def _powers(most: int) -> list[int]:
     return [*(1 << place for place in range(most.bit_length()) if 1 << place < most), most]
 
 
-def _timed_steps(llm: LLM, samples: list[Sample], planned: int) -> list[float]:
+def _timed_steps(llm: LLM, samples: list[Sample], load: Load, planned: int) -> list[float]:
     """Seconds from the end of each step to that of the next; the first from its beginning."""
     turns: list[tuple[int, float, float]] = []  # of the loop: tokens until now, its end, its seconds
     before = llm.loop.on_step
     num_tokens = _tokens_of(llm.stats)
     llm.loop.on_step = lambda stats, seconds: turns.append((_tokens_of(stats), time.perf_counter(), seconds))
     try:
-        ask(llm, [replace(each, cache_salt=str(uuid4())) for each in make_requests(llm, samples)])  # nothing is found
+        requests = [replace(each, cache_salt=str(uuid4())) for each in make_requests(llm, samples)]  # nothing is found
+        ask(llm, requests, load)
     finally:
         llm.loop.on_step = before
     steps, end = [], None
@@ -109,8 +123,8 @@ def _tokens_of(stats: EngineStats) -> int:
     return stats.prompt_tokens_computed + stats.generated_tokens
 
 
-def _planned_steps(llm: LLM, samples: list[Sample], runs_ahead: bool) -> list[Work]:
+def _planned_steps(llm: LLM, samples: list[Sample], load: Load, runs_ahead: bool) -> list[Work]:
     prompts = [(tuple(each.prompt), each.output_tokens) for each in samples if not isinstance(each.prompt, str)]
     nothing = StepCosts(0.0, (1, llm.runtime_config.max_num_tokens + 1), (0.0,), 0.0, 0.0, 0.0)
     config = replace(llm.runtime_config, enable_block_reuse=False)
-    return Simulation(config, nothing, prompts, Load(), runs_ahead=runs_ahead).run().steps
+    return Simulation(config, nothing, prompts, load, runs_ahead=runs_ahead).run().steps

@@ -10,7 +10,7 @@ from slipstream.api.llm import LLM
 from slipstream.bench.dataset import Sample
 from slipstream.bench.load import Load
 from slipstream.bench.timeline import Run, Timeline
-from slipstream.errors import RequestError, UsageError
+from slipstream.errors import RequestError, SlipstreamError, UsageError
 from slipstream.progress import Progress
 from slipstream.schema.request import GenerateRequest, TokenEvent
 from slipstream.schema.sampling import SamplingParams
@@ -46,8 +46,8 @@ def ask(
     load: Load = ALL_AT_ONCE,
     progress: Progress = lambda stage, done, total: None,
 ) -> Run:
-    """Those of `concurrency` begin their next when one has ended."""
-    ended: queue.SimpleQueue[None] = queue.SimpleQueue()
+    """Those of `concurrency` begin their next when one has ended, on the loop's thread: it is in the next step."""
+    ended: queue.SimpleQueue[SlipstreamError | None] = queue.SimpleQueue()
     timelines = list[Timeline]()
 
     def start(request: GenerateRequest, due: float | None = None) -> None:
@@ -63,9 +63,18 @@ def ask(
                 timeline.num_cached = max(timeline.num_cached, event.num_cached_tokens)
             if event.finish_reason is not None:
                 timeline.ended, timeline.error = now, event.error
-                ended.put(None)
+                ended.put(start_following())
 
         llm.loop.submit(request, sink)
+
+    def start_following() -> SlipstreamError | None:
+        following = None if load.rate is not None else next(waiting, None)
+        try:
+            if following is not None:
+                start(following)
+        except SlipstreamError as error:
+            return error
+        return None
 
     waiting = iter(requests)
     times = load.arrivals(len(requests), random.Random(0))
@@ -78,11 +87,10 @@ def ask(
             time.sleep(max(0.0, begin + due - time.perf_counter()))
             start(request, begin + due)
     for done in range(len(requests)):
-        ended.get()
+        error = ended.get()
+        if error is not None:
+            raise error
         progress("generate", done + 1, len(requests))
-        following = next(waiting, None)
-        if following is not None:
-            start(following)
     return Run(str(load), timelines)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -19,17 +19,21 @@ from slipstream.schema.build import RuntimeConfig
 Options = Mapping[str, Any]  # of LLM(...)
 GOOD_SHARE = 0.95  # of the requests must keep the limits
 WORTHWHILE = 1.02  # less is noise, and the defaults stay
+# They need no second model and leave texts as they are, so they are tried unasked: few, for texts that seldom repeat
+# themselves, and many.
+NGRAMS = {f"{count} n-gram drafts": f'{{"method": "ngram", "max_draft_len": {count}}}' for count in (2, 8)}
 
 
 @dataclass(frozen=True)
 class Goal:
-    """Most output tokens a second; or, with limits, most requests a second of which 95 % keep them."""
+    """Most output tokens a second under a load; or, with limits, most requests a second of which 95 % keep them."""
 
     limits: Limits | None = None
+    load: Load = field(default_factory=Load)  # without limits
 
     @property
     def unit(self) -> str:
-        return "output tokens/s, all at once" if self.limits is None else "requests/s within the limits"
+        return f"output tokens/s, {self.load}" if self.limits is None else "requests/s within the limits"
 
     def keeps(self, run: Run) -> bool:
         assert self.limits is not None
@@ -40,9 +44,16 @@ class Goal:
 class Found:
     """The best of a search."""
 
+    start: RuntimeConfig
     config: RuntimeConfig
     score: float  # in the goal's unit
     score_before: float  # of the limits that the search began with
+
+    @property
+    def changes(self) -> dict[str, int]:
+        """Options of LLM(...) that make the one the other."""
+        options = {"max_batch_size": self.config.max_batch_size, "max_num_tokens": self.config.max_num_tokens}
+        return {name: value for name, value in options.items() if value != getattr(self.start, name)}
 
 
 class Search:
@@ -61,7 +72,7 @@ class Search:
                 better = max(candidates, key=self.score)
                 if self.score(better) > self.score(config) * WORTHWHILE:
                     config = better
-        return Found(config, self.score(config), self.score(start))
+        return Found(start, config, self.score(config), self.score(start))
 
     def score(self, config: RuntimeConfig) -> float:
         if config not in self._scores:
@@ -69,7 +80,7 @@ class Search:
         return self._scores[config]
 
     def _score(self, config: RuntimeConfig) -> float:
-        run = self._run(config, Load())
+        run = self._run(config, self._goal.load)
         if self._goal.limits is None:
             return run.output_rate
         low, high = 0.0, run.rate(lambda timeline: 1)  # more do not get done, however long they wait
@@ -115,6 +126,15 @@ class Contender:
 
     def score(self, goal: Goal) -> float:
         return self.output_rate if goal.limits is None else self.share_kept(goal.limits)
+
+
+def contenders_of(tuned: Options, drafts: Mapping[str, str]) -> list[Contender]:
+    """The defaults, what a search found where that is something else, and each way to draft beside it."""
+    plain = [Contender("defaults", {}, [])] + ([Contender("tuned", tuned, [])] if tuned else [])
+    drafting = [
+        Contender(f"{plain[-1].name}, {name}", {**tuned, "speculative": method}, []) for name, method in drafts.items()
+    ]
+    return plain + drafting
 
 
 def measure(

@@ -33,7 +33,12 @@ def tune(
         str, typer.Option(help="Formats to try, with commas, such as none,int8: they change what a model says.")
     ] = AS_IT_IS,
     kv_cache_dtype: Annotated[str, typer.Option(help="KV caches to try, with commas, such as auto,int8.")] = "auto",
-    speculative: options.Speculative = None,
+    speculative: Annotated[
+        str | None, typer.Option(help="Drafts to try beside n-grams, as JSON, such as a model that serve takes.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Without limits: requests at a time.  [default: all at once]")
+    ] = None,
     price_per_hour: Annotated[
         float | None, typer.Option(min=0, help="Of this machine: tells what a million output tokens cost.")
     ] = None,
@@ -48,22 +53,27 @@ def tune(
 
     Without limits the goal is output tokens a second; with some it is requests a second of which 95 % keep them. Every
     format's steps are measured, batch sizes and token budgets are searched in simulation (slipstream simulate), and the
-    best is measured beside the defaults. Whatever is not better by more than noise stays as it is.
+    best is measured beside the defaults, without and with drafts. Whatever is not better by more than noise stays.
 
     Example:
         slipstream tune path/to/folder --dataset synthetic.txt --output tuned.yaml --quantization none,int8
         slipstream tune smollm2 --dataset synthetic.txt --output tuned.yaml --max_ttft_ms 500 --max_tpot_ms 60
+        slipstream tune smollm2 --dataset synthetic.txt --output tuned.yaml --concurrency 1
         slipstream serve smollm2 --config tuned.yaml
     """
     from slipstream.bench.dataset import read_dataset
     from slipstream.bench.load import Load
     from slipstream.bench.serving import Limits
-    from slipstream.bench.tune import Contender, Goal, measure, winner
+    from slipstream.bench.tune import NGRAMS, Goal, contenders_of, measure, winner
 
     if dataset is None:
         raise UsageError("There is no --dataset; make one with slipstream bench prepare-dataset.")
     limits = Limits(max_ttft_ms, max_tpot_ms, max_latency_ms)
-    goal = Goal(None if limits == Limits() else limits)
+    if concurrency is not None and limits != Limits():
+        raise UsageError(
+            "--concurrency goes without limits, which are kept by a rate of requests; give one of the two."
+        )
+    goal = Goal(None if limits == Limits() else limits, Load(concurrency))
     engines = _Engines(
         model,
         {"dtype": dtype, "max_seq_len": max_seq_len},
@@ -82,12 +92,9 @@ def tune(
     found = searched[best]
     if not found.score:
         raise UsageError("No settings keep these limits, not even for one request at a time; raise them.")
-    tuned = {**formats[best], "max_batch_size": found.config.max_batch_size,
-             "max_num_tokens": found.config.max_num_tokens}  # fmt: skip
-    contenders = [Contender("defaults", {}, []), Contender("tuned", tuned, [])]
-    if speculative is not None:
-        contenders.append(Contender("tuned, with drafts", {**tuned, "speculative": speculative}, []))
-    load = Load() if goal.limits is None else Load(rate=found.score)
+    drafts = NGRAMS if speculative is None else NGRAMS | {"the drafts asked for": speculative}
+    contenders = contenders_of({**formats[best], **found.changes}, drafts)
+    load = goal.load if goal.limits is None else Load(rate=found.score)
     with progress_bar() as progress:
         measure(contenders, engines.opened, samples, load, rounds, lambda name: progress(name, 0, 1))
     chosen = winner(contenders, goal)
@@ -129,7 +136,7 @@ def _search(engines: _Engines, chosen: "Options", samples: "Sequence[Sample]", g
 
     with engines.opened(chosen) as llm:
         runs_ahead = engines.device.type == "cuda"
-        costs = calibrate(llm, runs_ahead, progress).costs
+        costs = calibrate(llm, runs_ahead, progress, max_sequences=goal.load.concurrency).costs
         prompts = [(each.prompt_token_ids, each.max_tokens) for each in make_requests(llm, samples)]
         config = llm.runtime_config
     progress("search", 0, 1)

@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 
+import pytest
+
 from slipstream.bench.costs import StepCosts
+from slipstream.bench.load import Load
 from slipstream.bench.serving import Limits
 from slipstream.bench.simulate import Prompt
 from slipstream.bench.timeline import Run, Timeline
-from slipstream.bench.tune import Contender, Goal, Search, winner
+from slipstream.bench.tune import Contender, Goal, Search, contenders_of, winner
 from slipstream.schema.build import RuntimeConfig
 
 BUILT = RuntimeConfig(num_blocks=512, tokens_per_block=16, max_batch_size=16, max_num_tokens=512, max_seq_len=256)
@@ -22,6 +25,7 @@ def test_where_tokens_are_free_the_limits_stay() -> None:
     found = Search(FLAT, prompts(16, 64, 8), Goal(), runs_ahead=False).best(BUILT)
     assert found.config == BUILT
     assert found.score == found.score_before
+    assert found.changes == {}
 
 
 def test_where_sequences_slow_each_other_down_fewer_run() -> None:
@@ -30,6 +34,7 @@ def test_where_sequences_slow_each_other_down_fewer_run() -> None:
     found = Search(costs, prompts(32, 1, 16), Goal(), runs_ahead=False).best(BUILT)
     assert found.config.max_batch_size == 4
     assert found.score > 2 * found.score_before
+    assert found.changes == {"max_batch_size": 4}
 
 
 def test_short_steps_keep_a_limit_on_further_tokens() -> None:
@@ -42,6 +47,23 @@ def test_short_steps_keep_a_limit_on_further_tokens() -> None:
 
 def test_impossible_limits_score_nothing() -> None:
     assert Search(LINEAR, prompts(4, 200, 4), Goal(Limits(ttft=1.0)), runs_ahead=False).best(BUILT).score == 0.0
+
+
+def test_one_client_is_asked_for_by_the_load() -> None:
+    """A token a step of a tenth of a second."""
+    goal = Goal(load=Load(concurrency=1))
+    assert Search(FLAT, prompts(4, 8, 16), goal, runs_ahead=False).score(BUILT) == pytest.approx(10.0)
+
+
+def test_drafts_are_tried_beside_what_was_found_and_nothing_twice() -> None:
+    drafts = {"2 drafts": "few"}
+    assert [(each.name, each.options) for each in contenders_of({}, drafts)] == [
+        ("defaults", {}), ("defaults, 2 drafts", {"speculative": "few"}),
+    ]  # fmt: skip
+    assert [(each.name, each.options) for each in contenders_of({"max_batch_size": 4}, drafts)] == [
+        ("defaults", {}), ("tuned", {"max_batch_size": 4}),
+        ("tuned, 2 drafts", {"max_batch_size": 4, "speculative": "few"}),
+    ]  # fmt: skip
 
 
 def run_of(seconds: float) -> Run:

@@ -9,6 +9,8 @@ from slipstream.cli import _options as options
 from slipstream.cli.bench import _offline
 from slipstream.progress import progress_bar
 
+UNEVEN = 1.15  # rounds of equal steps; above it, somebody else had a part of the machine
+
 
 def steps(
     output: Annotated[Path, typer.Option(help="Write the costs to this file.")],
@@ -53,8 +55,11 @@ def steps(
             found = calibrate(measured.llm, runs_ahead, progress)
         config = measured.llm.runtime_config
         CostsFile(measured.name, describe_device(where), runs_ahead, config, found.costs).write(output)
+    rounds = ", ".join(f"{seconds:.1f}" for seconds in found.round_seconds)
     print(
-        f"{found.num_steps} steps measured; the costs miss one by {found.median_error:.0%} (median), and all of them "
-        f"together by {found.total_error:+.1%}."
+        f"{found.num_steps} steps measured, in {rounds} s; the costs miss one by {found.median_error:.0%} (median), "
+        f"and all of them together by {found.total_error:+.1%}."
     )
+    if max(found.round_seconds) > UNEVEN * min(found.round_seconds):
+        print("The same steps took longer in one round: something else ran here; measure again when nothing does.")
     print(f"written to {output}; next: slipstream simulate --costs {output} --dataset FILE --rate 2")
