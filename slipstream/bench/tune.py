@@ -128,13 +128,12 @@ class Contender:
         return self.output_rate if goal.limits is None else self.share_kept(goal.limits)
 
 
-def contenders_of(tuned: Options, drafts: Mapping[str, str]) -> list[Contender]:
-    """The defaults, what a search found where that is something else, and each way to draft beside it."""
-    plain = [Contender("defaults", {}, [])] + ([Contender("tuned", tuned, [])] if tuned else [])
-    drafting = [
-        Contender(f"{plain[-1].name}, {name}", {**tuned, "speculative": method}, []) for name, method in drafts.items()
+def with_drafts(plain: Contender, drafts: Mapping[str, str]) -> list[Contender]:
+    """Each way to draft beside the same settings."""
+    return [
+        Contender(f"{plain.name}, {name}", {**plain.options, "speculative": method}, [])
+        for name, method in drafts.items()
     ]
-    return plain + drafting
 
 
 def measure(

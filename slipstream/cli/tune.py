@@ -64,7 +64,7 @@ def tune(
     from slipstream.bench.dataset import read_dataset
     from slipstream.bench.load import Load
     from slipstream.bench.serving import Limits
-    from slipstream.bench.tune import NGRAMS, Goal, contenders_of, measure, winner
+    from slipstream.bench.tune import NGRAMS, Contender, Goal, measure, winner, with_drafts
 
     if dataset is None:
         raise UsageError("There is no --dataset; make one with slipstream bench prepare-dataset.")
@@ -92,11 +92,21 @@ def tune(
     found = searched[best]
     if not found.score:
         raise UsageError("No settings keep these limits, not even for one request at a time; raise them.")
+    tuned = {**formats[best], **found.changes}
+    contenders = [Contender("defaults", {}, [])]
+    contenders += [Contender("tuned", tuned, [])] if tuned else []
     drafts = NGRAMS if speculative is None else NGRAMS | {"the drafts asked for": speculative}
-    contenders = contenders_of({**formats[best], **found.changes}, drafts)
     load = goal.load if goal.limits is None else Load(rate=found.score)
     with progress_bar() as progress:
-        measure(contenders, engines.opened, samples, load, rounds, lambda name: progress(name, 0, 1))
+
+        def measured(several: "Sequence[Contender]") -> "Contender":
+            measure(several, engines.opened, samples, load, rounds, lambda name: progress(name, 0, 1))
+            return winner(several, goal)
+
+        plain = measured(contenders) if tuned else contenders[0]
+        drafting = with_drafts(plain, drafts)
+        measured([plain, *drafting])  # again, in turn with them
+    contenders += drafting
     chosen = winner(contenders, goal)
     _print_measured(contenders, goal, load, price_per_hour)
     _write(output, model, chosen, contenders, goal, load)

@@ -9,7 +9,7 @@ from slipstream.bench.load import Load
 from slipstream.bench.serving import Limits
 from slipstream.bench.simulate import Prompt
 from slipstream.bench.timeline import Run, Timeline
-from slipstream.bench.tune import Contender, Goal, Search, contenders_of, winner
+from slipstream.bench.tune import Contender, Goal, Search, winner, with_drafts
 from slipstream.schema.build import RuntimeConfig
 
 BUILT = RuntimeConfig(num_blocks=512, tokens_per_block=16, max_batch_size=16, max_num_tokens=512, max_seq_len=256)
@@ -55,15 +55,9 @@ def test_one_client_is_asked_for_by_the_load() -> None:
     assert Search(FLAT, prompts(4, 8, 16), goal, runs_ahead=False).score(BUILT) == pytest.approx(10.0)
 
 
-def test_drafts_are_tried_beside_what_was_found_and_nothing_twice() -> None:
-    drafts = {"2 drafts": "few"}
-    assert [(each.name, each.options) for each in contenders_of({}, drafts)] == [
-        ("defaults", {}), ("defaults, 2 drafts", {"speculative": "few"}),
-    ]  # fmt: skip
-    assert [(each.name, each.options) for each in contenders_of({"max_batch_size": 4}, drafts)] == [
-        ("defaults", {}), ("tuned", {"max_batch_size": 4}),
-        ("tuned, 2 drafts", {"max_batch_size": 4, "speculative": "few"}),
-    ]  # fmt: skip
+def test_drafts_are_tried_beside_what_was_found() -> None:
+    found = with_drafts(Contender("tuned", {"max_batch_size": 4}, []), {"2 drafts": "few"})
+    assert found == [Contender("tuned, 2 drafts", {"max_batch_size": 4, "speculative": "few"}, [])]
 
 
 def run_of(seconds: float) -> Run:
