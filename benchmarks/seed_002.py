@@ -21,7 +21,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from slipstream.bench.dataset import Sample, random_words
-from slipstream.bench.http_client import Target
+from slipstream.bench.http_client import Target, first_model
 from slipstream.bench.load import Load
 from slipstream.bench.protocols import PROTOCOLS
 from slipstream.bench.report import Report, Table, facts_here, to_markdown
@@ -67,9 +67,8 @@ def measure(row: Row, samples: Sequence[Sample]) -> tuple[object, ...]:
         ]
         parts = []
         for index, server in enumerate(servers):
-            endpoint = Endpoint(
-                Target(server.url, {}, 600.0), PROTOCOLS["openai"], "smollm2", {"ignore_eos": True}, None
-            )
+            target = Target(server.url, {}, 600.0)
+            endpoint = Endpoint(target, PROTOCOLS["openai"], first_model(target), {"ignore_eos": True}, None)
             stack.callback(endpoint.close)
             endpoint.measure(samples[:2], Load(concurrency=2), draw=random.Random(0))  # warm-up
             parts.append((endpoint, samples[index :: row.num_servers]))
