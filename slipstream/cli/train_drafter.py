@@ -21,7 +21,7 @@ def train_drafter(
     model: Annotated[str, typer.Option(help="Model folder, .gguf file, engine folder, Hub id or smollm2.")],
     output_dir: Annotated[Path, typer.Option(help="Folder to write; new, empty, or one that this command began.")],
     method: Annotated[
-        str, typer.Option(help="What to train, as --speculative names it: medusa or draft_model.")
+        str, typer.Option(help="What to train, as --speculative names it: medusa, redrafter or draft_model.")
     ] = "medusa",
     data: Annotated[
         Path | None,
@@ -34,11 +34,11 @@ def train_drafter(
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the answers. 0: what is likeliest.")] = 0.0,
     num_heads: Annotated[int | None, typer.Option(min=1, help="Of medusa: tokens ahead.  [default: 4]")] = None,
     num_layers: Annotated[
-        int | None, typer.Option(min=1, help="Of each head, or of the draft model.  [default: 1, or 3]")
+        int | None, typer.Option(min=1, help="Of each head, or of the draft model.  [default: 1, 2 or 3]")
     ] = None,
     draft_vocab_size: Annotated[
         int | None,
-        typer.Option(min=16, help="Of medusa: tokens that can be drafted, the most frequent.  [default: 8192]"),
+        typer.Option(min=16, help="Of heads: tokens that can be drafted, the most frequent.  [default: 8192]"),
     ] = None,
     num_epochs: Annotated[int, typer.Option(min=1, help="Times that each text is learned from.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Of Adam, at its highest.")] = 1e-3,

@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from slipstream.engine.folder import Engine, open_engine
 from slipstream.engine.tensor_file import TensorFile, write_tensor_file
 from slipstream.errors import EngineError, UsageError
 from slipstream.progress import Progress
+from slipstream.runtime.worker.hidden import embedding_of
+from slipstream.runtime.worker.weights import load_weights
 from slipstream.speculative.training import Batch, Student, Teacher, student_of
 
 HELD_OUT = 16  # one text in so many
@@ -84,9 +86,11 @@ def train(
             raise EngineError(f"{engine_path} gives no hidden states, being of an older build; build it again.")
         hidden.write(engine, tuned_choices(engine, where), where, progress)
     data = Data(said, hidden, where)
+    counts = data.counts(engine.manifest.vocab_size)
+    embed = _embedding(engine, where) if kind.reads_embedding else None
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        student = kind(Teacher(texts.model, engine, where, data.counts(engine.manifest.vocab_size)), options).to(where)
+        student = kind(Teacher(texts.model, engine, where, counts, embed), options).to(where)
     loop = Loop(student, data, settings, work / "state.safetensors", _digest(texts, settings, said))
     losses = loop.run(progress)
     progress("evaluate", 0, 1)
@@ -99,6 +103,11 @@ def train(
     shutil.rmtree(work)
     engine.close()
     return result
+
+
+def _embedding(engine: Engine, device: torch.device) -> Callable[[Tensor], Tensor]:
+    weights = load_weights(engine.weights, list(engine.graph.weights), device)
+    return embedding_of(engine.graph, weights, tuned_choices(engine, device), device)
 
 
 def _options(kind: type[Student], settings: Settings) -> Any:

@@ -10,7 +10,7 @@ Shape suffixes: S texts, L tokens of the longest, H hidden size, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +31,7 @@ class Teacher:
     engine: Engine
     device: torch.device
     counts: Tensor  # [V] how often the target says each token
+    embed: Callable[[Tensor], Tensor] | None = None  # token ids [N] -> [N, H], for who reads it
 
 
 class Batch(NamedTuple):
@@ -46,6 +47,7 @@ class Student(nn.Module, ABC):
 
     options_type: ClassVar[type[Any]]  # a frozen dataclass of whole numbers, given as flags of the same names
     reads_hidden: ClassVar[bool] = True  # whether it learns from the target's hidden states
+    reads_embedding: ClassVar[bool] = False  # whether it reads the target's embedding
 
     def __init__(self, teacher: Teacher, options: Any) -> None:
         """Raises UsageError for options that do not suit the target."""

@@ -158,7 +158,10 @@ def test_a_chat_model_is_asked_what_a_user_would_say(talker: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--method", "ngram"), "--method is 'ngram', which is not trained here; it must be draft_model or medusa"),
+        (
+            ("--method", "ngram"),
+            "--method is 'ngram', which is not trained here; it must be draft_model or medusa or redrafter",
+        ),
         (("--learning_rate", "2"), "--learning_rate is 2.0; it must be above 0 and below 1"),
         (("--data", "FEW"), "holds 2 prompts and 32 are needed; give more"),
         (("--output_dir", "USED"), "is not empty and holds no texts.jsonl of a training; give a new folder"),

@@ -138,7 +138,7 @@ def test_drafts_are_the_beams_of_what_the_models_head_read(
     [
         ({"model": "gone"}, ModelError, "has no model.safetensors; name a folder of a ReDrafter head"),
         ({"model": None}, UsageError, "speculative lacks model, which redrafter needs; add it"),
-        ({"width": 65}, UsageError, "width 65; it must be at most 64"),
+        ({"width": 65}, UsageError, "width · length = 325 drafts a step; lower them to at most 256, such as width 5"),
         ({"beams": 3}, UsageError, "'beams', which redrafter does not know; it takes max_draft_len, model, width, len"),
         ({"pickled": True}, ModelError, "holds pytorch_model.bin, which is pickled.*save its tensors as"),
         ({"hidden_size": 65}, ModelError, "has hidden_size 65 and the model 64; take the head"),

@@ -19,14 +19,12 @@ import torch
 from slipstream.engine.shared import lm_head
 from slipstream.errors import UsageError
 from slipstream.schema.request import GenerateRequest
-from slipstream.schema.speculative import Speculation
+from slipstream.schema.speculative import MAX_DRAFT_LEN, Speculation
 from slipstream.speculative.drafter import LAST, Draft, Running, Target, Verified, read_options
 from slipstream.speculative.drafter import Drafter as Base
 from slipstream.speculative.redrafter.beams import beam_search
 from slipstream.speculative.redrafter.head import load
 from slipstream.speculative.tree import merged
-
-MOST = 64
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,6 @@ class Options:
 
 
 class Drafter(Base):
-    default_draft_len = 24
     can_branch = True
     reads_hidden = (LAST,)
     reads_ends = True
@@ -45,15 +42,18 @@ class Drafter(Base):
     def __init__(self, speculation: Speculation, target: Target) -> None:
         super().__init__(speculation, target)
         self._options = options = read_options(Options, speculation)
-        for name, value in (("width", options.width), ("length", options.length)):
-            if value > MOST:
-                raise UsageError(f"speculative has {name} {value}; it must be at most {MOST}.")
+        most = options.width * options.length
+        if most > MAX_DRAFT_LEN:
+            raise UsageError(
+                f"speculative has width · length = {most} drafts a step; lower them to at most {MAX_DRAFT_LEN}, such "
+                "as width 5, length 5."
+            )
+        self.max_draft_len = min(speculation.max_draft_len or most, most)
         manifest = target.manifest
         self._head = load(
             Path(options.model), manifest.hidden_size, manifest.vocab_size, getattr(torch, manifest.dtype),
             target.device, lambda: lm_head(target.engine),
         )  # fmt: skip
-        self.max_draft_len = min(self.max_draft_len, options.width * options.length)
 
     def attach(self, running: Running) -> None:
         self._embed = running.embed

@@ -1,0 +1,136 @@
+"""ReDrafter's head, trained: a recurrent network of its own, and the rows of the model's head for its likely tokens.
+
+    at token t        h_t of the model; s takes in token t + 1, which the model has chosen
+    says              token t + 2; then s takes that one in, and the head says token t + 3, and so on
+
+At first the head says what the model's own does at h_t. What it learns from are the model's texts, so each token that s
+takes in is the right one.
+
+Shape suffixes: S texts, L tokens of the longest, H hidden size, V vocabulary, D tokens that can be drafted, P places of
+a batch, B beams, N tokens of each.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slipstream.engine.shared import lm_head
+from slipstream.engine.tensor_file import write_tensor_file
+from slipstream.speculative.redrafter.beams import beam_search
+from slipstream.speculative.redrafter.drafter import Options as Drafting
+from slipstream.speculative.redrafter.head import CONFIG_FILE, DRAFT_TOKENS, MODEL_TYPE, WEIGHTS_FILE, Head
+from slipstream.speculative.training import Batch, Teacher
+from slipstream.speculative.training import Student as Base
+
+PLACES_AT_ONCE = 256  # of a beam search: logits of each beam are in memory
+
+
+@dataclass(frozen=True)
+class Options:
+    num_layers: int = 2
+    draft_vocab_size: int = 8192  # tokens that can be drafted
+
+
+class Student(Base):
+    options_type = Options
+    reads_embedding = True
+    token_ids_D: Tensor  # noqa: N815 - a tensor's name carries its shape; those that can be drafted
+    places_V: Tensor  # noqa: N815 - of each token among them, or -1
+    head_DH: Tensor  # noqa: N815 - their rows of the model's head
+
+    def __init__(self, teacher: Teacher, options: Options) -> None:
+        super().__init__(teacher, options)
+        assert teacher.embed is not None
+        self._embed, size = teacher.embed, teacher.engine.manifest.hidden_size
+        num_drafted = min(options.draft_vocab_size, len(teacher.counts))
+        token_ids_D = teacher.counts.argsort(descending=True, stable=True)[:num_drafted].sort().values
+        places_V = torch.full((len(teacher.counts),), -1).index_put((token_ids_D,), torch.arange(num_drafted))
+        head_DH = lm_head(teacher.engine)[token_ids_D].float()
+        for name, tensor in (("token_ids_D", token_ids_D), ("places_V", places_V), ("head_DH", head_DH)):
+            self.register_buffer(name, tensor, persistent=False)
+        self.input_proj = nn.Linear(2 * size, size)
+        with torch.no_grad():
+            self.input_proj.weight[:, :size] = torch.eye(size)
+            self.input_proj.bias.zero_()
+        self.weight = nn.Parameter(torch.zeros(options.num_layers, size, size))
+        self.bias = nn.Parameter(torch.zeros(options.num_layers, size))
+        self.rnn_w, self.rnn_u = nn.Linear(size, size, bias=False), nn.Linear(size, size)
+
+    def _head(self) -> Head:
+        return Head(
+            (self.input_proj.weight, self.input_proj.bias),
+            list(zip(self.weight, self.bias, strict=True)),
+            self.head_DH,
+            self.rnn_w.weight,
+            (self.rnn_u.weight, self.rnn_u.bias),
+            self.token_ids_D,
+        )
+
+    def _examples(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each token of a draft, at the places where one may begin: what s takes in [P], and the label [P].
+
+        A label is a place in head_DH; -1 where the token cannot be drafted, or the text has ended.
+        """
+        is_place_SL = _later(batch.is_answer, 1, fill=False)
+        labels_SL = self.places_V[batch.token_ids].where(batch.is_answer, -1)
+        for ahead in range(1, 1 + Drafting.length):
+            taken_SL = _later(batch.token_ids, ahead, fill=0)
+            yield taken_SL[is_place_SL], _later(labels_SL, 1 + ahead, fill=-1)[is_place_SL]
+
+    def loss(self, batch: Batch) -> Tensor:
+        assert batch.hidden is not None
+        head, h_PH = self._head(), batch.hidden[_later(batch.is_answer, 1, fill=False)]
+        state_PH, losses = torch.zeros_like(h_PH), []
+        for taken_P, labels_P in self._examples(batch):
+            with torch.no_grad():
+                e_PH = self._embed(taken_P).float()
+            state_PH, is_known_P = head.state(e_PH, state_PH), labels_P >= 0
+            logits_PD = head.logits(h_PH[is_known_P], state_PH[is_known_P])
+            losses.append(functional.cross_entropy(logits_PD, labels_P[is_known_P]))
+        return torch.stack(losses).sum()
+
+    def evaluate(self, batches: Iterable[Batch]) -> list[float]:
+        """How far one of the beams says what the text says."""
+        num_accepted, num_places = torch.zeros(Drafting.length), 0
+        for batch in batches:
+            assert batch.hidden is not None
+            farthest = 1 + Drafting.length
+            is_place_SL = _later(batch.is_answer, 1, fill=False) & _later(batch.is_answer, farthest, fill=False)
+            after_SLN = functional.pad(batch.token_ids, (0, farthest)).unfold(1, 1 + farthest, 1)[..., 1:]
+            rows = zip(
+                batch.hidden[is_place_SL].split(PLACES_AT_ONCE),
+                after_SLN[:, : is_place_SL.shape[1]][is_place_SL].split(PLACES_AT_ONCE),
+                strict=True,
+            )
+            for h_PH, after_PN in rows:
+                beams_PBN = beam_search(
+                    self._head(), lambda token_ids: self._embed(token_ids).float(), h_PH, after_PN[:, 0],
+                    Drafting.width, Drafting.length,
+                )  # fmt: skip
+                is_right_PN = (beams_PBN == after_PN[:, None, 1:]).int().cumprod(2).amax(1)
+                num_accepted += is_right_PN.sum(0).cpu()
+                num_places += len(h_PH)
+        return (num_accepted / max(1, num_places)).tolist()
+
+    def save(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        tensors = {name: each.detach().half() for name, each in self.named_parameters() if "." in name}
+        for layer, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
+            tensors[f"lm_head.{layer}.linear.weight"] = weight.detach().half()
+            tensors[f"lm_head.{layer}.linear.bias"] = bias.detach().half()
+        tensors[DRAFT_TOKENS] = self.token_ids_D.int()
+        entries = [(name, tuple(each.shape), each.dtype, lambda each=each: each) for name, each in tensors.items()]
+        write_tensor_file(folder / WEIGHTS_FILE, entries, {"format": "pt"})
+        config = {"model_type": MODEL_TYPE, "exit_dim": self.bias.shape[1], "rnn": True}
+        config |= {"num_draft_layers": len(self.weight), "num_lookback_tokens": Drafting.length, **facts}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _later(values_SL: Tensor, count: int, *, fill: int | bool) -> Tensor:
+    """[S, L] at each token the value of the one so many after it."""
+    return functional.pad(values_SL, (0, count), value=fill)[:, count:]

@@ -1,0 +1,69 @@
+"""A ReDrafter head that is trained: its loss is that of its definition, it learns, and what it saves drafts."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from slipstream import LLM, SamplingParams
+from slipstream.checkpoint.random import write_random_model
+from slipstream.engine.folder import open_engine
+from slipstream.models import llama
+from slipstream.speculative.redrafter.drafter import Options as Drafting
+from slipstream.speculative.redrafter.training import Options, Student
+from slipstream.speculative.training import Batch, Teacher
+from tests.cli.conftest import Call, call  # noqa: F401
+from tests.distill.planted import write_planted_model
+
+
+def test_the_loss_is_of_each_token_after_the_right_ones(tmp_path: Path) -> None:
+    model = write_random_model(tmp_path / "model", llama.TINY)
+    embed_VH = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
+    with LLM(model) as llm:
+        engine = open_engine(llm.engine_path)
+    counts = torch.arange(128).flip(0)  # the first hundred can be drafted
+    teacher = Teacher(str(model), engine, torch.device("cpu"), counts, lambda token_ids: embed_VH[token_ids])
+    student = Student(teacher, Options(num_layers=1, draft_vocab_size=100))
+    generator = torch.Generator().manual_seed(0)
+    token_ids_SL = torch.randint(128, (2, 20), generator=generator)
+    hidden_SLH = torch.randn(2, 20, 64, generator=generator)
+    is_answer_SL = (torch.arange(20) >= 4) & (torch.arange(20) < torch.tensor([[20], [15]]))
+    found = student.loss(Batch(token_ids_SL, is_answer_SL, hidden_SLH))
+
+    losses: list[list[torch.Tensor]] = [[] for _ in range(Drafting.length)]
+    head = student._head()
+    for text, ids in enumerate(token_ids_SL.tolist()):
+        end = [20, 15][text]
+        for place in range(3, end - 1):
+            state_H = torch.zeros(64)
+            for ahead in range(Drafting.length):
+                if place + 2 + ahead >= end:
+                    break
+                state_H = head.state(embed_VH[ids[place + 1 + ahead]], state_H)
+                label = ids[place + 2 + ahead]
+                if label < 100:
+                    losses[ahead].append(-head.logits(hidden_SLH[text, place], state_H).log_softmax(0)[label])
+    torch.testing.assert_close(found, torch.stack([torch.stack(each).mean() for each in losses]).sum())
+
+
+def test_it_learns_and_drafts(tmp_path: Path, call: Call) -> None:  # noqa: F811
+    model, acceptance = write_planted_model(tmp_path / "planted"), []
+    for learning_rate in ("1e-9", "0.01"):
+        folder = tmp_path / learning_rate
+        ended = call(
+            "train-drafter", "--method", "redrafter", "--model", model, "--output_dir", folder, "--num_layers", 1,
+            "--num_texts", 64, "--max_output_len", 24, "--num_epochs", 30, "--batch_size", 12,
+            "--draft_vocab_size", 64, "--learning_rate", learning_rate,
+        )  # fmt: skip
+        assert ended.code == 0, ended.err
+        acceptance.append(json.loads((folder / "config.json").read_text())["held_out_acceptance"])
+    assert len(acceptance[1]) == 5
+    assert all(after > before + 0.3 for before, after in zip(*acceptance, strict=True))
+
+    prompts, asked = [[3], [17, 4], [39]], SamplingParams(max_tokens=60, temperature=0)
+    with LLM(model) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, asked)]
+    with LLM(model, speculative={"method": "redrafter", "model": str(folder)}, max_batch_size=4) as llm:
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, asked)] == expected
+        assert 1 + sum(llm.stats.num_accepted_tokens) / llm.stats.num_drafts > 3.5
