@@ -60,8 +60,7 @@ inline void store_sixteen(float* to, const Sixteen& v, int64_t count) {
 
 #if defined(__AVX512VNNI__)
 
-constexpr int BYTES_M = 8, BYTES_N = 2;  // rows of x and panels at once: 16 sums in 32 registers
-constexpr int GROUPS_M = 6;              // where there are totals, too: 24
+constexpr int ROWS_M = 6, PANELS_N = 2;  // rows of x and panels at once: 12 sums and 12 totals in 32 registers
 struct Bytes {
   __m512i all;
 };
@@ -80,15 +79,13 @@ inline void load_nibbles(const uint8_t* from, Bytes& low, Bytes& high) {
   low.all = _mm512_and_si512(both, mask);
   high.all = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
 }
-inline Numbers load_numbers(const int8_t* from) {
-  int32_t four;
-  std::memcpy(&four, from, 4);
-  return {_mm512_set1_epi32(four)};
+inline Numbers load_numbers(const int32_t* four) {
+  return {_mm512_set1_epi32(*four)};
 }
 
 #elif defined(__AVX2__)
 
-constexpr int BYTES_M = 2, BYTES_N = 1, GROUPS_M = 2;
+constexpr int ROWS_M = 2, PANELS_N = 1;
 struct Bytes {
   __m256i wide[4];  // of four rows each
 };
@@ -124,15 +121,13 @@ inline void load_nibbles(const uint8_t* from, Bytes& low, Bytes& high) {
     high.wide[i] = _mm256_srli_epi16(both.wide[i], 4);
   }
 }
-inline Numbers load_numbers(const int8_t* from) {
-  int32_t four;
-  std::memcpy(&four, from, 4);
-  return {_mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(four)))};
+inline Numbers load_numbers(const int32_t* four) {
+  return {_mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(*four)))};
 }
 
 #else
 
-constexpr int BYTES_M = 1, BYTES_N = 1, GROUPS_M = 1;
+constexpr int ROWS_M = 1, PANELS_N = 1;
 struct Bytes {
   uint8_t all[STEP_BYTES];
 };
@@ -165,9 +160,9 @@ inline void load_nibbles(const uint8_t* from, Bytes& low, Bytes& high) {
     high.all[i] = from[i] >> 4;
   }
 }
-inline Numbers load_numbers(const int8_t* from) {
+inline Numbers load_numbers(const int32_t* four) {
   Numbers numbers;
-  std::memcpy(numbers.four, from, 4);
+  std::memcpy(numbers.four, four, 4);
   return numbers;
 }
 

@@ -6,51 +6,95 @@ using namespace slipstream;
 
 namespace {
 
-constexpr int64_t FEW_ROWS = 8;  // of x: the time is that of reading W
+constexpr int64_t FEW_ROWS = 8;        // of x: the time is that of reading W
+constexpr int64_t ROWS_AT_ONCE = 192;  // of x: they stay in the second-level cache while panels pass by
+constexpr int64_t USUAL_GROUP = 32;    // bytes of x; a loop over a known number of them has no counters
 // Bytes: the processor fetches 8 bits early enough by itself, 4 bits it does not (half the rate without this).
 constexpr int64_t AHEAD = 4096;
 
-struct Product {
-  const int8_t* x;        // [rows, row_bytes], zeros beyond the columns
-  const int32_t* starts;  // [rows, groups]: what the zero of the weight adds, taken off
-  const float* x_sums;    // [rows, groups], of the activations themselves: what a shift is multiplied with
-  const Tensor &x_scale, &panels, &scale, *shift, *bias, &y;
-  int64_t row_bytes, num_out, num_groups, group_bytes;  // bytes of x that share their scales; the last group may have less
-  int64_t x_every, w_every;                             // groups for each scale of x, and of the weight
+enum class Scales { ROW, GROUP, SHIFTED };  // of the weight: one a row; one a group of its columns; a shift beside each
 
-  const uint8_t* panel(int64_t p) const { return panels.row<uint8_t>(p); }
-  Sixteen of_group(const Tensor& each, int64_t p, int64_t group) const {
-    const int64_t place = group / w_every * PANEL;
-    return each.dtype == FLOAT16 ? load_halves(each.row<uint16_t>(p) + place) : load_sixteen(each.row<float>(p) + place);
+// The rows of x as tiles read them: M rows side by side, group after group. Of a group there lie what the zero of the weight
+// adds (taken off), M integers; its numbers, four and four, M of each; its scales, M; and the sums of the activations
+// themselves, M, which shifts are multiplied with.
+struct Rows {
+  int32_t* memory;
+  int64_t num_bytes, num_groups, group_bytes;  // bytes of a row, zeros beyond its columns, and of a group; the last may have less
+
+  int64_t ints_of_row() const { return num_bytes / 4 + 3 * num_groups; }
+  int32_t* tile(int64_t row) const { return memory + row * ints_of_row(); }
+
+  // From rows [first, first + count) of x, whose scales are one for every x_every groups.
+  void fill(int32_t* to, int64_t first, int64_t count, const Tensor& x, const Tensor& scale, int64_t x_every, int32_t zero) const {
+    for (int64_t group = 0, start = 0; group < num_groups; ++group, start += group_bytes) {
+      const int64_t bytes = num_bytes - start < group_bytes ? num_bytes - start : group_bytes;
+      int32_t* const numbers = to + count;
+      float* const scales = reinterpret_cast<float*>(numbers + bytes / 4 * count);
+      for (int64_t m = 0; m < count; ++m) {
+        const int8_t* const row = x.row<int8_t>(first + m) + start;
+        const int64_t there = x.sizes[1] > start ? x.sizes[1] - start : 0;  // the rest are zeros
+        const int32_t sum = bytes == USUAL_GROUP && there >= USUAL_GROUP
+                                ? copy_fours(row, USUAL_GROUP, USUAL_GROUP, numbers + m, count)
+                                : copy_fours(row, bytes, there < bytes ? there : bytes, numbers + m, count);
+        to[m] = -zero * sum;
+        scales[m] = scale.row<float>(first + m)[group / x_every];
+        scales[count + m] = static_cast<float>(sum) * scales[m];
+      }
+      to = reinterpret_cast<int32_t*>(scales + 2 * count);
+    }
   }
-  float x_scale_of(int64_t m, int64_t group) const { return x_scale.row<float>(m)[group / x_every]; }
+
+  // Four and four of `there` numbers and of the zeros after them, `every` integers apart. Returns the sum.
+  static inline int32_t copy_fours(const int8_t* from, int64_t bytes, int64_t there, int32_t* to, int64_t every) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < there; ++i) sum += from[i];
+    for (int64_t i = 0; i + 4 <= there; i += 4) std::memcpy(to + i / 4 * every, from + i, 4);
+    for (int64_t i = there / 4 * 4; i < bytes; i += 4) {
+      to[i / 4 * every] = 0;
+      if (i < there) std::memcpy(to + i / 4 * every, from + i, there - i);
+    }
+    return sum;
+  }
 };
 
-// sums[m][n] += x[m] · panel[n] over `count` bytes of x, in as many chains as keep the units busy.
-template <int BITS, int M, int N>
-inline void add_products(Sums (&sums)[M][N], const int8_t* x, int64_t row_bytes, const uint8_t* const* panels, int64_t count) {
+struct Product {
+  Rows x;
+  int64_t first_row, num_rows;  // those of x that lie there
+  const Tensor &panels, &scale, *shift, *bias, &y;
+  int64_t w_every;  // groups for each scale of the weight
+};
+
+inline Sixteen of_group(const Tensor& each, int64_t panel, int64_t place) {
+  return each.dtype == FLOAT16 ? load_halves(each.row<uint16_t>(panel) + place) : load_sixteen(each.row<float>(panel) + place);
+}
+
+// sums[m][n] += x[m] · w[n] over `count` bytes of x, in as many chains as keep the units busy.
+template <int BITS, int M, int N, class Count>
+inline void add_products(Sums (&sums)[M][N], const int32_t* x, const uint8_t* const (&w)[N], Count count) {
   constexpr int64_t COLUMNS = BITS == 8 ? 4 : 8;
-  for (int64_t column = 0, place = 0; column < count; column += COLUMNS, place += STEP_BYTES) {
+#pragma GCC unroll 1  // all steps of a group in a row are not faster, and many times the code
+  for (int64_t step = 0; step < count / COLUMNS; ++step) {
+    const int32_t* const numbers = x + step * (COLUMNS / 4) * M;
     if constexpr (BITS == 8) {
-      Bytes w[N];
+      Bytes bytes[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) w[n] = load_bytes(panels[n] + place);
+      for (int n = 0; n < N; ++n) bytes[n] = load_bytes(w[n] + step * STEP_BYTES);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const Numbers four = load_numbers(x + m * row_bytes + column);
+        const Numbers four = load_numbers(numbers + m);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sums[m][n].add(w[n], four);
+        for (int n = 0; n < N; ++n) sums[m][n].add(bytes[n], four);
       }
     } else {
       Bytes low[N], high[N];
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
-        load_nibbles(panels[n] + place, low[n], high[n]);
-        __builtin_prefetch(panels[n] + place + AHEAD);
+        load_nibbles(w[n] + step * STEP_BYTES, low[n], high[n]);
+        __builtin_prefetch(w[n] + step * STEP_BYTES + AHEAD);
       }
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const Numbers first = load_numbers(x + m * row_bytes + column), second = load_numbers(x + m * row_bytes + column + 4);
+        const Numbers first = load_numbers(numbers + m), second = load_numbers(numbers + M + m);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) {
           sums[m][n].add(low[n], first);
@@ -62,134 +106,120 @@ inline void add_products(Sums (&sums)[M][N], const int8_t* x, int64_t row_bytes,
 }
 
 inline void finish(const Product& p, int64_t m, int64_t panel, const Sixteen& value) {
-  const int64_t first = panel * PANEL, count = p.num_out - first;
+  const int64_t first = panel * PANEL, count = p.y.sizes[1] - first;
   float room[PANEL] = {};
   if (p.bias != nullptr) std::memcpy(room, p.bias->row<float>(0) + first, (count < PANEL ? count : PANEL) * sizeof(float));
   const Sixteen bias = load_sixteen(room);
-  store_sixteen(p.y.row<float>(m) + first, Sixteen::of([&](int i) { return value.part[i] + bias.part[i]; }), count);
+  store_sixteen(p.y.row<float>(p.first_row + m) + first, Sixteen::of([&](int i) { return value.part[i] + bias.part[i]; }), count);
 }
 
-// One scale a row, of the weight and of x.
-template <int BITS, int M, int N>
-void tile_of_rows(const Product& p, int64_t m0, int64_t n0) {
-  const uint8_t* panels[N];
-  for (int n = 0; n < N; ++n) panels[n] = p.panel(n0 + n);
-  Sums sums[M][N];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) sums[m][n].start(p.starts[m0 + m]);
-  add_products<BITS, M, N>(sums, p.x + m0 * p.row_bytes, p.row_bytes, panels, p.row_bytes);
-#pragma GCC unroll 4
-  for (int n = 0; n < N; ++n) {
-    const Sixteen scale = p.of_group(p.scale, n0 + n, 0);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const float x_scale = p.x_scale_of(m0 + m, 0);
-      const Sixteen sum = sums[m][n].floats();
-      finish(p, m0 + m, n0 + n, Sixteen::of([&](int i) { return sum.part[i] * (scale.part[i] * x_scale); }));
-    }
-  }
-}
-
-template <int BITS, int M, int N, bool ARE_WEIGHTS_GROUPED>
-void tile_of_groups(const Product& p, int64_t m0, int64_t n0) {
+// y[m0 + m][16 of each panel]. `panels`: of rows n0 of the weight, as bytes or as nibbles.
+template <int BITS, Scales SCALES, int M, int N>
+void tile(const Product& p, const uint8_t* const* panels, int64_t m0, int64_t n0) {
+  const int32_t* x = p.x.tile(m0);
+  const uint8_t* w[N];
+  for (int n = 0; n < N; ++n) w[n] = panels[n];
   Sixteen totals[M][N] = {};
-  for (int64_t group = 0; group < p.num_groups; ++group) {
-    const int64_t first = group * p.group_bytes, left = p.row_bytes - first;
-    const uint8_t* panels[N];
-    for (int n = 0; n < N; ++n) panels[n] = p.panel(n0 + n) + first / (BITS == 8 ? 4 : 8) * STEP_BYTES;
+  int64_t scale_place = 0, uses = 0;  // of the weight's scales
+  for (int64_t left = p.x.num_bytes; left > 0; left -= p.x.group_bytes) {
+    const int64_t bytes = left < p.x.group_bytes ? left : p.x.group_bytes;
     Sums sums[M][N];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) sums[m][n].start(p.starts[(m0 + m) * p.num_groups + group]);
-    add_products<BITS, M, N>(sums, p.x + m0 * p.row_bytes + first, p.row_bytes, panels,
-                             left < p.group_bytes ? left : p.group_bytes);
+      for (int n = 0; n < N; ++n) sums[m][n].start(x[m]);
+    if (bytes == USUAL_GROUP) add_products<BITS, M, N>(sums, x + M, w, std::integral_constant<int64_t, USUAL_GROUP>{});
+    else add_products<BITS, M, N>(sums, x + M, w, bytes);
+    const float* const x_scales = reinterpret_cast<const float*>(x + M + bytes / 4 * M);
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       Sixteen scale, shift;
-      if constexpr (ARE_WEIGHTS_GROUPED) {
-        scale = p.of_group(p.scale, n0 + n, group);
-        if (p.shift != nullptr) shift = p.of_group(*p.shift, n0 + n, group);
-      }
+      if constexpr (SCALES != Scales::ROW) scale = of_group(p.scale, n0 + n, scale_place);
+      if constexpr (SCALES == Scales::SHIFTED) shift = of_group(*p.shift, n0 + n, scale_place);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const float x_scale = p.x_scale_of(m0 + m, group);
         const Sixteen sum = sums[m][n].floats();
 #pragma GCC unroll 4
         for (int i = 0; i < Sixteen::COUNT; ++i) {
           Floats& total = totals[m][n].part[i];
-          if constexpr (ARE_WEIGHTS_GROUPED) {
-            total += sum.part[i] * (scale.part[i] * x_scale);
-            if (p.shift != nullptr) total -= shift.part[i] * p.x_sums[(m0 + m) * p.num_groups + group];
-          } else {
-            total += sum.part[i] * x_scale;
-          }
+          if constexpr (SCALES == Scales::ROW) total += sum.part[i] * x_scales[m];
+          else total += sum.part[i] * (scale.part[i] * x_scales[m]);
+          if constexpr (SCALES == Scales::SHIFTED) total -= shift.part[i] * x_scales[M + m];
         }
       }
+      w[n] += bytes / (BITS == 8 ? 4 : 8) * STEP_BYTES;
+    }
+    x += (3 + bytes / 4) * M;
+    if (++uses == p.w_every) {
+      uses = 0;
+      scale_place += PANEL;
     }
   }
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) {
-    const Sixteen scale = p.of_group(p.scale, n0 + n, 0);
+    Sixteen scale;
+    if constexpr (SCALES == Scales::ROW) scale = of_group(p.scale, n0 + n, 0);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
       finish(p, m0 + m, n0 + n, Sixteen::of([&](int i) {
-               return ARE_WEIGHTS_GROUPED ? totals[m][n].part[i] : totals[m][n].part[i] * scale.part[i];
+               return SCALES == Scales::ROW ? totals[m][n].part[i] * scale.part[i] : totals[m][n].part[i];
              }));
   }
 }
 
-// tile(count of rows, count of panels, first row, first panel) for all of num_rows and panels [first, end). Few rows of x
-// read panel after panel: memory is fastest in one stream. With many, a number of x serves several panels.
-template <int MOST, class Tile>
-void for_all(int64_t num_rows, int64_t first, int64_t end, Tile&& tile) {
-  const int64_t end_of_wide = num_rows <= FEW_ROWS ? first : end;
-  for (int64_t m = 0; m < num_rows; m += MOST)
-    with_count<MOST>(num_rows - m < MOST ? num_rows - m : MOST, [&](auto rows) {
-      int64_t n = first;
-      for (; n + BYTES_N <= end_of_wide; n += BYTES_N) tile(rows, std::integral_constant<int, BYTES_N>{}, m, n);
-      for (; n < end; ++n) tile(rows, std::integral_constant<int, 1>{}, m, n);
-    });
+// A panel of nibbles as one of bytes.
+void widen(const uint8_t* nibbles, int64_t count, uint8_t* bytes) {
+  for (int64_t step = 0; step < count; step += STEP_BYTES)
+    for (int64_t i = 0; i < STEP_BYTES; ++i) {
+      bytes[2 * step + i] = nibbles[step + i] & 15;
+      bytes[2 * step + STEP_BYTES + i] = nibbles[step + i] >> 4;
+    }
+}
+
+// All rows with panels [first, end). Few rows read panel after panel as it lies: memory is fastest in one stream. With many, a
+// number of x serves several panels, and nibbles are split once for all.
+template <int BITS, Scales SCALES>
+void multiply(const Product& p, int64_t first, int64_t end) {
+  const auto rows_meet = [&](auto bits, const uint8_t* const* panels, auto count, int64_t n) {
+    for (int64_t m = 0; m < p.num_rows; m += ROWS_M)
+      with_count<ROWS_M>(p.num_rows - m < ROWS_M ? p.num_rows - m : ROWS_M,
+                         [&](auto rows) { tile<bits.value, SCALES, rows.value, count.value>(p, panels, m, n); });
+  };
+  const int64_t panel_bytes = p.panels.sizes[1], wide_bytes = p.x.num_bytes * PANEL;
+  uint8_t* const room = BITS == 8 ? nullptr : scratch_of<uint8_t>(2, PANELS_N * wide_bytes);
+  const auto panels_meet = [&](auto count, int64_t n) {
+    const uint8_t* panels[count.value];
+    for (int i = 0; i < count.value; ++i) {
+      panels[i] = p.panels.row<uint8_t>(n + i);
+      if constexpr (BITS == 4) {
+        widen(panels[i], panel_bytes, room + i * wide_bytes);
+        panels[i] = room + i * wide_bytes;
+      }
+    }
+    rows_meet(std::integral_constant<int, 8>{}, panels, count, n);
+  };
+  int64_t n = first;
+  if (p.num_rows <= FEW_ROWS) {
+    for (; n < end; ++n) {
+      const uint8_t* const panel = p.panels.row<uint8_t>(n);
+      rows_meet(std::integral_constant<int, BITS>{}, &panel, std::integral_constant<int, 1>{}, n);
+    }
+    return;
+  }
+  for (; n + PANELS_N <= end; n += PANELS_N) panels_meet(std::integral_constant<int, PANELS_N>{}, n);
+  for (; n < end; ++n) panels_meet(std::integral_constant<int, 1>{}, n);
 }
 
 template <int BITS>
 void multiply(const Product& p, int64_t first, int64_t end) {
-  const int64_t num_rows = p.y.sizes[0];
-  if (p.num_groups == 1 && p.shift == nullptr)
-    for_all<BYTES_M>(num_rows, first, end, [&](auto rows, auto panels, int64_t m, int64_t n) {
-      tile_of_rows<BITS, rows.value, panels.value>(p, m, n);
-    });
-  else if (p.w_every == p.num_groups && p.shift == nullptr)
-    for_all<GROUPS_M>(num_rows, first, end, [&](auto rows, auto panels, int64_t m, int64_t n) {
-      tile_of_groups<BITS, rows.value, panels.value, false>(p, m, n);
-    });
-  else
-    for_all<GROUPS_M>(num_rows, first, end, [&](auto rows, auto panels, int64_t m, int64_t n) {
-      tile_of_groups<BITS, rows.value, panels.value, true>(p, m, n);
-    });
-}
-
-int32_t sum_of(const int8_t* x, int64_t count) {
-  int32_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += x[i];
-  return sum;
-}
-
-// x as it lies, or with zeros to the end of its last four (or eight) columns.
-const int8_t* padded_rows(const Tensor& x, int64_t row_bytes) {
-  if (x.row_stride == row_bytes) return x.row<int8_t>(0);
-  int8_t* padded = scratch_of<int8_t>(0, x.sizes[0] * row_bytes);
-  for (int64_t m = 0; m < x.sizes[0]; ++m) {
-    std::memcpy(padded + m * row_bytes, x.row<int8_t>(m), x.sizes[1]);
-    std::memset(padded + m * row_bytes + x.sizes[1], 0, row_bytes - x.sizes[1]);
-  }
-  return padded;
+  if (p.shift != nullptr) multiply<BITS, Scales::SHIFTED>(p, first, end);
+  else if (p.w_every != p.x.num_groups) multiply<BITS, Scales::GROUP>(p, first, end);
+  else multiply<BITS, Scales::ROW>(p, first, end);
 }
 
 }  // namespace
 
 SLIPSTREAM_KERNEL(linear_panels) {
-  const Tensor &x = *in[0], &panels = *in[2], *shift = in[4], &y = *out[0];
+  const Tensor &x = *in[0], &x_scale = *in[1], &panels = *in[2], *shift = in[4], &y = *out[0];
   const int64_t num_rows = x.sizes[0];
   if (num_rows == 0) return;
   const bool is_w4 = attributes[0].integer == 4;
@@ -198,22 +228,19 @@ SLIPSTREAM_KERNEL(linear_panels) {
   const int64_t w_size = size_of(attributes[1].integer), x_size = size_of(attributes[2].integer);
   const int64_t size = w_size < x_size ? w_size : x_size, num_groups = (row_bytes + size - 1) / size;
   const auto groups_in = [&](int64_t whole) { return whole == row_bytes ? num_groups : whole / size; };
-  int32_t* starts = scratch_of<int32_t>(1, 2 * num_rows * num_groups);
-  float* x_sums = reinterpret_cast<float*>(starts + num_rows * num_groups);
-  const Product p{padded_rows(x, row_bytes), starts, x_sums, *in[1], panels, *in[3], shift, in[5], y, row_bytes, y.sizes[1],
-                  num_groups, size, groups_in(x_size), groups_in(w_size)};
-  const int32_t zero = shift != nullptr ? 0 : is_w4 ? 8 : 128;
-  parallel_rows(num_rows, row_bytes / 16.0, [&](int64_t first, int64_t end) {
-    for (int64_t m = first; m < end; ++m)
-      for (int64_t group = 0; group < num_groups; ++group) {
-        const int64_t start = group * size, left = row_bytes - start;
-        const int32_t sum = sum_of(p.x + m * row_bytes + start, left < size ? left : size);
-        starts[m * num_groups + group] = -zero * sum;
-        x_sums[m * num_groups + group] = static_cast<float>(sum) * p.x_scale_of(m, group);
-      }
-  });
-  parallel_weight(panels.sizes[0], panels.sizes[1], num_rows, [&](int64_t first, int64_t end) {
-    if (is_w4) multiply<4>(p, first, end);
-    else multiply<8>(p, first, end);
-  });
+  Rows rows{nullptr, row_bytes, num_groups, size};
+  rows.memory = scratch_of<int32_t>(1, (num_rows < ROWS_AT_ONCE ? num_rows : ROWS_AT_ONCE) * rows.ints_of_row());
+  for (int64_t first_row = 0; first_row < num_rows; first_row += ROWS_AT_ONCE) {
+    const int64_t count = num_rows - first_row < ROWS_AT_ONCE ? num_rows - first_row : ROWS_AT_ONCE;
+    parallel_rows((count + ROWS_M - 1) / ROWS_M, row_bytes * ROWS_M / 8.0, [&](int64_t first, int64_t end) {
+      for (int64_t m = first * ROWS_M; m < end * ROWS_M && m < count; m += ROWS_M)
+        rows.fill(rows.tile(m), first_row + m, count - m < ROWS_M ? count - m : ROWS_M, x, x_scale, groups_in(x_size),
+                  shift != nullptr ? 0 : is_w4 ? 8 : 128);
+    });
+    const Product p{rows, first_row, count, panels, *in[3], shift, in[5], y, groups_in(w_size)};
+    parallel_weight(panels.sizes[0], panels.sizes[1], count, [&](int64_t first, int64_t end) {
+      if (is_w4) multiply<4>(p, first, end);
+      else multiply<8>(p, first, end);
+    });
+  }
 }
