@@ -30,7 +30,7 @@ def place_replica(options: Mapping[str, Any], replica: int, num_replicas: int) -
         use_threads(min(num_cores, torch.get_num_threads()))
         fraction = options["kv_cache_free_memory_fraction"] / num_replicas
         return {**options, "kv_cache_free_memory_fraction": fraction}
-    size, first, found = _num_ranks(options), device.index or 0, torch.cuda.device_count()
+    size, first, found = num_ranks(options), device.index or 0, torch.cuda.device_count()
     if first + num_replicas * size > found:
         raise UsageError(
             f"{num_replicas} replicas of {size} GPUs from cuda:{first} on need {num_replicas * size}, and there are "
@@ -39,7 +39,8 @@ def place_replica(options: Mapping[str, Any], replica: int, num_replicas: int) -
     return {**options, "device": f"cuda:{first + replica * size}"}
 
 
-def _num_ranks(options: Mapping[str, Any]) -> int:
+def num_ranks(options: Mapping[str, Any]) -> int:
+    """Of the engine that LLM(...) will open."""
     source = resolve(options["model"])
     if source.kind == "engine":
         path = Path(source.path)

@@ -53,6 +53,9 @@ def serve(
     replicas: Annotated[
         int, typer.Option(min=1, help="Engines, each on GPUs or cores of its own; prompts go where their prefix is.")
     ] = 1,
+    ray: Annotated[
+        bool, typer.Option(help="Run engines on the nodes of a Ray cluster: RAY_ADDRESS's, or this machine's.")
+    ] = False,
     num_fronts: Annotated[
         int, typer.Option(min=1, help="Processes that speak HTTP; more where one is too slow for its clients.")
     ] = 1,
@@ -211,7 +214,7 @@ def serve(
         ssl_certfile=None if ssl_certfile is None else str(ssl_certfile),
         ssl_keyfile=None if ssl_keyfile is None else str(ssl_keyfile),
     )
-    run_server(llm_options, serve_config, partial(_say_ready, replicas))
+    run_server(llm_options, serve_config, partial(_say_ready, replicas), on_ray=ray)
 
 
 def _check_key_pair(certfile: Path | None, keyfile: Path | None) -> None:

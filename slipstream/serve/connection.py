@@ -117,7 +117,7 @@ class EngineConnection:
         finally:
             self._together = None
         assert self._socket is not None
-        self._send(self._socket, Submit(requests, time.monotonic(), begins_call=True, block_keys=block_keys))
+        self._send(self._socket, Submit(requests, time.time(), begins_call=True, block_keys=block_keys))
 
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
         """Send one sequence to the engine; the sink is called on the event loop."""
@@ -125,7 +125,7 @@ class EngineConnection:
             raise EngineDown
         self._sinks[request.request_id] = sink
         if self._together is None:
-            self._send(self._socket, Submit([request], time.monotonic(), begins_call=False, block_keys=[]))
+            self._send(self._socket, Submit([request], time.time(), begins_call=False, block_keys=[]))
         else:
             self._together.append(request)
 

@@ -159,8 +159,9 @@ class EngineServer:
             return
         for other in self._fronts - {front}:
             self._sent_elsewhere.setdefault(other, []).extend(submit.block_keys)
+        sent = time.monotonic() - max(0.0, time.time() - submit.sent)
         for request in submit.requests:
-            self._ledger.open(request, front, submit.sent, is_measured=submit.begins_call)
+            self._ledger.open(request, front, sent, is_measured=submit.begins_call)
         if any(request.sampling.guided is not None for request in submit.requests):
             self._compilers.submit(self._prepare, front, submit.requests)
             return
@@ -266,7 +267,8 @@ def main() -> None:
     address = sys.argv[1]
     setup = msgspec.json.decode(_line_from_parent(), type=EngineSetup)
     try:
-        llm = LLM(**place_replica(setup.options, setup.replica, setup.num_replicas))
+        num_here = 1 if setup.is_placed else setup.num_replicas
+        llm = LLM(**place_replica(setup.options, setup.replica, num_here))
         server = EngineServer(llm, address, setup)
     except SlipstreamError as error:
         print("error:", error, file=sys.stderr)
@@ -274,7 +276,8 @@ def main() -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     with llm:
         server.run()
-    shutil.rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)  # a parent that was killed left it
+    if address.startswith("ipc://"):  # a parent that was killed left its folder
+        shutil.rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from slipstream.serve.measures import Measures
 class _Entry:
     front: bytes
     num_prompt: int
-    sent: float  # these three are times of time.monotonic(), which is one clock for all processes
+    sent: float  # these three are times of time.monotonic()
     first_token: float = 0.0
     last_token: float = 0.0
     num_generated: int = 0

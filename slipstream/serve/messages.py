@@ -24,7 +24,7 @@ class Submit(msgspec.Struct, tag=True):
     """Sequences that belong together: the engine takes all of them or, where they begin a call, none."""
 
     requests: list[GenerateRequest]
-    sent: float  # by time.monotonic(), which is one clock for all processes
+    sent: float  # by time.time(), which the clocks of several machines agree on, more or less
     begins_call: bool  # False for the further rounds of a beam search, which was let in before
     block_keys: list[list[int]]  # of its prompts (router.py), for the other fronts
 
@@ -90,6 +90,7 @@ class EngineSetup(msgspec.Struct):
     step_timeout: float  # seconds
     iteration_log: str | None
     profile_dir: str | None
+    is_placed: bool = False  # it has GPUs or cores of its own already
 
 
 class FrontGone(msgspec.Struct, tag=True):

@@ -5,22 +5,31 @@ It touches no request. What it tells its children, and how they end with it, is 
 
 import asyncio
 import secrets
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from slipstream.errors import SlipstreamError, UsageError
 from slipstream.serve.app import ServeConfig
+from slipstream.serve.local_engines import (
+    STOP_SECONDS,
+    EngineLost,
+    Engines,
+    LocalEngines,
+    RunningEngine,
+    ended,
+    ending,
+    send_signal,
+    start_child,
+    tell,
+)
 from slipstream.serve.messages import (
     EngineEnded,
     EngineSetup,
@@ -30,11 +39,10 @@ from slipstream.serve.messages import (
     FrontSetup,
     Ready,
     ToFront,
-    json_line,
 )  # fmt: skip
+from slipstream.serve.ray_engines import RayEngines
 from slipstream.serve.service_manager import tell_service_manager
 
-STOP_SECONDS = 10.0  # for a process to end by itself
 RESTART_SECONDS = (0.0, 1.0, 5.0, 15.0, 30.0)  # between a death and the next start, by how many there were in a row
 LONGEST_LINE = 1 << 24  # bytes of what a front says of its engine
 
@@ -45,14 +53,19 @@ class StartFailed(SlipstreamError):
     """The first engine process, or front, ended before it was ready; it has said why on stderr."""
 
 
-def run_server(options: Mapping[str, Any], config: ServeConfig, on_ready: OnReady) -> None:
+def run_server(options: Mapping[str, Any], config: ServeConfig, on_ready: OnReady, *, on_ray: bool = False) -> None:
     """Serve until SIGTERM or SIGINT, then let the requests in flight finish.
 
     options: of LLM(...), plain values.  on_ready: called with what the engine is and the server's address.
+    on_ray: engines run on the nodes of a Ray cluster, fronts here.
     Raises UsageError for an address that cannot be had, StartFailed where the engine does not come up.
     """
     with _listen(config, "--port", config.port) as listener, _with_grpc_port(config) as config:
-        asyncio.run(_run(Supervisor(options, config, listener, on_ready)))
+        engines = RayEngines.connect(options, config.replicas) if on_ray else LocalEngines()
+        try:
+            asyncio.run(_run(Supervisor(options, config, engines, listener, on_ready)))
+        finally:
+            engines.close()
 
 
 async def _run(supervisor: "Supervisor") -> None:
@@ -78,18 +91,18 @@ class _Replica:
     """The place of one engine process, whichever has it."""
 
     index: int
-    process: Process | None = None
-    address: str = ""  # of that process
+    engine: RunningEngine | None = None
     is_ready: bool = False
     was_ready: asyncio.Event = field(default_factory=asyncio.Event)  # ever
 
 
 class Supervisor:
     def __init__(
-        self, options: Mapping[str, Any], config: ServeConfig, listener: socket.socket, on_ready: OnReady
-    ) -> None:
+        self, options: Mapping[str, Any], config: ServeConfig, engines: Engines, listener: socket.socket,
+        on_ready: OnReady,
+    ) -> None:  # fmt: skip
         self._options, self._config, self._listener, self._on_ready = dict(options), config, listener, on_ready
-        self._folder = Path(tempfile.mkdtemp(prefix="slipstream-"))  # of the engines' sockets; nobody else's to enter
+        self._engines = engines
         self._replicas = [_Replica(index) for index in range(config.replicas)]
         self._fronts: dict[str, Process] = {}
         self._ready: set[tuple[str, int]] = set()  # which front has said so of which engine
@@ -107,11 +120,10 @@ class Supervisor:
         tell_service_manager("STOPPING=1")
         self._listener.close()
         for front in self._fronts.values():
-            _signal(front, signal.SIGTERM)
+            send_signal(front, signal.SIGTERM)
         seconds = self._config.drain_timeout + STOP_SECONDS
-        await asyncio.gather(*(_ended(front, seconds) for front in list(self._fronts.values())))
+        await asyncio.gather(*(ended(front, seconds) for front in list(self._fronts.values())))
         await asyncio.gather(*(self._end_engine(replica) for replica in self._replicas))
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     # --- engines ---
 
@@ -132,27 +144,24 @@ class Supervisor:
     async def _live_once(self, replica: _Replica) -> str:
         """An engine process from its start to its end; returns how it ended."""
         replica.is_ready = False
-        replica.address = f"ipc://{self._folder}/{secrets.token_hex(4)}"
         config = self._config
         setup = EngineSetup(
             self._options, replica.index, config.replicas, config.max_queue_size, config.max_concurrent_requests,
             config.step_timeout, config.iteration_log, config.profile_dir,
         )  # fmt: skip
-        process = replica.process = await _start("slipstream.serve.engine_process", setup, replica.address)
-        self._tell_fronts(EngineStarted(replica.index, replica.address))
-        why = _ending(await process.wait())
-        replica.process = None
+        try:
+            engine = replica.engine = await self._engines.start(setup)
+        except EngineLost as error:
+            return str(error)
+        self._tell_fronts(EngineStarted(replica.index, engine.address))
+        why = await engine.wait()
+        replica.engine = None
         self._tell_fronts(EngineEnded(replica.index, why))
         return why
 
     async def _end_engine(self, replica: _Replica) -> None:
-        if (process := replica.process) is None:
-            return
-        assert process.stdin is not None
-        process.stdin.close()
-        if not replica.is_ready:  # it is still opening the model, and would not look
-            _signal(process, signal.SIGTERM)
-        await _ended(process, STOP_SECONDS)
+        if replica.engine is not None:
+            await replica.engine.end(replica.is_ready)
 
     # --- fronts ---
 
@@ -161,19 +170,19 @@ class Supervisor:
         while not self._is_closing:
             name = secrets.token_hex(4)
             setup = FrontSetup(name, self._listener.fileno(), asdict(self._config))
-            front = self._fronts[name] = await _start(
+            front = self._fronts[name] = await start_child(
                 "slipstream.serve.front_process", setup, stdout=PIPE, limit=LONGEST_LINE, pass_fds=[setup.listener]
             )
             for replica in self._replicas:
-                if replica.process is not None:
-                    _tell(front, EngineStarted(replica.index, replica.address))
+                if replica.engine is not None:
+                    tell(front, EngineStarted(replica.index, replica.engine.address))
             was_ready = await self._listen_to(name, front)
-            why = _ending(await front.wait())
+            why = ending(await front.wait())
             del self._fronts[name]
             self._ready = {(front_name, index) for front_name, index in self._ready if front_name != name}
             for replica in self._replicas:
-                if replica.process is not None:
-                    _tell(replica.process, FrontGone(name))
+                if replica.engine is not None:
+                    replica.engine.tell(FrontGone(name))
             if self._is_closing:
                 return
             if not self._has_started:
@@ -201,43 +210,11 @@ class Supervisor:
 
     def _tell_fronts(self, message: ToFront) -> None:
         for front in self._fronts.values():
-            _tell(front, message)
-
-
-async def _start(module: str, setup: msgspec.Struct, *arguments: str, **more: Any) -> Process:
-    # A session of its own: Ctrl-C is the parent's to handle, and ends the engine after the requests.
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", module, *arguments, stdin=PIPE, start_new_session=True, **more
-    )
-    _tell(process, setup)
-    return process
-
-
-def _tell(process: Process, message: msgspec.Struct) -> None:
-    assert process.stdin is not None
-    process.stdin.write(json_line(message))
-
-
-def _signal(process: Process, number: int) -> None:
-    if process.returncode is None:
-        process.send_signal(number)
-
-
-async def _ended(process: Process, seconds: float) -> None:
-    """Wait for its end, and bring it about where it takes longer."""
-    try:
-        await asyncio.wait_for(process.wait(), seconds)
-    except TimeoutError:
-        _signal(process, signal.SIGKILL)
-        await process.wait()
+            tell(front, message)
 
 
 def _pause(num_deaths: int) -> float:
     return RESTART_SECONDS[min(num_deaths, len(RESTART_SECONDS)) - 1]
-
-
-def _ending(exit_code: int) -> str:
-    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
 
 
 def _listen(config: ServeConfig, flag: str, port: int) -> socket.socket:

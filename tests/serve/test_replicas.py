@@ -201,7 +201,7 @@ def test_gpus_are_shared_out_by_the_ranks_of_an_engine(tmp_path: Path, monkeypat
     monkeypatch.setattr(replicas, "device_for", lambda device: torch.device("cuda:2" if device == "cuda:2" else "cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     options = {"model": str(tmp_path), "device": "auto", "tp_size": 2}
-    monkeypatch.setattr(replicas, "_num_ranks", lambda options: options["tp_size"] or 1)
+    monkeypatch.setattr(replicas, "num_ranks", lambda options: options["tp_size"] or 1)
     devices = [replicas.place_replica(options, replica, 4)["device"] for replica in range(4)]
     assert devices == ["cuda:0", "cuda:2", "cuda:4", "cuda:6"]
     later: dict[str, Any] = options | {"device": "cuda:2"}

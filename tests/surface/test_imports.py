@@ -101,6 +101,7 @@ ONLY_HERE = {
             "grpc",
             "google",
             "tritonclient",
+            "ray",
         ),
         ("serve/*",),
     ),

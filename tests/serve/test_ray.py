@@ -1,0 +1,134 @@
+"""`slipstream serve --ray` on a cluster of two nodes, two raylets of this machine; one is killed under load."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slipstream.build import build
+from slipstream.checkpoint import open_checkpoint, resolve
+from slipstream.errors import UsageError
+from slipstream.schema.build import BuildConfig
+from slipstream.schema.launch import Launch
+from slipstream.serve.ray_engines import Place, RayEngines, cores_each, rank_environments
+from tests.serve.conftest import START_SECONDS, Server, eventually, serving
+from tests.serve.test_replicas import ENDLESS, Reader, running, statuses
+
+LOST_SECONDS = 30.0  # within which requests of a lost node end: Ray notices after some 3
+ASKED = {"prompt": [1, 2, 3], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+
+
+def patiently(start: Callable[..., Any], **options: Any) -> Any:
+    """A node gives up where its agent has not started within 15 seconds, which on a busy machine it has not."""
+    for _ in range(2):
+        with contextlib.suppress(Exception):
+            return start(**options)
+    return start(**options)
+
+
+class Cluster:
+    """A node that stays, with one core, and another one that may be killed and replaced."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster as RayCluster
+
+        self._cluster: Any = RayCluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+        )
+        self.address = self._cluster.address
+        self.add()
+
+    def add(self) -> None:
+        self._other = patiently(self._cluster.add_node, num_cpus=1)
+
+    def kill_other(self) -> None:
+        self._cluster.remove_node(self._other, allow_graceful=False)
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'slipstream[ray]'")
+
+    cluster = Cluster()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(patient_engine: Path) -> Path:
+    engine = patient_engine.with_name("two-ranks")
+    checkpoint = open_checkpoint(resolve(patient_engine.with_name("talker")), "float32")
+    build(checkpoint, engine, BuildConfig(tp_size=2, max_batch_size=8, max_num_tokens=64))
+    checkpoint.close()
+    return engine
+
+
+def answer(server: Server) -> str:
+    response = server.post("/v1/completions", ASKED)
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["text"])
+
+
+def test_ranks_on_two_nodes_serve_and_are_placed_again(cluster: Cluster, two_ranks: Path) -> None:
+    with serving(two_ranks, "--ray", *ENDLESS, RAY_ADDRESS=cluster.address) as server:
+        before = answer(server)
+        readers = [Reader(server, number) for number in range(4)]
+        eventually(lambda: all(reader.num_lines for reader in readers), seconds=60)
+        cluster.kill_other()
+        eventually(lambda: all(reader.has_failed for reader in readers), seconds=LOST_SECONDS)
+        error = json.loads(readers[0].ending[0].removeprefix("data: "))["error"]["message"]
+        assert "the engine process ended (" in error or "rank 1" in error
+        assert server.health().status_code == 503
+        cluster.add()
+        eventually(lambda: statuses(server) == ["ok"], seconds=START_SECONDS)
+        assert answer(server) == before
+
+
+def test_a_replica_whose_node_is_lost_takes_its_own_requests_only(cluster: Cluster, patient_engine: Path) -> None:
+    options = ("--ray", "--replicas", 2, "--max_batch_size", 8, *ENDLESS)
+    with serving(patient_engine, *options, RAY_ADDRESS=cluster.address) as server:
+        before = answer(server)
+        readers = [Reader(server, number) for number in range(4)]
+        eventually(lambda: sum(running(server)) == 4 and all(running(server)), seconds=60)
+        cluster.kill_other()
+        eventually(lambda: sum(reader.has_failed for reader in readers) == 2, seconds=LOST_SECONDS)
+        assert answer(server) == before  # by the one that is left
+        assert sum(reader.is_alive() for reader in readers) == 2
+        cluster.add()
+        eventually(lambda: statuses(server) == ["ok", "ok"], seconds=START_SECONDS)
+        for reader in readers:
+            reader.leaves = True
+
+
+def test_cores_are_shared_out_over_nodes() -> None:
+    assert cores_each([8, 8], 1) == 8
+    assert cores_each([8, 8], 4) == 4
+    assert cores_each([8, 4], 3) == 4
+    assert cores_each([1, 1], 2) == 1
+    assert cores_each([1], 5) == 1  # the fifth waits for a node
+
+
+def test_ranks_of_a_node_see_each_others_gpus() -> None:
+    places = [
+        Place("a", "10.0.0.1", (70, 71), ("3",)),
+        Place("b", "10.0.0.2", (80, 81), ("0",)),
+        Place("a", "10.0.0.1", (90, 91), ("1",)),
+    ]
+    environments = rank_environments(places)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == ["3,1", "0", "3,1"]
+    launches = [Launch.read(each) for each in environments]
+    assert launches == [Launch(rank, 3, local, "10.0.0.1", 70) for rank, local in enumerate([0, 0, 1])]
+    assert rank_environments(places[:1]) == [{"CUDA_VISIBLE_DEVICES": "3"}]
+
+
+def test_a_cluster_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'slipstream[ray]'")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(UsageError, match=r"There is no Ray cluster to run on .*; see to RAY_ADDRESS"):
+        RayEngines.connect({"device": "cpu"}, 1)
