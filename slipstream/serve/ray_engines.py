@@ -28,6 +28,7 @@ PENDING_SECONDS = 5.0  # after which it is said that an engine waits for a place
 PING_SECONDS = 2.0
 SILENCE_SECONDS = 10.0  # after which a node counts as lost, whatever Ray thinks of it
 CALLS_AT_ONCE = 8
+CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,9 @@ class RayEngines:
             raise UsageError("--ray needs Ray; install it with: pip install 'slipstream[serve,ray]'.") from None
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
+            _knock(os.environ.get("RAY_ADDRESS", ""))
             ray.init(logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise UsageError(f"There is no Ray cluster to run on ({error}); see to RAY_ADDRESS.") from None
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         num_ranks = ray.get(ray.remote(num_cpus=0)(_num_ranks).remote(dict(options)))
@@ -238,6 +240,13 @@ def _num_ranks(options: Mapping[str, Any]) -> int:
     from slipstream.api.replicas import num_ranks
 
     return num_ranks(options)
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at host:port. Ray itself tries for minutes, and then ends the process."""
+    host, colon, port = address.rpartition(":")
+    if colon and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
 
 
 async def _of(reference: Any) -> Any:
