@@ -10,6 +10,10 @@
 # SLIPSTREAM_TORCH replaces the PyTorch requirement; more pip flags may follow it:
 #   SLIPSTREAM_TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cu130" scripts/run "Hello"
 
+# pip compiles nothing here, files are compiled when first imported. Where this is set (as in many images), nothing would
+# be kept, and every process would compile PyTorch and all else again: 2 to 4 seconds each.
+unset PYTHONDONTWRITEBYTECODE
+
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
 LOG=$VENV/setup.log
@@ -164,7 +168,7 @@ has_local_torch() {
     return 1
 }
 
-# step WORDS PIP-ARGUMENTS…: one quiet pip call, announced and timed. Files are compiled when first imported, not here.
+# step WORDS PIP-ARGUMENTS…: one quiet pip call, announced and timed.
 step() {
     local what=$1 start=$SECONDS
     shift

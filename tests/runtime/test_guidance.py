@@ -276,7 +276,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_ones_cost_a_bounded_time(guidance: Guidance, name: str) -> None:
-    """Refused, or followed for a while, until they end or are too complex; in seconds where they ask for ages."""
+    """Refused, or followed for a while, until they end or are too complex; in a minute where they ask for ages."""
     started = time.perf_counter()
     guided = Guided(**HOSTILE[name])
     try:
@@ -291,7 +291,7 @@ def test_hostile_ones_cost_a_bounded_time(guidance: Guidance, name: str) -> None
             token_id = choices[int(torch.randint(len(choices), (), generator=generator))]
             if not matcher.consume_token(token_id) or token_id == EOS:
                 break
-    assert time.perf_counter() - started < 10
+    assert time.perf_counter() - started < 60
 
 
 def test_what_is_missing_is_named(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

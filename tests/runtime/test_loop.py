@@ -78,7 +78,7 @@ def submit(loop: EngineLoop, name: str) -> "SimpleQueue[TokenEvent]":
 @pytest.mark.parametrize("engine", [FakeEngine(on_add=fail), FakeEngine(on_step=fail), FakeEngine(on_step=leave)])
 def test_when_the_engine_dies_its_callers_are_told_and_later_ones_refused(engine: Any) -> None:
     loop = EngineLoop(engine)
-    event = submit(loop, "a").get(timeout=5)
+    event = submit(loop, "a").get(timeout=30)
     assert event.finish_reason is FinishReason.ERROR and event.error and "the engine stopped" in event.error
     loop.close()
     with pytest.raises(SlipstreamError, match="closed"):
@@ -91,15 +91,15 @@ def test_when_adding_one_fails_those_behind_it_are_told() -> None:
 
     def wait_then_fail(request_id: str) -> None:
         first.set()
-        assert go.wait(5)
+        assert go.wait(30)
         fail()
 
     loop = EngineLoop(FakeEngine(on_add=wait_then_fail))  # type: ignore[arg-type]
     streams = [submit(loop, "a")]
-    assert first.wait(5)
+    assert first.wait(30)
     streams += [submit(loop, "b"), submit(loop, "c")]
     go.set()
-    assert [stream.get(timeout=5).finish_reason for stream in streams] == [FinishReason.ERROR] * 3
+    assert [stream.get(timeout=30).finish_reason for stream in streams] == [FinishReason.ERROR] * 3
     loop.close()
 
 
@@ -108,25 +108,25 @@ def test_closing_ends_what_runs_and_an_abort_after_it_is_ignored() -> None:
 
     def wait(*_: Any) -> None:
         started.set()
-        assert go.wait(5)
+        assert go.wait(30)
 
     loop = EngineLoop(FakeEngine(on_add=wait))  # type: ignore[arg-type]
     stream = submit(loop, "a")
-    assert started.wait(5)
+    assert started.wait(30)
     closing = threading.Thread(target=loop.close)
     closing.start()
     while not loop._is_closed:
         pass
     go.set()
     closing.join()
-    assert stream.get(timeout=5).finish_reason is FinishReason.ABORT
+    assert stream.get(timeout=30).finish_reason is FinishReason.ABORT
     loop.abort("a")
 
 
 def test_a_listener_that_is_gone_ends_nobody_else() -> None:
     loop = EngineLoop(FakeEngine())  # type: ignore[arg-type]
     loop.submit(make_request("gone", (1,)), fail)
-    assert submit(loop, "here").get(timeout=5).finish_reason is FinishReason.LENGTH
+    assert submit(loop, "here").get(timeout=30).finish_reason is FinishReason.LENGTH
     loop.close()
 
 
@@ -143,7 +143,7 @@ def test_a_fork_is_told_rather_than_left_waiting() -> None:
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert submit(loop, "b").get(timeout=5).finish_reason is FinishReason.LENGTH
+    assert submit(loop, "b").get(timeout=30).finish_reason is FinishReason.LENGTH
     loop.close()
 
 

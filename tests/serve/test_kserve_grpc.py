@@ -214,7 +214,7 @@ def test_two_fronts_share_the_port_drain_and_see_an_engine_end(engine: Path) -> 
             started = time.monotonic()
             while (error := came.get(timeout=30)[1]) is None:
                 pass
-            assert "the engine process ended" in str(error) and time.monotonic() - started < 2
+            assert "the engine process ended" in str(error) and time.monotonic() - started < 20
             with pytest.raises(triton.InferenceServerException, match="UNAVAILABLE"):
                 client.infer("ensemble", asking())
             eventually(client.is_server_ready, seconds=START_SECONDS)

@@ -324,8 +324,8 @@ def test_a_hung_engine_fails_its_requests_and_gives_up(
     started = time.monotonic()
     for reply in replies:
         desk.take(ask(llm, 20, name="mine"), reply)
-    assert lost.wait(5)
-    assert 0.3 <= time.monotonic() - started < 2
+    assert lost.wait(30)
+    assert time.monotonic() - started >= 0.3
     assert all("no step for 0.3 seconds" in str(reply.errors[0]) for reply in replies)
     assert capfd.readouterr().err.count("request id 'mine', 3 prompt tokens") == 2
     monkeypatch.undo()
@@ -334,11 +334,11 @@ def test_a_hung_engine_fails_its_requests_and_gives_up(
 
 def test_an_idle_engine_is_not_taken_for_hung(llm: LLM) -> None:
     lost = threading.Event()
-    desk = Desk(llm, step_timeout=0.2, exclude_input=False, on_stats=lambda _stats: None, give_up=lost.set)
-    assert not lost.wait(0.6)
+    desk = Desk(llm, step_timeout=1.0, exclude_input=False, on_stats=lambda _stats: None, give_up=lost.set)
+    assert not lost.wait(2.5)
     reply = Letterbox()
     desk.take(ask(llm, 4), reply)
-    assert reply.ended.wait(5) and not reply.errors
+    assert reply.ended.wait(30) and not reply.errors
     assert reply.sent[0]["output_ids"][0, 0, :3].tolist() == [5, 6, 7]  # exclude_input_in_output:False
     assert reply.sent[0]["sequence_length"].tolist() == [[7]]
     desk.close()

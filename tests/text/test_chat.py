@@ -223,7 +223,7 @@ def test_one_huge_operation_is_refused_before_it_runs(template: str) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 5 * sandbox.MAX_CHARACTERS
-    assert time.process_time() - begin < 1.5  # milliseconds without tracemalloc
+    assert time.process_time() - begin < 20  # milliseconds without tracemalloc; hours if it ran
 
 
 def test_what_is_bounded_does_what_it_did() -> None:
