@@ -147,10 +147,10 @@ def test_choices_of_a_file(model: Path, tmp_path: Path) -> None:
     [
         ("no folder", ModelError, "has no medusa_lm_head.safetensors; name a folder of Medusa heads"),
         ("no name", UsageError, "lacks model, a folder of heads: those that ship are for .*train some with slipstream"),
-        ("other tokens", ModelError, "drafts tokens that the model's 128 do not have; take the heads"),
+        ("other tokens", ModelError, "drafts tokens that the model's 128 do not have; take the head"),
         ("pickled", ModelError, "holds medusa_lm_head.pt, which is pickled.*save its tensors as"),
-        ("wide", ModelError, r"has 0\.0\.linear\.weight \[65, 65\], and the model needs \[64, 64\]; take the heads"),
-        ("layers", ModelError, r"lacks 0\.1\.linear\.weight, which 2 layers a head need"),
+        ("wide", ModelError, r"has 0\.0\.linear\.weight \[65, 65\], and its config and the model need \[64, 64\]"),
+        ("layers", ModelError, r"lacks 0\.1\.linear\.weight, which its config\.json asks for"),
         ("no layers", ModelError, "has medusa_num_layers 'one'; it must be a whole number"),
         ("[[0], [1, 2]]", UsageError, r"has \[1, 2\] without \[1\]; add that one"),
         ("[[0], 3]", UsageError, "is no list of lists of ranks from 0; give"),

@@ -35,6 +35,7 @@ from slipstream.engine.tensor_file import TensorFile
 from slipstream.errors import ModelError
 from slipstream.layers.rope import inverse_frequencies
 from slipstream.schema.model import Options, read_decoder
+from slipstream.speculative.head_file import open_head, read_shaped
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -151,14 +152,7 @@ class Eagle3(Head):
 
 def load(folder: Path, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Head:
     """The layer for a model of these sizes. Raises ModelError for that of another, and for what is no such folder."""
-    if not (folder / WEIGHTS_FILE).is_file():
-        if (folder / PICKLED_FILE).is_file():
-            raise ModelError(
-                f"{folder} holds {PICKLED_FILE}, which is pickled, and nothing is ever unpickled here; save its "
-                f"tensors as {WEIGHTS_FILE}."
-            )
-        raise ModelError(f"{folder} has no {WEIGHTS_FILE}; name a folder of an EAGLE head.")
-    with TensorFile.open(folder / WEIGHTS_FILE) as file:
+    with open_head(folder, WEIGHTS_FILE, PICKLED_FILE, "an EAGLE head") as file:
         stored = {_plain(name): name for name in file.names()}
         is_third = "hidden_norm.weight" in stored
         config = _read_config(folder / CONFIG_FILE, sizes, is_third=is_third)
@@ -280,12 +274,8 @@ def _read(
             if name.endswith(NOT_READ):
                 continue
             raise ModelError(f"{file.path} has {stored_name}, which no EAGLE head here has; take one of EAGLE 1 to 3.")
-        if file.shape(stored_name) != known[name]:
-            raise ModelError(
-                f"{file.path} has {stored_name} {list(file.shape(stored_name))}, and its config and the model need "
-                f"{list(known[name])}; take the head that was trained for it."
-            )
-        weights[name] = file.read(stored_name).to(device, torch.int64 if name == "d2t" else dtype, copy=True)
+        tensor = read_shaped(file, stored_name, known[name])
+        weights[name] = tensor.to(device, torch.int64 if name == "d2t" else dtype, copy=True)
     return weights
 
 

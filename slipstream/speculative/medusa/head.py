@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.engine.bounded_json import read_json
-from slipstream.engine.tensor_file import TensorFile
 from slipstream.errors import ModelError
+from slipstream.speculative.head_file import open_head, read_draft_tokens, read_shaped
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "medusa_lm_head.safetensors", "medusa_lm_head.pt"
-CHOICES_FILE, DRAFT_TOKENS = "medusa_choices.json", "draft_token_ids"
+CHOICES_FILE = "medusa_choices.json"
 
 Layers = Sequence[tuple[Tensor, Tensor]]  # weight and bias of each
 
@@ -72,31 +72,16 @@ def load(
 
     Raises ModelError for those of another model, and for what is no such folder.
     """
-    if not (folder / WEIGHTS_FILE).is_file():
-        if (folder / PICKLED_FILE).is_file():
-            raise ModelError(
-                f"{folder} holds {PICKLED_FILE}, which is pickled, and nothing is ever unpickled here; save its "
-                f"tensors as {WEIGHTS_FILE}."
-            )
-        raise ModelError(f"{folder} has no {WEIGHTS_FILE}; name a folder of Medusa heads.")
-    num_layers = read_json(folder / CONFIG_FILE).get("medusa_num_layers", 1)
-    if type(num_layers) is not int or num_layers < 0:
-        raise ModelError(f"{folder / CONFIG_FILE} has medusa_num_layers {num_layers!r}; it must be a whole number.")
-    with TensorFile.open(folder / WEIGHTS_FILE) as file:
-        there = set(file.names())
+    with open_head(folder, WEIGHTS_FILE, PICKLED_FILE, "Medusa heads") as file:
+        num_layers = read_json(folder / CONFIG_FILE).get("medusa_num_layers", 1)
+        if type(num_layers) is not int or num_layers < 0:
+            raise ModelError(f"{folder / CONFIG_FILE} has medusa_num_layers {num_layers!r}; it must be a whole number.")
 
         def read(name: str, *shape: int) -> Tensor:
-            if name not in there:
-                raise ModelError(f"{file.path} lacks {name}, which {num_layers} layers a head need.")
-            if file.shape(name) != shape:
-                raise ModelError(
-                    f"{file.path} has {name} {list(file.shape(name))}, and the model needs {list(shape)}; take the "
-                    "heads that were trained for it."
-                )
-            return file.read(name).to(device, dtype, copy=True)
+            return read_shaped(file, name, shape).to(device, dtype, copy=True)
 
-        numbers = [first for name in there if (first := name.partition(".")[0]).isdigit()]
-        num_heads = 1 + max(map(int, numbers), default=0)
+        numbers = [first for name in file.names() if (first := name.partition(".")[0]).isdigit()]
+        heads = range(1 + max(map(int, numbers), default=0))
         layers = [
             [
                 (
@@ -105,16 +90,9 @@ def load(
                 )
                 for layer in range(num_layers)
             ]
-            for head in range(num_heads)
+            for head in heads
         ]
-        if DRAFT_TOKENS not in there:
-            return Heads(
-                layers, [read(f"{head}.{num_layers}.weight", vocab_size, hidden_size) for head in range(num_heads)]
-            )
-        token_ids_D = file.read(DRAFT_TOKENS).long()
-    if token_ids_D.ndim != 1 or not len(token_ids_D) or not 0 <= token_ids_D.min() <= token_ids_D.max() < vocab_size:
-        raise ModelError(
-            f"{file.path} drafts tokens that the model's {vocab_size} do not have; take the heads that were trained "
-            "for it."
-        )
+        token_ids_D = read_draft_tokens(file, vocab_size)
+        if token_ids_D is None:
+            return Heads(layers, [read(f"{head}.{num_layers}.weight", vocab_size, hidden_size) for head in heads])
     return Heads(layers, [lm_head()[token_ids_D].to(device, dtype)], token_ids_D.to(device))

@@ -22,7 +22,8 @@ from torch.nn import functional
 
 from slipstream.engine.shared import lm_head
 from slipstream.engine.tensor_file import write_tensor_file
-from slipstream.speculative.medusa.head import CHOICES_FILE, CONFIG_FILE, DRAFT_TOKENS, WEIGHTS_FILE
+from slipstream.speculative.head_file import DRAFT_TOKENS
+from slipstream.speculative.medusa.head import CHOICES_FILE, CONFIG_FILE, WEIGHTS_FILE
 from slipstream.speculative.training import Batch, Teacher
 from slipstream.speculative.training import Student as Base
 

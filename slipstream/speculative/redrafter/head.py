@@ -26,12 +26,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.engine.bounded_json import read_json
-from slipstream.engine.tensor_file import TensorFile
 from slipstream.errors import ModelError
 from slipstream.schema.model import Options
+from slipstream.speculative.head_file import DRAFT_TOKENS, open_head, read_draft_tokens, read_shaped
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
-DRAFT_TOKENS = "draft_token_ids"
 MODEL_TYPE = "recurrent_drafting_drafter"
 
 Linear = tuple[Tensor, Tensor]  # weight and bias
@@ -74,42 +73,34 @@ def load(
 
     Raises ModelError for that of another model, and for what is no such folder.
     """
-    if not (folder / WEIGHTS_FILE).is_file():
-        if (folder / PICKLED_FILE).is_file():
-            raise ModelError(
-                f"{folder} holds {PICKLED_FILE}, which is pickled, and nothing is ever unpickled here; save its "
-                f"tensors as {WEIGHTS_FILE}."
-            )
-        raise ModelError(f"{folder} has no {WEIGHTS_FILE}; name a folder of a ReDrafter head.")
-    values = read_json(folder / CONFIG_FILE)
-    if (kind := values.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
-        raise ModelError(f"{folder / CONFIG_FILE} has model_type {kind!r}; a ReDrafter head is of {MODEL_TYPE!r}.")
-    options = Options(values, str(folder / CONFIG_FILE))
-    for name, size in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
-        if (its := options.integer(name)) != size:
-            raise ModelError(
-                f"{folder / CONFIG_FILE} has {name} {its} and the model {size}; take the head that was trained for it."
-            )
-    exit_dim, num_layers = options.integer("exit_dim"), options.integer("num_draft_layers", low=0)
-    has_rnn = options.boolean("rnn")
-    with TensorFile.open(folder / WEIGHTS_FILE) as file:
-        unread = set(file.names())
+    with open_head(folder, WEIGHTS_FILE, PICKLED_FILE, "a ReDrafter head") as file:
+        values = read_json(folder / CONFIG_FILE)
+        if (kind := values.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
+            raise ModelError(f"{folder / CONFIG_FILE} has model_type {kind!r}; a ReDrafter head is of {MODEL_TYPE!r}.")
+        options = Options(values, str(folder / CONFIG_FILE))
+        for name, size in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+            if (its := options.integer(name)) != size:
+                raise ModelError(
+                    f"{folder / CONFIG_FILE} has {name} {its} and the model {size}; take the head that was trained "
+                    "for it."
+                )
+        exit_dim, num_layers = options.integer("exit_dim"), options.integer("num_draft_layers", low=0)
+        has_rnn = options.boolean("rnn")
+        unread = {*file.names()} - {DRAFT_TOKENS}
 
         def read(name: str, *shape: int) -> Tensor:
-            if name not in file.names():
-                raise ModelError(f"{file.path} lacks {name}, which its config.json asks for; name a whole head.")
-            if file.shape(name) != shape:
-                raise ModelError(
-                    f"{file.path} has {name} {list(file.shape(name))}, and its config and the model need "
-                    f"{list(shape)}; take the head that was trained for it."
-                )
-            unread.remove(name)
-            return file.read(name).to(device, dtype, copy=True)
+            unread.discard(name)
+            return read_shaped(file, name, shape).to(device, dtype, copy=True)
 
         def linear(name: str, num_out: int, num_in: int) -> Linear:
             return read(f"{name}.weight", num_out, num_in), read(f"{name}.bias", num_out)
 
-        token_ids_D = _drafted(file, vocab_size, hidden_size, exit_dim) if DRAFT_TOKENS in unread else None
+        token_ids_D = read_draft_tokens(file, vocab_size)
+        if token_ids_D is not None and exit_dim != hidden_size:
+            raise ModelError(
+                f"{file.path} shares the model's head, which reads {hidden_size} numbers and not exit_dim {exit_dim}; "
+                "take a head with an lm_head of its own."
+            )
         head = Head(
             None if exit_dim == 2 * hidden_size else linear("input_proj", exit_dim, 2 * hidden_size),
             [linear(f"lm_head.{layer}.linear", exit_dim, exit_dim) for layer in range(num_layers)],
@@ -120,21 +111,6 @@ def load(
             linear("rnn_u", hidden_size, hidden_size) if has_rnn else None,
             None if token_ids_D is None else token_ids_D.to(device),
         )
-    if unknown := sorted(unread - {DRAFT_TOKENS}):
+    if unknown := sorted(unread):
         raise ModelError(f"{folder / WEIGHTS_FILE} has {unknown[0]}, which its config.json does not tell of.")
     return head
-
-
-def _drafted(file: TensorFile, vocab_size: int, hidden_size: int, exit_dim: int) -> Tensor:
-    token_ids_D = file.read(DRAFT_TOKENS).long()
-    if exit_dim != hidden_size:
-        raise ModelError(
-            f"{file.path} shares the model's head, which reads {hidden_size} numbers and not exit_dim {exit_dim}; "
-            "take a head with an lm_head of its own."
-        )
-    if token_ids_D.ndim != 1 or not len(token_ids_D) or not 0 <= token_ids_D.min() <= token_ids_D.max() < vocab_size:
-        raise ModelError(
-            f"{file.path} drafts tokens that the model's {vocab_size} do not have; take the head that was trained "
-            "for it."
-        )
-    return token_ids_D

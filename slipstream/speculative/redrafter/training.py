@@ -22,9 +22,10 @@ from torch.nn import functional
 
 from slipstream.engine.shared import lm_head
 from slipstream.engine.tensor_file import write_tensor_file
+from slipstream.speculative.head_file import DRAFT_TOKENS
 from slipstream.speculative.redrafter.beams import beam_search
 from slipstream.speculative.redrafter.drafter import Options as Drafting
-from slipstream.speculative.redrafter.head import CONFIG_FILE, DRAFT_TOKENS, MODEL_TYPE, WEIGHTS_FILE, Head
+from slipstream.speculative.redrafter.head import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE, Head
 from slipstream.speculative.training import Batch, Teacher
 from slipstream.speculative.training import Student as Base
 

@@ -1,0 +1,47 @@
+"""The file that holds the tensors of a published head, read with the checks that all heads need."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from slipstream.engine.tensor_file import TensorFile
+from slipstream.errors import ModelError
+
+DRAFT_TOKENS = "draft_token_ids"  # [D]: the tokens that a head drafts, where it shares these rows of the model's own
+
+
+def open_head(folder: Path, weights_file: str, pickled_file: str, what: str) -> TensorFile:
+    """`what` the folder should be, for the message. Raises ModelError where weights_file is not there."""
+    if (folder / weights_file).is_file():
+        return TensorFile.open(folder / weights_file)
+    if (folder / pickled_file).is_file():
+        raise ModelError(
+            f"{folder} holds {pickled_file}, which is pickled, and nothing is ever unpickled here; save its "
+            f"tensors as {weights_file}."
+        )
+    raise ModelError(f"{folder} has no {weights_file}; name a folder of {what}.")
+
+
+def read_shaped(file: TensorFile, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Raises ModelError for a tensor that is not there, or is that of a head for another model."""
+    if name not in file.names():
+        raise ModelError(f"{file.path} lacks {name}, which its config.json asks for; name a folder of a whole head.")
+    if file.shape(name) != shape:
+        raise ModelError(
+            f"{file.path} has {name} {list(file.shape(name))}, and its config and the model need {list(shape)}; take "
+            "the head that was trained for it."
+        )
+    return file.read(name)
+
+
+def read_draft_tokens(file: TensorFile, vocab_size: int) -> Tensor | None:
+    """[D] token ids; None for a head that has a product of its own for all tokens."""
+    if DRAFT_TOKENS not in file.names():
+        return None
+    token_ids_D = file.read(DRAFT_TOKENS).long()
+    if token_ids_D.ndim != 1 or not len(token_ids_D) or not 0 <= token_ids_D.min() <= token_ids_D.max() < vocab_size:
+        raise ModelError(
+            f"{file.path} drafts tokens that the model's {vocab_size} do not have; take the head that was trained "
+            "for it."
+        )
+    return token_ids_D
