@@ -199,6 +199,11 @@ def start_engine(
             raise EngineError(
                 f"{speculation.method} drafts from hidden states, which this engine does not give; build it again."
             )
+        if manifest.num_ranks > 1 and (drafter.can_branch or drafter.reads_ends):
+            raise CapacityError(
+                f"speculative names {speculation.method}, which needs an engine of one rank so far; build it with "
+                "--tp_size 1 and --pp_size 1, or take the method ngram or draft_model."
+            )
     max_draft_len = 0 if drafter is None else drafter.max_draft_len
     usual = manifest.max_num_tokens
     if device.type == "cpu" and enable_chunked_prefill:

@@ -102,8 +102,8 @@ def test_a_killed_engine_fails_its_requests_and_is_started_again(guarded: Server
     assert guarded.post("/v1/completions", SHORT, headers=KEY).status_code == 200
 
 
-def test_a_killed_rank_fails_its_requests_and_all_are_started_again(tmp_path: Path) -> None:
-    """Two processes share the model (docs/parallelism.md): the engine's own and a child of it."""
+def test_a_lost_rank_fails_its_requests_and_all_are_started_again(tmp_path: Path) -> None:
+    """Two processes share the model (docs/parallelism.md): the engine's own and a child of it, which dies or hangs."""
     from slipstream.checkpoint.random import write_random_model
     from slipstream.models.llama import TINY
 
@@ -111,18 +111,22 @@ def test_a_killed_rank_fails_its_requests_and_all_are_started_again(tmp_path: Pa
     with serving(model, "--tp_size", 2, "--max_num_tokens", 64) as server:
         answer = server.post("/v1/completions", SHORT).json()
         endless = ENDLESS | {"max_tokens": 900_000}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=endless, timeout=30) as stream:
-            lines = stream.iter_lines()
-            next(lines)
-            [rank] = server.rank_pids
-            os.kill(rank, signal.SIGKILL)
-            last = [line for line in lines if line][-2:]
-        message = json.loads(last[0].removeprefix("data: "))["error"]["message"]
-        assert "rank 1 has ended, by signal 9" in message or "the engine process ended" in message
-        assert last[1] == "data: [DONE]"
-        eventually(lambda: server.rank_pids not in ([], [rank]), seconds=START_SECONDS)
-        eventually(lambda: server.health().status_code == 200, seconds=START_SECONDS)
-        assert server.post("/v1/completions", SHORT).json()["choices"] == answer["choices"]
+        for sent, why in (
+            (signal.SIGKILL, "has ended, by signal 9"),
+            (signal.SIGSTOP, "has not answered for 20 seconds"),
+        ):
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=endless, timeout=120) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                [rank] = server.rank_pids
+                os.kill(rank, sent)
+                last = [line for line in lines if line][-2:]
+            message = json.loads(last[0].removeprefix("data: "))["error"]["message"]
+            assert f"rank 1 {why}" in message or "the engine process ended" in message
+            assert last[1] == "data: [DONE]"
+            eventually(lambda: server.rank_pids not in ([], [rank]), seconds=START_SECONDS)  # noqa: B023
+            eventually(lambda: server.health().status_code == 200, seconds=START_SECONDS)
+            assert server.post("/v1/completions", SHORT).json()["choices"] == answer["choices"]
 
 
 def test_sigterm_lets_requests_finish(engine: Path) -> None:

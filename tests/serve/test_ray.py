@@ -1,7 +1,10 @@
 """`slipstream serve --ray` on a cluster of two nodes, two raylets of this machine; one is killed under load."""
 
+import asyncio
 import contextlib
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.errors import UsageError
 from slipstream.schema.build import BuildConfig
 from slipstream.schema.launch import Launch
+from slipstream.serve import ray_engines
+from slipstream.serve.messages import EngineSetup
 from slipstream.serve.ray_engines import Place, RayEngines, cores_each, rank_environments
 from tests.serve.conftest import START_SECONDS, Server, eventually, serving
 from tests.serve.test_replicas import ENDLESS, Reader, running, statuses
@@ -104,6 +109,32 @@ def test_a_replica_whose_node_is_lost_takes_its_own_requests_only(cluster: Clust
         eventually(lambda: statuses(server) == ["ok", "ok"], seconds=START_SECONDS)
         for reader in readers:
             reader.leaves = True
+
+
+def test_a_node_that_says_nothing_is_lost(
+    cluster: Cluster, patient_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever Ray thinks of it: to Ray a process that is stopped is alive."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    monkeypatch.setattr(ray_engines, "SILENCE_SECONDS", 3.0)
+    options = {"model": str(patient_engine), "device": "cpu", "kv_cache_free_memory_fraction": 0.1}
+    setup = EngineSetup(options, 0, 1, 8, None, 120.0, None, None)
+
+    async def stop_it(engines: RayEngines) -> str:
+        engine = await engines.start(setup)
+        pid = await engine._seats[0].__ray_call__.remote(lambda seat: os.getpid())
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            return await asyncio.wait_for(engine.wait(), 60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # Ray has killed it
+                os.kill(pid, signal.SIGCONT)
+
+    engines = RayEngines.connect(options | {"tp_size": None, "pp_size": None}, 1)
+    try:
+        assert asyncio.run(stop_it(engines)) == "a node has not answered for 3 seconds"
+    finally:
+        engines.close()
 
 
 def test_cores_are_shared_out_over_nodes() -> None:

@@ -84,8 +84,6 @@ class Worker:
         self._drafts = Drafts(drafter, manifest.vocab_size, max_batch_size, device)
         graph = with_groups(engine.graph, groups)  # may refuse: before anything is loaded
         if self._drafts.can_branch:
-            if ranks.size > 1:
-                raise CapacityError("Drafts that branch need an engine of one rank so far; build it with --tp_size 1.")
             graph = with_trees(graph, self._drafts.num_mask_words)
         if self._drafts.reads_hidden:
             graph = with_hidden(graph, self._drafts.reads_hidden)
