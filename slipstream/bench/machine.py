@@ -62,8 +62,8 @@ def measure_machine(dtype: str, device: torch.device) -> Machine:
 def _narrow_products(size: int, dtype: str) -> Iterator[tuple[str, str, list[Kind], dict[str, object]]]:
     """Ops on 8 bits: what they multiply, their arguments after x and its scales, and their attributes."""
     how = {"group_size": 0, "input_group_size": 0}
-    for op, narrow in (("linear_fp8", "float8_e4m3fn"), ("linear_w8a8", "int8")):
-        yield op, narrow, [((size, size), narrow), ((size, 1), "float32"), None], {**how, "dtype": dtype}
+    for op, narrow, absent in (("linear_fp8", "float8_e4m3fn", [None]), ("linear_w8a8", "int8", [None, None])):
+        yield op, narrow, [((size, size), narrow), ((size, 1), "float32"), *absent], {**how, "dtype": dtype}
     panels, scales = ((size // ROWS, size * ROWS), "uint8"), ((size // ROWS, ROWS), "float32")
     yield "linear_panels", "int8", [panels, scales, None, None], {"bits": 8, **how, "num_out": size}
 

@@ -14,6 +14,7 @@ PACKED_DTYPES = {
 # Format → the op, quantize_…, that does.
 QUANTIZES_ACTIVATIONS = {"w8a8": "w8a8", "fp8": "fp8", "w4afp8": "fp8", "w4a8": "w8a8"}
 INTEGERS_OF_4_BITS = ("w4a16", "w4afp8", "w4a8")
+SHIFTED = ("w4a8", "w8a8")  # where they have zeros
 SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 ITEM_SIZES = {"uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, "float32": 4, "int32": 4}
 PART_NAMES = ("packed", "scale", "row_scale", "zero", "shift", "order")
@@ -26,7 +27,7 @@ class WeightFormat:
     """The numbers behind a weight [N, K]: w[n, k] = (packed[n, k] - zero[n, g]) · scale[n, g], g = k // group_size.
 
     In nvfp4a16 numbers are E2M1, 16 share a scale in E4M3, and a row's row_scale multiplies all (NVIDIA's two levels).
-    In w4a8 zeros are of any size, and stored as what they take off: packed · scale - shift (GGUF's Q4_1).
+    In w4a8 and w8a8 zeros are of any size, and stored as what they take off: packed · scale - shift (GGUF's Q4_1).
     Every part but the order has one row for each of the N outputs, so weights of one format are joined, and split, by
     rows. Equal formats mean that one product may serve joined weights: what they must share (the order of the columns,
     the scale of their input) is part of the format.
@@ -57,7 +58,7 @@ class WeightFormat:
         found["scale"] = (groups, self.scale_dtype)
         if self.kind == "nvfp4a16":
             found["row_scale"] = ((*stack, num_out, 1), "float32")
-        if self.has_zeros and self.kind == "w4a8":
+        if self.has_zeros and self.kind in SHIFTED:
             found["shift"] = (groups, self.scale_dtype)
         elif self.has_zeros:
             found["zero"] = (groups, PACKED_DTYPES[self.kind])

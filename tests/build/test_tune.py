@@ -74,7 +74,7 @@ def test_products_of_quantized_activations_are_measured_too(monkeypatch: pytest.
     graph = trace(lambda x: ops.quantize_w8a8(x, input_scale=0.0, input_group_size=0), {"x": ("T", 8)}, {})
     graph.weights = {"packed": TensorType((4, 8), "int8"), "scale": TensorType((4, 1), "float32")}
     how = {"group_size": 0, "input_group_size": 0, "dtype": "float32"}
-    graph.nodes.append(Node("linear_w8a8", (*graph.outputs, "packed", "scale", None), ("y",), how))
+    graph.nodes.append(Node("linear_w8a8", (*graph.outputs, "packed", "scale", None, None), ("y",), how))
     graph.types, graph.outputs = infer_types(graph), ("y",)
     (names,) = tune(graph, CPU, max_num_tokens=2, max_batch_size=2).kernels.values()
     assert set(names) <= {"reference", "twin"}

@@ -160,7 +160,7 @@ def test_the_op_takes_the_kernel_where_it_can_and_else_the_reference(
             "linear": (weight.packed, bias),
             "linear_fp8": (weight.x_scale_MG, weight.packed, weight.scale_NG, bias, 0, 0, "float32"),
             "linear_fp8a16": (weight.packed, weight.scale_NG, bias, 0),
-            "linear_w8a8": (weight.x_scale_MG, weight.packed, weight.scale_NG, bias, 0, 0, "float32"),
+            "linear_w8a8": (weight.x_scale_MG, weight.packed, weight.scale_NG, None, bias, 0, 0, "float32"),
             "linear_w4afp8": (weight.x_scale_MG, weight.packed, weight.scale_NG, bias, 0, 0, "float32"),
         }
         if name not in arguments:

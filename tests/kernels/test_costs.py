@@ -44,7 +44,7 @@ def test_products() -> None:
     x = torch.zeros(3, 64, dtype=torch.int8)
     how = {"group_size": 0, "input_group_size": 0, "dtype": "float32"}
     found = work(
-        "linear_w8a8", x, torch.ones(3, 1), torch.zeros(5, 64, dtype=torch.int8), torch.ones(5, 1), None, **how
+        "linear_w8a8", x, torch.ones(3, 1), torch.zeros(5, 64, dtype=torch.int8), torch.ones(5, 1), None, None, **how
     )
     assert found == Work(3 * 64 + 12 + 5 * 64 + 20 + 4 * 3 * 5, 2 * 3 * 5 * 64, torch.int8)
     # Two heads, each from 4 numbers to 3.

@@ -473,6 +473,16 @@ def naive_widened(x: Tensor, x_scale: Tensor, group: int) -> Tensor:
     return x
 
 
+def naive_w8a8(
+    x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor, group: int,
+    x_group: int, dtype: str,
+) -> Tensor:  # fmt: skip
+    y = naive_quantized_activations(x, x_scale, packed, scale, bias, group, x_group, dtype)
+    if shift is not None:
+        y -= naive_quantized_activations(x, x_scale, torch.ones_like(packed), shift, 0 * bias, group, x_group, dtype)
+    return y
+
+
 def naive_w4a8(
     x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor, group: int,
     x_group: int, _dtype: str,
@@ -511,9 +521,9 @@ def naive_panel_scales(scale: Tensor, zero: Tensor | None) -> Tensor:
 
 
 def linear_panels_inputs(generator: torch.Generator, num_tokens: int) -> tuple[Any, ...]:
-    """8 bits with a scale a row, then with groups; 4 bits with groups, without and with shifts."""
-    kinds = ((8, 0, 8, False), (8, 16, 0, False), (4, 8, 16, False), (4, 16, 8, True))
-    bits, group_size, x_group_size, has_shift = kinds[num_tokens % 4]
+    """8 bits with a scale a row, then with groups; 4 and 8 bits with groups, without and with shifts."""
+    kinds = ((8, 0, 8, False), (8, 16, 0, False), (4, 8, 16, False), (4, 16, 8, True), (8, 16, 32, True))
+    bits, group_size, x_group_size, has_shift = kinds[NUM_TOKENS.index(num_tokens)]
     groups = -(-40 // group_size) if group_size else 1
     packed = eight_bits(generator, 19, 40) if bits == 8 else whole(generator, 256, 19, 20).to(torch.uint8)
     scale = (numbers(generator, 19, groups) / 900).to(torch.float16 if num_tokens % 3 and groups > 1 else torch.float32)
@@ -537,7 +547,7 @@ def naive_linear_panels(
             byte = int(panels[n // 16, k // per_step * 64 + n % 16 * 4 + k % 4])
             number = byte if bits == 8 else byte >> (4 if k % per_step >= 4 else 0) & 15
             place = (k // group_size if group_size else 0) * 16 + n % 16
-            zero = 0 if shift is not None else 2 ** (bits - 1)
+            zero = 0 if bits == 4 and shift is not None else 2 ** (bits - 1)
             weight[n, k] = (number - zero) * scale[n // 16, place] - (0 if shift is None else shift[n // 16, place])
     x = x.double()
     for k in range(x.shape[1]):
@@ -830,15 +840,16 @@ CASES: dict[str, Case] = {
     "linear_w8a8": Case(
         lambda g, t: (
             eight_bits(g, t, 24),
-            numbers(g, t, 1).abs() / 90,
+            numbers(g, t, 2).abs() / 90,
             eight_bits(g, 10, 24),
-            numbers(g, 10, 1) / 900,
+            numbers(g, 10, 3) / 900,
+            numbers(g, 10, 3) / 9 if t % 2 else None,
             numbers(g, 10),
-            0,
-            0,
+            8,
+            16,
             "float32",
         ),
-        naive_quantized_activations,
+        naive_w8a8,
     ),
     "to_panels": Case(
         lambda g, t: (eight_bits(g, t + 1, 10), 8) if t % 2 else (whole(g, 256, t + 1, 10).to(torch.uint8), 4),

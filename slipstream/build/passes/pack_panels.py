@@ -79,7 +79,7 @@ def example() -> Graph:
         numbers = ops.quantize_w8a8(x, input_scale=0.0, input_group_size=8)
         packed = ops.quantize_w8a8(weight, input_scale=0.0, input_group_size=0)
         how = {"group_size": 0, "input_group_size": 8, "dtype": "float32"}
-        return ops.linear_w8a8(*numbers, *packed, bias, **how)
+        return ops.linear_w8a8(*numbers, *packed, None, bias, **how)
 
     graph = trace(block, inputs={"x": ("T", 12)}, weights={"weight": (18, 12), "bias": (18,)})
     graph.is_for_cpu = True

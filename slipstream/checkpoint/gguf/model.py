@@ -11,12 +11,11 @@ from typing import Any, Self
 import torch
 
 from slipstream.checkpoint.gguf.architectures import ROPE_TENSORS, find_architecture
-from slipstream.checkpoint.gguf.blocks import FORMATS, part_of
-from slipstream.checkpoint.gguf.file import GGUFFile
+from slipstream.checkpoint.gguf.blocks import TYPES, part_of
+from slipstream.checkpoint.gguf.file import GGMLType, GGUFFile
 from slipstream.checkpoint.gguf.header import Header
 from slipstream.checkpoint.packed import PackedLinear, PackedTensors
 from slipstream.errors import CorruptFile
-from slipstream.schema.format import WeightFormat
 from slipstream.schema.weights import WeightTable
 
 ROTATED = re.compile(r"blk\.\d+\.attn_([qk])\.(weight|bias)", re.ASCII)
@@ -97,14 +96,14 @@ class GGUFModel:
         types = {name: self._file.ggml_type(name) for name in self.names() if len(self._file.shape(name)) == 2}
         linears: dict[str, PackedLinear] = {}
         for name, ggml_type in types.items():
-            if ggml_type in FORMATS:
-                format, shape = FORMATS[ggml_type], self._file.shape(name)
-                parts: Parts = {part: partial(self._part, name, format, part) for part in format.parts(*shape)}
+            if ggml_type in TYPES:
+                format, shape = TYPES[ggml_type].format, self._file.shape(name)
+                parts: Parts = {part: partial(self._part, name, ggml_type, part) for part in format.parts(*shape)}
                 linears[name] = PackedLinear(format, shape, parts)
         return PackedTensors(self, linears, hidden=set(linears))
 
-    def _part(self, name: str, format: WeightFormat, part: str) -> torch.Tensor:
-        return self._in_halves(name, part_of(self._file.blocks(name), format, part))
+    def _part(self, name: str, ggml_type: GGMLType, part: str) -> torch.Tensor:
+        return self._in_halves(name, part_of(self._file.blocks(name), ggml_type, part))
 
     def _in_halves(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Rows that rotate together half a head apart, as in Hugging Face, and not next to each other."""

@@ -80,6 +80,25 @@ def quantized_linear_shapes(
     return y_MN
 
 
+def shifted_linear_shapes(
+    x_MK: Tensor, x_scale_MG: Tensor, packed: Tensor, scale_NG: Tensor, shift_NG: Tensor | None,
+    bias_N: Tensor | None, group_size: int, input_group_size: int, dtype: str, *, packed_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The same of activations of 8 bits and a weight whose groups may each take something off."""
+    need_floats(shift=shift_NG)
+    need_shape("shift", shift_NG, *scale_NG.shape)
+    return quantized_linear_shapes(
+        x_MK, x_scale_MG, packed, scale_NG, bias_N, group_size, input_group_size, dtype, packed_dtype=packed_dtype,
+        x_dtype=torch.int8,
+    )  # fmt: skip
+
+
+def shifted(weight_NK: Tensor, shift_NG: Tensor | None, group_size: int) -> Tensor:
+    if shift_NG is None:
+        return weight_NK
+    return weight_NK - per_column(shift_NG.float(), weight_NK.shape[1], group_size)
+
+
 def product(
     x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, dtype: torch.dtype, is_batch_invariant: bool = False
 ) -> Tensor:

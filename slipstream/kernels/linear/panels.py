@@ -16,7 +16,7 @@ from slipstream.kernels.linear.w4a16 import SYMMETRIC_ZERO, unpack
 from slipstream.kernels.registry import op
 
 ROWS = 16
-ZEROS = {8: 128, 4: SYMMETRIC_ZERO}  # bits → what is added to each number, where no shift says otherwise
+ZEROS = {8: 128, 4: SYMMETRIC_ZERO}  # bits → what was added to each number; nothing in 4 bits with a shift
 COLUMNS = {8: 4, 4: 8}  # bits → columns in 64 bytes
 
 
@@ -91,10 +91,10 @@ def linear_panels(
     x_MK: Tensor, x_scale_MG: Tensor, panels: Tensor, scale: Tensor, shift: Tensor | None, bias_N: Tensor | None,
     bits: int, group_size: int, input_group_size: int, num_out: int,
 ) -> Tensor:  # fmt: skip
-    """x int8 and its scales as quantize_w8a8 gives them; W = panels · scale - shift, or (panels - zero) · scale.
+    """x int8 and its scales as quantize_w8a8 gives them; W = (panels - zero) · scale - shift.
 
-    scale and shift as to_panel_scales gives them. Groups of W and of x are multiples of 8 columns, one of the other; a
-    size of 0 means a row.
+    The zero is 128 in 8 bits; in 4 bits 8, or 0 where there is a shift. scale and shift are as to_panel_scales gives
+    them. Groups of W and of x are multiples of 8 columns, one of the other; a size of 0 means a row.
     """
     weight_NK = panel_weight(panels, scale, shift, bits, group_size, num_out, x_MK.shape[1])
     return product(dequantize(x_MK, x_scale_MG, None, input_group_size), weight_NK, bias_N, torch.float32)
@@ -141,9 +141,10 @@ def panel_weight(
         values_NG = each.float().unflatten(1, (-1, ROWS)).transpose(1, 2).flatten(0, 1)[:num_out]
         return per_column(values_NG, num_in, group_size)
 
-    if shift is not None:
-        return values_NK * by_column(scale) - by_column(shift)
-    return (values_NK - ZEROS[bits]) * by_column(scale)
+    if bits == 8 or shift is None:
+        values_NK -= ZEROS[bits]
+    weight_NK = values_NK * by_column(scale)
+    return weight_NK if shift is None else weight_NK - by_column(shift)
 
 
 native(

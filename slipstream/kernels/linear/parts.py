@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.linear import nvfp4, w4a8, w4a16
-from slipstream.kernels.linear.groups import dequantize
+from slipstream.kernels.linear.groups import dequantize, shifted
 from slipstream.kernels.registry import Op, known_ops
 from slipstream.schema.format import INTEGERS_OF_4_BITS, QUANTIZES_ACTIVATIONS, WeightFormat
 
@@ -21,7 +21,7 @@ def dense_weight(format: WeightFormat, parts: dict[str, Tensor], num_in: int) ->
         return w4a8.weight(packed, scale, parts.get("shift"), format.group_size, num_in)
     if format.kind in INTEGERS_OF_4_BITS:
         return w4a16.weight(packed, scale, zero, order, format.group_size, num_in)
-    return dequantize(packed, scale, zero, format.group_size, order)
+    return shifted(dequantize(packed, scale, zero, format.group_size, order), parts.get("shift"), format.group_size)
 
 
 def one_of(parts: dict[str, Tensor], index: int) -> dict[str, Tensor]:

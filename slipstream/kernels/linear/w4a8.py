@@ -3,12 +3,13 @@
 Weights are packed as those of w4a16. A zero that is no whole number is stored as what it takes off: its shift.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from slipstream.kernels.fits import need_floats, need_shape
 from slipstream.kernels.linear import w4a16
-from slipstream.kernels.linear.groups import dequantize, per_column, product, quantized_linear_shapes
+from slipstream.kernels.linear.groups import dequantize, product, shifted, shifted_linear_shapes
 from slipstream.kernels.registry import op
 
 
@@ -16,26 +17,13 @@ def weight(packed: Tensor, scale_NG: Tensor, shift_NG: Tensor | None, group_size
     """The weight in float32 [N, num_in]: packed · scale - shift, or (packed - 8) · scale."""
     if shift_NG is None:
         return w4a16.weight(packed, scale_NG, None, None, group_size, num_in)
-    weight_NK = dequantize(w4a16.unpack(packed, num_in), scale_NG, None, group_size)
-    return weight_NK - per_column(shift_NG.float(), num_in, group_size)
-
-
-def _shapes(
-    x_MK: Tensor, x_scale_MG: Tensor, packed: Tensor, scale_NG: Tensor, shift_NG: Tensor | None,
-    bias_N: Tensor | None, group_size: int, input_group_size: int, dtype: str,
-) -> Tensor:  # fmt: skip
-    need_floats(shift=shift_NG)
-    need_shape("shift", shift_NG, *scale_NG.shape)
-    return quantized_linear_shapes(
-        x_MK, x_scale_MG, packed, scale_NG, bias_N, group_size, input_group_size, dtype, packed_dtype=torch.uint8,
-        x_dtype=torch.int8,
-    )  # fmt: skip
+    return shifted(dequantize(w4a16.unpack(packed, num_in), scale_NG, None, group_size), shift_NG, group_size)
 
 
 @op(
     "linear_w4a8(Tensor x, Tensor x_scale, Tensor packed, Tensor scale, Tensor? shift, Tensor? bias, int group_size, "
     "int input_group_size, str dtype) -> Tensor",
-    shapes=_shapes,
+    shapes=partial(shifted_linear_shapes, packed_dtype=torch.uint8),
 )
 def linear_w4a8(
     x_MK: Tensor, x_scale_MG: Tensor, packed: Tensor, scale_NG: Tensor, shift_NG: Tensor | None,

@@ -11,8 +11,9 @@ from slipstream.kernels.linear.groups import (
     dequantize,
     per_column,
     product,
-    quantized_linear_shapes,
     quantized_shapes,
+    shifted,
+    shifted_linear_shapes,
 )
 from slipstream.kernels.registry import kernel, on_gpu, op
 
@@ -42,30 +43,31 @@ def quantize_w8a8_triton(x_MK: Tensor, input_scale: float, input_group_size: int
 
 
 @op(
-    "linear_w8a8(Tensor x, Tensor x_scale, Tensor packed, Tensor scale, Tensor? bias, int group_size, "
+    "linear_w8a8(Tensor x, Tensor x_scale, Tensor packed, Tensor scale, Tensor? shift, Tensor? bias, int group_size, "
     "int input_group_size, str dtype) -> Tensor",
-    shapes=partial(quantized_linear_shapes, packed_dtype=torch.int8, x_dtype=torch.int8),
+    shapes=partial(shifted_linear_shapes, packed_dtype=torch.int8),
 )
 def linear_w8a8(
-    x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
-    input_group_size: int, dtype: str,
+    x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, shift_NG: Tensor | None,
+    bias_N: Tensor | None, group_size: int, input_group_size: int, dtype: str,
 ) -> Tensor:  # fmt: skip
     """x int8 and its scale as quantize_w8a8 gives them, packed int8 [N, K]; the result is in dtype."""
     x_MK = dequantize(x_MK, x_scale_MG, None, input_group_size)
-    return product(x_MK, dequantize(packed_NK, scale_NG, None, group_size), bias_N, getattr(torch, dtype))
+    weight_NK = shifted(dequantize(packed_NK, scale_NG, None, group_size), shift_NG, group_size)
+    return product(x_MK, weight_NK, bias_N, getattr(torch, dtype))
 
 
 @kernel(linear_w8a8, "triton", on_gpu)
 def linear_w8a8_triton(
-    x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None, group_size: int,
-    input_group_size: int, dtype: str, is_batch_invariant: bool = False,
+    x_MK: Tensor, x_scale_MG: Tensor, packed_NK: Tensor, scale_NG: Tensor, shift_NG: Tensor | None,
+    bias_N: Tensor | None, group_size: int, input_group_size: int, dtype: str, is_batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     from slipstream.kernels.triton import linear as skinny
 
     weight = skinny.Weight(packed_NK, scale_NG, None, group_size, x_scale_MG, input_group_size)
-    if not skinny.supports(x_MK, weight):
+    if shift_NG is not None or not skinny.supports(x_MK, weight):
         x_MK = dequantize(x_MK, x_scale_MG, None, input_group_size)
-        weight_NK = dequantize(packed_NK, scale_NG, None, group_size)
+        weight_NK = shifted(dequantize(packed_NK, scale_NG, None, group_size), shift_NG, group_size)
         return product(x_MK, weight_NK, bias_N, getattr(torch, dtype), is_batch_invariant)
     return skinny.product(x_MK, weight, bias_N, getattr(torch, dtype), is_batch_invariant=is_batch_invariant)
 

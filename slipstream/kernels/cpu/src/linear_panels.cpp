@@ -235,7 +235,7 @@ SLIPSTREAM_KERNEL(linear_panels) {
     parallel_rows((count + ROWS_M - 1) / ROWS_M, row_bytes * ROWS_M / 8.0, [&](int64_t first, int64_t end) {
       for (int64_t m = first * ROWS_M; m < end * ROWS_M && m < count; m += ROWS_M)
         rows.fill(rows.tile(m), first_row + m, count - m < ROWS_M ? count - m : ROWS_M, x, x_scale, groups_in(x_size),
-                  shift != nullptr ? 0 : is_w4 ? 8 : 128);
+                  is_w4 ? (shift != nullptr ? 0 : 8) : 128);
     });
     const Product p{rows, first_row, count, panels, *in[3], shift, in[5], y, groups_in(w_size)};
     parallel_weight(panels.sizes[0], panels.sizes[1], count, [&](int64_t first, int64_t end) {

@@ -28,7 +28,7 @@ void widen_row(const Tensor& panels, const Tensor& scale, const Tensor* shift, i
   const int64_t panel = row / PANEL, lane = row % PANEL, columns = is_w4 ? 8 : 4;
   const uint8_t* bytes = panels.row<uint8_t>(panel) + 4 * lane;
   const int64_t size = group_size > 0 ? group_size : num_columns;
-  const int zero = shift != nullptr ? 0 : is_w4 ? 8 : 128;
+  const int zero = is_w4 ? (shift != nullptr ? 0 : 8) : 128;
   for (int64_t first = 0, place = lane; first < num_columns; first += size, place += PANEL) {
     const float factor = number_of(scale, panel, place), off = shift == nullptr ? 0 : number_of(*shift, panel, place);
     const int64_t end = first + size < num_columns ? first + size : num_columns;
