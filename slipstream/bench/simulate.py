@@ -34,7 +34,7 @@ class Replica:
     def __init__(self, config: RuntimeConfig, runs_ahead: bool) -> None:
         """runs_ahead: the next step is planned while one runs, as on a GPU."""
         # Steps of a pipeline are measured, and here taken, one after the other.
-        self._scheduler, self._runs_ahead = Scheduler(replace(config, num_stages=1)), runs_ahead
+        self._scheduler, self._runs_ahead = Scheduler(replace(config, num_stages=1, is_adaptive=False)), runs_ahead
         self._launched: deque[StepPlan] = deque()
         self.num_unfinished = 0
         self.is_busy = False

@@ -1,5 +1,6 @@
 """Engine: add requests, step, get events. One step is four calls: plan, launch, collect, commit."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from slipstream.runtime.speculation import open_drafter
 from slipstream.runtime.worker.memory import check_kv_dtype
 from slipstream.runtime.worker.start import StartOptions, open_worker, use_threads
 from slipstream.runtime.worker.worker import Begun, Flight, Worker
-from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
+from slipstream.schema.build import CapacityPolicy, DraftShape, QueuePolicy, RuntimeConfig
 from slipstream.schema.kv import narrow
 from slipstream.schema.launch import Launch
 from slipstream.schema.request import EngineStats, GenerateRequest, RequestState, TokenEvent
@@ -34,6 +35,7 @@ CPU_STEP = 256
 @dataclass
 class _Step:
     plan: StepPlan
+    began_at: float
     begun: Begun | None = None
     flight: Flight | None = None  # once it is launched
     error: Exception | None = None  # instead of either
@@ -48,6 +50,7 @@ class Engine:
         self.config, self._guidance, self._group = config, guidance, group
         self._scheduler, self._worker = Scheduler(config), worker
         self._steps: deque[_Step] = deque()  # not yet committed, the oldest first
+        self._last_collected = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -122,10 +125,11 @@ class Engine:
         except Exception as error:  # whatever a kernel raises ends this step's requests, and no others
             why = str(error) if isinstance(error, SlipstreamError) else f"{type(error).__name__}: {error}"
             return self._scheduler.fail_step(oldest.plan, f"the step failed: {why}")
-        return self._scheduler.commit(oldest.plan, result)
+        began_at, self._last_collected = max(oldest.began_at, self._last_collected), time.perf_counter()
+        return self._scheduler.commit(oldest.plan, result, self._last_collected - began_at)
 
     def _begin(self, plan: StepPlan) -> _Step:
-        step = _Step(plan)
+        step = _Step(plan, time.perf_counter())
         self._steps.append(step)
         try:
             step.begun = self._worker.begin(plan)
@@ -204,7 +208,9 @@ def start_engine(
                 f"speculative names {speculation.method}, which needs an engine of one rank so far; build it with "
                 "--tp_size 1 and --pp_size 1, or take the method ngram or draft_model."
             )
-    max_draft_len = 0 if drafter is None else drafter.max_draft_len
+    max_draft_len, draft_shape = 0, DraftShape.CHAIN
+    if drafter is not None:
+        max_draft_len, draft_shape = drafter.max_draft_len, _shape_of(drafter)
     usual = manifest.max_num_tokens
     if device.type == "cpu" and enable_chunked_prefill:
         usual = min(usual, max(CPU_STEP, max_batch_size * (1 + max_draft_len)))
@@ -238,6 +244,9 @@ def start_engine(
         enable_chunked_prefill=enable_chunked_prefill,
         enable_block_reuse=enable_block_reuse,
         max_draft_len=options.max_draft_len,
+        draft_shape=draft_shape,
+        # Their number follows the clock, and the last bit of a sum may follow their number.
+        is_adaptive=speculation is not None and speculation.adaptive and not deterministic,
         recomputes_last_found=isinstance(drafter, LayerDrafter),
         num_stages=manifest.pp_size if drafter is None else 1,  # drafts are known when the step before has ended
     )
@@ -270,6 +279,12 @@ def _start_ranks(
     finally:
         torch.set_num_threads(before)  # this thread's: each has a number of its own
     return group, worker, num_blocks
+
+
+def _shape_of(drafter: Drafter) -> DraftShape:
+    if not drafter.can_be_cut:
+        return DraftShape.WHOLE
+    return DraftShape.TREE if drafter.can_branch else DraftShape.CHAIN
 
 
 def _lowered(name: str, asked: int | None, built: int, default: int | None = None) -> int:

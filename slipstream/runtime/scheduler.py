@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from slipstream.errors import CapacityError, RequestError
+from slipstream.runtime.draft_control import DraftControl, Observed
 from slipstream.runtime.kv import KVCacheManager, Match
 from slipstream.runtime.queue import WaitingQueue
 from slipstream.runtime.sequence import Rank, Sequence
@@ -90,6 +91,9 @@ class Scheduler:
         self._prompt_tokens_computed = 0
         self._prompt_tokens_cached = 0
         self._generated_tokens = 0
+        self._control: DraftControl | None = None
+        if config.is_adaptive and config.max_draft_len:
+            self._control = DraftControl(config.max_draft_len, config.max_batch_size, config.draft_shape)
         self._num_verifications = 0
         self._num_draft_tokens = 0
         self._num_accepted = [0] * config.max_draft_len  # by place in the draft
@@ -204,7 +208,8 @@ class Scheduler:
         None where nothing can be said yet, or only by preempting what is in flight.
         """
         assert self._in_flight, "there is no step in flight"
-        return self._next_plan()
+        # Drafts begin with a step whose start is known.
+        return self._next_plan() if self._control is None or self._control.is_idle else None
 
     def _next_plan(self) -> StepPlan | None:
         outline = _Outline(self.config.max_num_tokens)
@@ -215,11 +220,20 @@ class Scheduler:
             self._admit_waiting(outline)
         if not outline.steps:
             return None
-        plan = StepPlan(self._num_steps, tuple(outline.steps), tuple(outline.copies), tuple(self._freed_slots))
+        steps = self._asking_for_drafts(outline.steps)
+        plan = StepPlan(self._num_steps, steps, tuple(outline.copies), tuple(self._freed_slots))
         self._in_flight.append((plan, outline.sequences))
         self._freed_slots.clear()
         self._num_steps += 1
         return plan
+
+    def _asking_for_drafts(self, steps: list[SequenceStep]) -> tuple[SequenceStep, ...]:
+        max_draft_len = self.config.max_draft_len
+        if not max_draft_len:
+            return tuple(steps)
+        slots = [step.slot for step in steps if step.sample]
+        asked = iter([max_draft_len] * len(slots) if self._control is None else self._control.ask(slots))
+        return tuple(step._replace(max_drafts=next(asked)) if step.sample else step for step in steps)
 
     def _continue_running(self, outline: _Outline) -> bool:
         """Give each running sequence its next chunk, best rank first. Returns whether there was room for all."""
@@ -343,6 +357,8 @@ class Scheduler:
             self._prompt_tokens += sequence.num_prompt
             self._prompt_tokens_cached += match.num_tokens
         sequence.slot = heappop(self._free_slots)
+        if self._control is not None:
+            self._control.start(sequence.slot)
         insort(self._running, sequence, key=_rank)
         outline.add(sequence, end, is_new=True)
 
@@ -362,9 +378,15 @@ class Scheduler:
 
     # ------------------------------------------------------------------ commit
 
-    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
-        """Take in what a step computed. One event for each sequence that got a token or ended."""
+    def commit(self, plan: StepPlan, result: StepResult, seconds: float | None = None) -> list[TokenEvent]:
+        """Take in what a step computed. One event for each sequence that got a token or ended.
+
+        seconds: that it took, from the end of the one before, where these follow each other.
+        """
         sequences = self._take_in_flight(plan)
+        if self._control is not None:
+            is_decoding = all(step.sample and len(step.token_ids) == 1 for step in plan.sequences)
+            self._control.observe(_drafts_in(plan, result), seconds if is_decoding else None)
         events = []
         for sequence, step, outcome in zip(sequences, plan.sequences, result.sequences, strict=True):
             event = self._commit_sequence(sequence, step, outcome)
@@ -502,6 +524,8 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
+        if self._control is not None:
+            self._control.stop(sequence.slot)
         heappush(self._free_slots, sequence.slot)
         self._freed_slots.append(sequence.slot)
         sequence.slot = None
@@ -531,7 +555,13 @@ class Scheduler:
             num_drafts=self._num_verifications,
             num_draft_tokens=self._num_draft_tokens,
             num_accepted_tokens=tuple(self._num_accepted),
+            num_drafts_asked=self._num_drafts_asked(),
         )
+
+    def _num_drafts_asked(self) -> int:
+        if self._control is None:
+            return len(self._running) * self.config.max_draft_len
+        return sum(self._control.draft_lens)
 
     def check(self) -> None:
         """Prove every invariant, or raise AssertionError. O(everything): for tests and for an idle engine."""
@@ -576,6 +606,13 @@ class Scheduler:
 
 def _rank(sequence: Sequence) -> Rank:
     return sequence.rank
+
+
+def _drafts_in(plan: StepPlan, result: StepResult) -> list[Observed]:
+    return [
+        Observed(step.slot, step.num_drafts, outcome.accepted, step.max_drafts, outcome.num_drafts)
+        for step, outcome in zip(plan.sequences, result.sequences, strict=True)
+    ]
 
 
 def _up_to_a_stop(sequence: Sequence, token_ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -62,6 +62,12 @@ class QueuePolicy(StrEnum):
     PRIORITY = "priority"  # lower GenerateRequest.priority first, then arrival
 
 
+class DraftShape(StrEnum):
+    CHAIN = "chain"  # each draft follows the one before it
+    TREE = "tree"  # the first few of its drafts are a tree as well
+    WHOLE = "whole"  # a tree that is verified as a whole or not at all
+
+
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """How the scheduler runs an engine. Torch-free; the KV pool's size is decided by whoever opens the engine."""
@@ -77,6 +83,8 @@ class RuntimeConfig:
     enable_chunked_prefill: bool = True
     enable_block_reuse: bool = True
     max_draft_len: int = 0  # drafts of a sequence that a step may verify
+    draft_shape: DraftShape = DraftShape.CHAIN
+    is_adaptive: bool = False  # whether fewer drafts are asked for, or none, where that is faster
     # A drafter's KV of a token may depend on the next one: of a prefix found, the last token is computed again.
     recomputes_last_found: bool = False
     num_stages: int = 1  # of a pipeline: as many steps are under way at once, each of other sequences

@@ -105,6 +105,7 @@ class EngineStats:
     num_drafts: int = 0  # steps of a sequence that verified drafts
     num_draft_tokens: int = 0  # that they verified
     num_accepted_tokens: tuple[int, ...] = ()  # by place in the draft, the first token's first; () without drafting
+    num_drafts_asked: int = 0  # for the next step of the running sequences
 
     @classmethod
     def together(cls, stats: "Sequence[EngineStats]") -> "EngineStats":

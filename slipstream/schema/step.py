@@ -34,6 +34,7 @@ class SequenceStep(NamedTuple):
     new: GenerateRequest | None = None  # set in the first step after admission (again after preemption)
     output_token_ids: tuple[int, ...] = ()  # with `new`: tokens generated before a preemption
     num_drafts: int = 0  # the first of those that the result of this slot's step before has told of
+    max_drafts: int = 0  # that are asked for, for its next step
 
     @property
     def num_tokens(self) -> int:
@@ -70,6 +71,7 @@ class SequenceResult(NamedTuple):
     error: str | None = None  # this sequence alone failed (a user's logits processor raised, say)
     vector: bytes | None = None  # of one that pools, in the step of its last token
     num_drafts: int = 0  # that the worker has for this sequence's next step
+    accepted: tuple[int, ...] = ()  # which of the step's drafts token_ids begins with, counted from 1
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,9 @@ class _Numbers(Collector):
         ):
             family = CounterMetricFamily(f"{PREFIX}spec_decode_num_{name}", text, labels=LABELS)
             yield self._filled(family, values)
+        asked = [each.num_drafts_asked / max(1, each.num_running) for each in stats]
+        text = "Drafts asked for a running sequence's next step, as many as are worth it now; 0 is plain decoding."
+        yield self._filled(GaugeMetricFamily(PREFIX + "spec_decode_draft_length", text, labels=LABELS), asked)
         by_place = CounterMetricFamily(
             PREFIX + "spec_decode_num_accepted_tokens_per_pos",
             "Drafted tokens accepted, by place in the draft.",

@@ -1,7 +1,7 @@
 """Drafter: what proposes the tokens that a step verifies. docs/adding/drafter.md shows how to write one.
 
     start(slot, token_ids, request)   a sequence enters a slot, with its prompt and whatever it has said before
-    draft(verified)                   after each step: what may come after the tokens that the step gave
+    draft(verified)                   after each step that asks for drafts: what may come after the tokens it gave
     stop(slot)                        the sequence has left; the slot may be empty
 
 A LayerDrafter has a layer with a KV cache of its own, and is told of each step's rows besides.
@@ -37,9 +37,10 @@ class Draft(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """What a step gave S sequences."""
+    """What a step gave S sequences that are to have drafts, and steps before it in which they were to have none."""
 
     slots: Sequence[int]
+    max_drafts: Sequence[int]  # of each, at least 1; what is beyond is left out
     counts: Tensor  # [S] tokens that each has gained
     token_ids: Tensor  # [S, M] they; only the first counts[s] mean something
     positions: Tensor  # [S] of the last of them
@@ -99,6 +100,7 @@ class Drafter(ABC):
 
     default_draft_len: ClassVar[int] = 8
     can_branch: ClassVar[bool] = False  # whether drafts may be trees, which attention must be told when it starts
+    can_be_cut: ClassVar[bool] = True  # whether the first few of its drafts are of use without the others
     reads_ends: ClassVar[bool] = False  # whether it drafts with the target's own embedding or head, and has `attach`
     # The hidden states that it drafts from: of a layer's number what that layer reads, or LAST.
     reads_hidden: tuple[int, ...] = ()
@@ -112,7 +114,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def draft(self, verified: Verified) -> Sequence[Draft]:
-        """For each of the sequences, at most max_draft_len tokens; none where nothing is worth a guess."""
+        """For each of the sequences, at most max_drafts tokens; none where nothing is worth a guess."""
 
     @abstractmethod
     def stop(self, slot: int) -> None: ...
@@ -144,7 +146,7 @@ def read_options(kind: type[Any], speculation: Speculation) -> Any:
     values = speculation.options
     for name, value in values.items():
         if name not in types:
-            there = ", ".join(("max_draft_len", *types))
+            there = ", ".join(("max_draft_len", "adaptive", *types))
             raise UsageError(f"speculative has {name!r}, which {speculation.method} does not know; it takes {there}.")
         if type(value) is not types[name] or (types[name] is int and value < 1):
             what = "a whole number of at least 1" if types[name] is int else f"of type {types[name].__name__}"

@@ -58,7 +58,7 @@ def test_heads_learn_what_the_target_says(planted: Path, trained: Path) -> None:
     found, lengths = [], []
     untrained = write_untrained(trained, trained.parent / "untrained")
     for speculative in (None, untrained, trained):
-        method = None if speculative is None else {"method": "medusa", "model": str(speculative)}
+        method = None if speculative is None else {"method": "medusa", "model": str(speculative), "adaptive": False}
         with LLM(planted, speculative=method, max_batch_size=4) as llm:
             found.append([output.outputs[0].token_ids for output in llm.generate(prompts, asked)])
             stats = llm.stats

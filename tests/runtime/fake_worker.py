@@ -224,8 +224,11 @@ class FakeWorker:
             token_ids.append(self._take_next(row))
         wants_logprobs = request.sampling.logprobs is not None
         logprobs = tuple(TokenLogprobs(token_id, -1.0, rank=1) for token_id in token_ids if wants_logprobs)
-        row.drafts = self._draft(row)
-        return SequenceResult(tuple(token_ids), logprobs, prompt_logprobs, num_drafts=len(row.drafts))
+        row.drafts = self._draft(row)[: step.max_drafts]
+        accepted = tuple(range(1, len(token_ids)))
+        return SequenceResult(
+            tuple(token_ids), logprobs, prompt_logprobs, num_drafts=len(row.drafts), accepted=accepted
+        )
 
     def _take_next(self, row: Row) -> int:
         token_id = self._sample(row)

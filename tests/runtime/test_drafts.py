@@ -50,14 +50,15 @@ def trees(draw: st.DrawFn) -> Draft:
 @given(st.lists(trees(), min_size=1, max_size=4), st.data())
 def test_rows_are_told_where_they_stand_in_their_trees(drafts: list[Draft], data: st.DataObject) -> None:
     drafter, num = Given(), len(drafts)
-    books = Drafts(drafter, VOCAB, num, CPU)
+    books = Drafts(drafter, VOCAB, num, CPU, lambda slot: ())
     slots = data.draw(st.permutations(range(num)))
     for slot in slots:
         books.add(slot, make_request(str(slot)), ())
     drafter.drafts = drafts
     ones = torch.ones(num, dtype=torch.int64)
-    counts = books.propose(slots, [9] * num, Accepted(ones, ones[:, None], 0 * ones[:, None], ones[:, None]))
-    assert counts == [len(draft.token_ids) for draft in drafts]
+    asked = [SequenceStep(slot, 8, (3,), True, max_drafts=data.draw(st.integers(1, MOST))) for slot in slots]
+    counts = books.propose(asked, Accepted(ones, ones[:, None], 0 * ones[:, None], ones[:, None]))
+    assert counts == [min(len(draft.token_ids), step.max_drafts) for draft, step in zip(drafts, asked, strict=True)]
 
     # A step takes as many of a tree as it has room for, after a chunk of what is known; some sequences come without.
     taken = [data.draw(st.integers(0, count)) for count in counts]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from slipstream.errors import CapacityError, RequestError
 from slipstream.runtime.scheduler import Scheduler
-from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
+from slipstream.schema.build import CapacityPolicy, DraftShape, QueuePolicy, RuntimeConfig
 from slipstream.schema.kv import KVGroup
 from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, Pooling, TokenEvent
 from slipstream.schema.sampling import SamplingParams
@@ -44,6 +44,8 @@ def random_config(rng: random.Random) -> RuntimeConfig:
         enable_chunked_prefill=rng.random() < 0.7,
         enable_block_reuse=rng.random() < 0.9,
         max_draft_len=rng.choice((0, 0, 1, 3, 6)),
+        draft_shape=rng.choice(list(DraftShape)),
+        is_adaptive=rng.random() < 0.7,
     )
 
 
@@ -213,7 +215,9 @@ class History:
         if result is None:
             events = self.scheduler.fail_step(plan, "out of memory")
         else:
-            events = self.scheduler.commit(plan, result)
+            events = self.scheduler.commit(
+                plan, result, self.rng.choice((None, self.rng.random(), len(self.flights) + 1.0))
+            )
         for event in events:
             self.stories[event.request_id].take(event)
         self.scheduler.check()

@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drafted_by(folder: Path | str, max_draft_len: int = 4) -> dict[str, Any]:
-    return {"method": "draft_model", "model": str(folder), "max_draft_len": max_draft_len}
+    return {"method": "draft_model", "model": str(folder), "max_draft_len": max_draft_len, "adaptive": False}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_text_that_returns_finds_what_it_had_computed(model: Path, monkeypatch
     [
         ({}, {"method": "draft_model"}, UsageError, "lacks model, which draft_model needs; add it"),
         ({}, {"method": "draft_model", "model": 3}, UsageError, "has model 3; it must be of type str"),
-        ({}, {"width": 3}, UsageError, "'width', which draft_model does not know; it takes max_draft_len, model"),
+        ({}, {"width": 3}, UsageError, "'width', which draft_model does not know; it takes .*, adaptive, model"),
         ({"vocab_size": 100}, {}, UsageError, "has 100 tokens and the model 128; drafts need one vocabulary"),
     ],
 )

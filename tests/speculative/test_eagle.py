@@ -103,7 +103,7 @@ class Oracle:
 def written(head: Path, folder: Path, choices: Sequence[Sequence[int]] = CHOICES) -> dict[str, Any]:
     file = folder / "choices.json"
     file.write_text(json.dumps(choices))
-    return {"method": "eagle", "model": str(head), "choices": str(file)}
+    return {"method": "eagle", "model": str(head), "choices": str(file), "adaptive": False}
 
 
 def prompts(count: int, length: int) -> list[list[int]]:
@@ -163,7 +163,7 @@ def test_trees_grow_where_the_equations_are_surest(
     write: Callable[..., Path], layers: list[int], tree: dict[str, int], model: Path, tmp_path: Path, seen: list[Seen]
 ) -> None:
     head = write(model, tmp_path / "head")
-    with LLM(model, **LIMITS, speculative={"method": "eagle", "model": str(head), **tree}) as llm:
+    with LLM(model, **LIMITS, speculative={"method": "eagle", "model": str(head), "adaptive": False, **tree}) as llm:
         llm.generate(prompts(3, 21), SamplingParams(max_tokens=8, temperature=0))
     oracle = Oracle(model, head, layers)
     for each in seen[::3]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,15 +15,17 @@ from slipstream.api.outputs import RequestOutput
 from slipstream.checkpoint.random import write_random_model
 from slipstream.errors import EngineError, RequestError, UsageError
 from slipstream.models import gemma3_text, llama, qwen3
+from slipstream.runtime import engine
+from slipstream.runtime.worker.worker import Begun, Flight, Worker
 from slipstream.schema.guided import Guided
 from slipstream.speculative.drafter import Draft
 from tests.speculative.parrot import Babbler, Parrot, offered
 
 LIMITS: dict[str, Any] = {"max_batch_size": 16, "max_num_tokens": 64, "kv_cache_max_tokens": 4096}
-PARROT = {"method": "parrot", "max_draft_len": 5}
-BUSH = {"method": "bush", "max_draft_len": 12}
-NGRAM = {"method": "ngram", "max_draft_len": 6, "min_ngram": 1}
-LOOKAHEAD = {"method": "lookahead", "window": 4, "ngram": 4, "guesses": 3}
+PARROT = {"method": "parrot", "max_draft_len": 5, "adaptive": False}
+BUSH = {"method": "bush", "max_draft_len": 12, "adaptive": False}
+NGRAM = {"method": "ngram", "max_draft_len": 6, "min_ngram": 1, "adaptive": False}
+LOOKAHEAD = {"method": "lookahead", "window": 4, "ngram": 4, "guesses": 3, "adaptive": False}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -166,6 +169,28 @@ def test_the_second_of_two_like_prompts_finds_what_the_first_accepted(models: di
 def test_branches_and_sinks_are_not_for_each_other(models: dict[str, Path]) -> None:
     with pytest.raises(EngineError, match="branch, which sink_token_length cannot; take another"):
         LLM(models["llama"], **LIMITS, speculative=BUSH, max_attention_window_size=20, sink_token_length=3)
+
+
+def test_drafts_that_cost_more_than_they_bring_are_given_up(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the engine's clock, where each row of a step takes a second."""
+    now, launch = [0.0], Worker.launch
+
+    def take_time(self: Worker, begun: Begun) -> Flight:
+        now[0] += begun.plan.num_tokens
+        return launch(self, begun)
+
+    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Worker, "launch", take_time)
+    monkeypatch.setattr(Babbler, "drafts", Draft([7, 8]))
+    asked, found = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True), []
+    for adaptive in (False, True):
+        babbler = {"method": "babbler", "max_draft_len": 2, "adaptive": adaptive}
+        with LLM(models["llama"], **LIMITS, speculative=babbler) as llm:
+            found.append((llm.generate([1, 2, 3], asked), llm.stats.num_drafts))
+    assert_same([found[1][0]], [found[0][0]])
+    assert found[0][1] > 100 and 0 < found[1][1] < 30
 
 
 TEXTS = [

@@ -104,7 +104,9 @@ def test_heads_read_what_the_models_own_head_read(model: Path, tmp_path: Path, m
 
     monkeypatch.setattr(medusa.Drafter, "draft", look)
     asked = [SamplingParams(max_tokens=12, temperature=0), SamplingParams(max_tokens=9, temperature=0, min_tokens=2)]
-    with LLM(model, **LIMITS, speculative={"method": "medusa", "model": str(folder), "max_draft_len": 20}) as llm:
+    with LLM(
+        model, **LIMITS, speculative={"method": "medusa", "model": str(folder), "max_draft_len": 20, "adaptive": False}
+    ) as llm:
         llm.generate([[5, 6, 7], [index % 50 for index in range(90)]], asked)
     tensors = load_file(folder / "medusa_lm_head.safetensors")
     choices = medusa.default_choices()
@@ -135,7 +137,7 @@ def test_the_tree_of_63() -> None:
 def test_choices_of_a_file(model: Path, tmp_path: Path) -> None:
     folder, file = write_medusa(model, tmp_path / "heads"), tmp_path / "choices.json"
     file.write_text("[[0, 1], [0], [2], [0, 1, 0]]")
-    speculative = {"method": "medusa", "model": str(folder), "choices": str(file)}
+    speculative = {"method": "medusa", "model": str(folder), "choices": str(file), "adaptive": False}
     with LLM(model, **LIMITS, speculative=speculative) as llm:
         llm.generate([1, 2, 3], SamplingParams(max_tokens=20, temperature=0))
         assert llm.runtime_config.max_draft_len == 4

@@ -4,7 +4,8 @@ The runner walks the folder, and a method that is added needs a row in METHODS. 
 test_lossless.py.
 """
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from slipstream import LLM, SamplingParams
 from slipstream.api.outputs import RequestOutput
 from slipstream.checkpoint.random import write_random_model
 from slipstream.models import gemma3_text, llama, qwen3
+from slipstream.runtime.draft_control import DraftControl
 from slipstream.runtime.speculation import methods
+from slipstream.schema.build import DraftShape
 from tests.speculative.heads import write_eagle, write_eagle3, write_medusa, write_redrafter
 from tests.speculative.likeness import write_likeness
 from tests.speculative.test_lossless import LIMITS, REQUESTS, assert_same, prompts, run, texts_of
@@ -68,7 +71,7 @@ def test_texts_are_those_of_plain_decoding(
     method: str, plain: tuple[Path, list[RequestOutput], list[RequestOutput]], tmp_path: Path
 ) -> None:
     model, expected, expected_draws = plain
-    speculative = METHODS[method](model, tmp_path / "draft")
+    speculative = METHODS[method](model, tmp_path / "draft") | {"adaptive": False}
     with LLM(model, **LIMITS, speculative=speculative) as llm:
         asked = [SamplingParams(**{"max_tokens": 40, **each}) for each in REQUESTS]
         assert_same(llm.generate(prompts(llm.manifest.vocab_size)[: len(asked)], asked), expected)
@@ -82,6 +85,35 @@ def test_texts_are_those_of_plain_decoding(
     with LLM(model, **LIMITS | {"max_batch_size": 1}, speculative=speculative) as llm:
         found = [llm.generate(prompts(llm.manifest.vocab_size)[index], asked[index]) for index in few]
     assert_same(found, [expected[index] for index in few])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_texts_are_the_same_whatever_number_of_drafts_is_asked_for(
+    method: str, adapting: tuple[Path, list[RequestOutput]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sequence has another number in each step, and often none; then its drafter has missed what was said."""
+    model, expected = adapting
+    rng, asked_for = random.Random(0), set[int]()
+
+    def ask(self: DraftControl, slots: Sequence[int]) -> list[int]:
+        most = self.max_draft_len
+        lengths = [rng.choice((0, 0, 1, rng.randint(0, most), most)) for _ in slots]
+        if self.shape is DraftShape.WHOLE:
+            lengths = [most if length else 0 for length in lengths]
+        asked_for.update(lengths)
+        return lengths
+
+    monkeypatch.setattr(DraftControl, "ask", ask)
+    found, stats = run(model, REQUESTS, speculative=METHODS[method](model, tmp_path / "draft"))
+    assert_same(found, expected)
+    assert 0 < sum(stats.num_accepted_tokens) < stats.num_draft_tokens
+    assert min(asked_for) == 0 and len(asked_for) > (1 if method == "lookahead" else 3)
+
+
+@pytest.fixture(scope="module")
+def adapting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[RequestOutput]]:
+    model = write_random_model(tmp_path_factory.mktemp("adapting"), llama.TINY)
+    return model, run(model, REQUESTS)[0]
 
 
 NUM_SAMPLES = 64, 320  # texts, and tokens of each
@@ -109,7 +141,7 @@ def test_pairs_of_tokens_are_as_likely_as_the_model_says(
     """By chi-square over 20,480 pairs (Anderson and Goodman, 1957), which a temperature of 1.1 would not pass."""
     model, logits_VV = bigrams
     num_texts, length = NUM_SAMPLES
-    speculative = METHODS[method](model, tmp_path / "draft")
+    speculative = METHODS[method](model, tmp_path / "draft") | {"adaptive": False}
     if method != "lookahead":  # whose window says how many
         speculative["max_draft_len"] = 3
     limits = {"max_batch_size": num_texts, "max_num_tokens": 512, "kv_cache_max_tokens": 2 * num_texts * length}

@@ -115,7 +115,14 @@ def test_drafts_are_the_beams_of_what_the_models_head_read(
     weights = load_file(model / "model.safetensors")
     naive, own_VH = Naive(folder, weights["model.embed_tokens.weight"]), weights["lm_head.weight"]
     asked = [SamplingParams(max_tokens=8, temperature=0), SamplingParams(max_tokens=6, temperature=0, min_tokens=2)]
-    options = {"method": "redrafter", "model": str(folder), "width": 3, "length": 3, "max_draft_len": 7}
+    options = {
+        "method": "redrafter",
+        "model": str(folder),
+        "width": 3,
+        "length": 3,
+        "max_draft_len": 7,
+        "adaptive": False,
+    }
     with LLM(model, **LIMITS, speculative=options) as llm:
         llm.generate([[5, 6, 7], [index % 50 for index in range(90)]], asked)
         assert llm.runtime_config.max_draft_len == 7
@@ -139,7 +146,7 @@ def test_drafts_are_the_beams_of_what_the_models_head_read(
         ({"model": "gone"}, ModelError, "has no model.safetensors; name a folder of a ReDrafter head"),
         ({"model": None}, UsageError, "speculative lacks model, which redrafter needs; add it"),
         ({"width": 65}, UsageError, "width · length = 325 drafts a step; lower them to at most 256, such as width 5"),
-        ({"beams": 3}, UsageError, "'beams', which redrafter does not know; it takes max_draft_len, model, width, len"),
+        ({"beams": 3}, UsageError, "'beams', which redrafter does not know; it takes .*model, width, len"),
         ({"pickled": True}, ModelError, "holds pytorch_model.bin, which is pickled.*save its tensors as"),
         ({"hidden_size": 65}, ModelError, "has hidden_size 65 and the model 64; take the head"),
         ({"vocab_size": 99}, ModelError, "has vocab_size 99 and the model 128; take the head"),

@@ -3,7 +3,7 @@
 Shape suffixes: S sequences, N drafts, M nodes (a sequence's last known token and its drafts), T tokens of the step.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,8 +37,16 @@ class Drafted(NamedTuple):
 class Drafts:
     """Of all slots. Without a drafter there are none."""
 
-    def __init__(self, drafter: Drafter | None, vocab_size: int, num_slots: int, device: torch.device) -> None:
-        self._drafter, self._vocab_size, self._device = drafter, vocab_size, device
+    def __init__(
+        self,
+        drafter: Drafter | None,
+        vocab_size: int,
+        num_slots: int,
+        device: torch.device,
+        texts: Callable[[int], Sequence[int]],
+    ) -> None:
+        """texts: of each slot the tokens that are known on the host."""
+        self._drafter, self._vocab_size, self._device, self._texts = drafter, vocab_size, device, texts
         self.max_len = 0 if drafter is None else drafter.max_draft_len
         self.can_branch = drafter is not None and drafter.can_branch
         self.num_mask_words = -(-(1 + self.max_len) // WORD)
@@ -53,6 +61,7 @@ class Drafts:
         self._is_branching = [False] * num_slots
         self._layer = drafter if isinstance(drafter, LayerDrafter) else None
         self._known: list[Sequence[int]] = [()] * num_slots  # tokens that each text had when it came
+        self._told = [0] * num_slots  # tokens of each that the drafter was told of, where it was not asked since
         self._group = 0  # whose blocks the drafter is lent
 
     def attach(self, running: Running, group: int) -> None:
@@ -76,6 +85,7 @@ class Drafts:
         if self._drafter is None:
             return
         self._known[slot] = (*request.prompt_token_ids, *output_token_ids)
+        self._told[slot] = 0
         # A user's function is called once a token, in their order, as it may expect. Last tokens have none after them.
         self._is_taking[slot] = not request.sampling.logits_processors and request.max_tokens > 1
         if self._is_taking[slot]:
@@ -125,44 +135,70 @@ class Drafts:
         hidden_NF = hidden_TF[on_device(rows, torch.int64, self._device)]
         self._layer.follow(Computed(slots, starts, next_ids, hidden_NF, torch.from_numpy(tables_SB)))
 
-    def propose(
-        self, slots: Sequence[int], positions: Sequence[int], accepted: Accepted, hidden_SH: Tensor | None = None
-    ) -> list[int]:
-        """Drafts for the next step of these slots: how many each has.
+    def propose(self, steps: Sequence[SequenceStep], accepted: Accepted, hidden_SH: Tensor | None = None) -> list[int]:
+        """Drafts for the next step of these sequences, all of which sample: how many each has.
 
-        positions: of the first token that the step gave each. hidden: where its last one was chosen. Raises ValueError
-        for what a drafter may not propose.
+        hidden: where the last token of each was chosen. Raises ValueError for what a drafter may not propose.
         """
-        num_drafts = [0] * len(slots)
-        taking = [index for index, slot in enumerate(slots) if self._is_taking[slot]]
-        if self._drafter is None or not taking:
+        num_drafts = [0] * len(steps)
+        if self._drafter is None:
             return num_drafts
-        last_S = on_device(positions, torch.int64, self._device) + accepted.counts - 1
-        verified = Verified(slots, accepted.counts, accepted.token_ids, last_S, accepted.chosen, hidden_SH)
-        if len(taking) < len(slots):
-            index_S, slots = on_device(taking, torch.int64, self._device), [slots[index] for index in taking]
-            verified = Verified(
-                slots, accepted.counts[index_S], accepted.token_ids[index_S], last_S[index_S], accepted.chosen[index_S],
-                None if hidden_SH is None else hidden_SH[index_S],
-            )  # fmt: skip
-        drafts = self._drafter.draft(verified)
+        for step in steps:
+            if not step.max_drafts and not self._told[step.slot]:
+                self._told[step.slot] = step.start + len(step.token_ids)
+        asked = [index for index, step in enumerate(steps) if self._is_taking[step.slot] and step.max_drafts]
+        if not asked:
+            return num_drafts
+        positions_S = on_device([step.start + len(step.token_ids) for step in steps], torch.int64, self._device)
+        verified = Verified(
+            [step.slot for step in steps], [step.max_drafts for step in steps], accepted.counts, accepted.token_ids,
+            positions_S + accepted.counts - 1, accepted.chosen, hidden_SH,
+        )  # fmt: skip
+        if len(asked) < len(steps):
+            verified = self._only(asked, verified)
+        drafts = self._drafter.draft(self._with_missed([steps[index] for index in asked], verified))
         rows = []
-        for slot, draft in zip(slots, drafts, strict=True):
-            chain = chain_parents(len(draft.token_ids))
+        for index, draft in zip(asked, drafts, strict=True):
+            step, chain = steps[index], chain_parents(len(draft.token_ids))
             parents = chain if draft.parents is None else list(draft.parents)
-            self._is_branching[slot] = parents != chain
-            self._check(draft.token_ids, parents, self._is_branching[slot])
-            padding = [0] * (self.max_len - len(chain))
-            rows.append([[*draft.token_ids, *padding], [*parents, *padding]])
-        slots_S = on_device(slots, torch.int64, self._device)
+            is_branching = parents != chain
+            self._check(draft.token_ids, parents, is_branching)
+            self._is_branching[step.slot] = is_branching
+            num_drafts[index] = count = min(len(chain), step.max_drafts)
+            padding = [0] * (self.max_len - count)
+            rows.append([[*draft.token_ids[:count], *padding], [*parents[:count], *padding]])
+        slots_S = on_device(verified.slots, torch.int64, self._device)
         token_ids_SN, parents_SN = on_device(rows, torch.int64, self._device).unbind(1)
         self._token_ids[slots_S], self._parents[slots_S] = token_ids_SN, parents_SN
         if self.can_branch:
             parents_SM = functional.pad(parents_SN, _ROOT)
             self._depths[slots_S], self._masks[slots_S] = depths(parents_SM), ancestors(parents_SM)
-        for index, draft in zip(taking, drafts, strict=True):
-            num_drafts[index] = len(draft.token_ids)
         return num_drafts
+
+    def _only(self, indexes: list[int], verified: Verified) -> Verified:
+        index_S = on_device(indexes, torch.int64, self._device)
+        hidden_SH = verified.hidden
+        return Verified(
+            [verified.slots[index] for index in indexes], [verified.max_drafts[index] for index in indexes],
+            verified.counts[index_S], verified.token_ids[index_S], verified.positions[index_S],
+            verified.chosen[index_S], None if hidden_SH is None else hidden_SH[index_S],
+        )  # fmt: skip
+
+    def _with_missed(self, steps: Sequence[SequenceStep], verified: Verified) -> Verified:
+        """What was said in steps that asked for no drafts comes first. All of it is known by now."""
+        missed = list[list[int]]()
+        for step in steps:
+            told, self._told[step.slot] = self._told[step.slot], 0
+            end = step.start + len(step.token_ids)
+            missed.append(list(self._texts(step.slot)[told:end]) if told else [])
+        if not any(missed):
+            return verified
+        said = [[*before, *now] for before, now in zip(missed, verified.lists(), strict=True)]
+        counts, most = [len(token_ids) for token_ids in said], max(map(len, said))
+        rows = [[*token_ids, *[0] * (most - len(token_ids))] for token_ids in said]
+        return verified._replace(
+            counts=on_device(counts, torch.int64, self._device), token_ids=on_device(rows, torch.int64, self._device)
+        )
 
     def _check(self, token_ids: Sequence[int], parents: Sequence[int], is_branching: bool) -> None:
         """What comes from outside may not reach the model's tables unseen."""

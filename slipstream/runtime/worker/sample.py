@@ -123,9 +123,15 @@ class Sampler:
         return [
             SequenceResult(error=failures[index])
             if index in failures
-            else SequenceResult(tuple(token_ids), logprobs.get(index, ()))
-            for index, token_ids in enumerate(taken)
+            else SequenceResult(
+                tuple(token_ids), logprobs.get(index, ()), accepted=tuple(row - path[0] for row in path[1:])
+            )
+            for index, (token_ids, path) in enumerate(zip(taken, rows, strict=True))
         ]
+
+    def token_ids(self, slot: int) -> list[int]:
+        """All that is recorded: the prompt, and what was said."""
+        return self._states[slot].token_ids
 
     def prompt_logprobs(self, slot: int, first_position: int, logits_TV: Tensor) -> tuple[TokenLogprobs, ...]:
         """Logprobs of prompt tokens first_position + 1, +2, ...: row i of logits_TV predicts the token after position

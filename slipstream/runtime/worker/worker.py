@@ -81,7 +81,10 @@ class Worker:
         manifest = engine.manifest
         self._device, self._manifest, self._groups = device, manifest, groups
         self._max_batch_size, self._ranks, self._announce = max_batch_size, ranks, announce
-        self._drafts = Drafts(drafter, manifest.vocab_size, max_batch_size, device)
+        self._sampler = Sampler(
+            manifest.vocab_size, max_batch_size, device, guidance=guidance, is_batch_invariant=is_deterministic
+        )
+        self._drafts = Drafts(drafter, manifest.vocab_size, max_batch_size, device, self._sampler.token_ids)
         graph = with_groups(engine.graph, groups)  # may refuse: before anything is loaded
         if self._drafts.can_branch:
             graph = with_trees(graph, self._drafts.num_mask_words)
@@ -101,9 +104,6 @@ class Worker:
             embed, head = (part(engine.graph, weights, choices, device) for part in (embedding_of, head_of))
             self._drafts.attach(Running(embed, head, groups[group].window), group)
         self._drafter_kv: list[Tensor] = []
-        self._sampler = Sampler(
-            manifest.vocab_size, max_batch_size, device, guidance=guidance, is_batch_invariant=is_deterministic
-        )
         self._pooler = Pooler()
         self._tables = BlockTables(len(groups), max_batch_size, manifest.tokens_per_block)
         self._most_rows = max_batch_size * (1 + max_draft_len)  # of logits in most steps
@@ -221,7 +221,7 @@ class Worker:
                 self._drafts.follow(plan, drafted_from_TF, zip(*draw.on_host(), strict=True), self._tables)
             if slots:
                 hidden_SF = self._where_chosen(plan, drafted_from_TF, draw.accepted)
-        num_drafts = self._drafts.propose(slots, positions, draw.accepted, hidden_SF)
+        num_drafts = self._drafts.propose(sampling, draw.accepted, hidden_SF)
         return Flight(plan, counts, begun.wants_all_rows, logits_RV, draw, vectors, num_drafts)
 
     def _where_chosen(self, plan: StepPlan, hidden_TF: Tensor, accepted: Accepted) -> Tensor:
@@ -279,8 +279,8 @@ class Worker:
         """Whether the step after this one may be launched before it is collected."""
         if self._device.type != "cuda" or self._ranks.size > 1:  # other ranks take part in one step at a time
             return False
-        if self._drafts.max_len:  # how far they get decides where it begins
-            return False
+        if self._drafts.own_kv is not None or any(step.max_drafts for step in flight.plan.sequences):
+            return False  # how far drafts get decides where it begins
         return not any(flight.wants_all_rows) and flight.draw.is_plain
 
     def _run_sized(self, plan: StepPlan, logit_counts: list[int], is_chosen: Sequence[bool]) -> StepOutputs:

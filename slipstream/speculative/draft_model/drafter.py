@@ -105,9 +105,10 @@ class Drafter(Base):
             text.extend(token_ids)
             text.is_lost |= max(token_ids, default=0) >= self._manifest.vocab_size
             self._kv.commit(text.table, text.token_ids, text.num_computed)
-        lengths = {slot: length for slot in verified.slots if (length := self._make_room(slot))}
+        asked = zip(verified.slots, verified.max_drafts, strict=True)
+        lengths = {slot: length for slot, most in asked if (length := self._make_room(slot, most))}
         flights = self._catch_up(list(lengths))
-        for place in range(1, self.max_draft_len):
+        for place in range(1, max(verified.max_drafts)):
             steps = [
                 SequenceStep(slot, len(self._texts[slot].token_ids) + place - 1, (PENDING,), sample=True)
                 for slot, length in lengths.items()
@@ -119,10 +120,10 @@ class Drafter(Base):
             self._collect(flight)
         return [Draft(self._texts[slot].drafts) for slot in verified.slots]
 
-    def _make_room(self, slot: int) -> int:
+    def _make_room(self, slot: int, most: int) -> int:
         """How many tokens can be drafted, none where the pool or the draft model's positions come to an end."""
         text = self._texts[slot]
-        length = min(self.max_draft_len, self._manifest.max_seq_len - len(text.token_ids))
+        length = min(most, self._manifest.max_seq_len - len(text.token_ids))
         if text.is_lost or length < 1:
             return 0
         if not len(text.table):

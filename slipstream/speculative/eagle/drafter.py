@@ -154,7 +154,8 @@ class Drafter(LayerDrafter):
             first = forest.num_nodes
             hidden_SWH = self._compute(forest, len(levels), x_NZ, residual_NH)
             grown = Grown(first, forest.num_nodes, forest.token_ids, forest.scores)
-            level = trees.level(len(levels), grown)
+            is_deepest = len(levels) + 1 == max(verified.max_drafts)  # so few do not reach further
+            level = None if is_deepest else trees.level(len(levels), grown)
             if level is None:
                 return trees.drafts(grown, levels)
             x_NZ, residual_NH = self._descend(forest, first, level, hidden_SWH)

@@ -98,15 +98,16 @@ class Growing(Trees):
 
     def drafts(self, grown: Grown, levels: Sequence[Level]) -> list[Draft]:
         """The likeliest first. A child is never likelier than its parent, and comes after it where it is as likely."""
-        order_SN = grown.scores.flatten(1).sort(descending=True, stable=True).indices[:, : self.num_drafts]
+        scores_SC = grown.scores[:, : grown.num_nodes].flatten(1)
+        order_SN = scores_SC.sort(descending=True, stable=True).indices[:, : self.num_drafts]
         token_ids_SN = grown.token_ids.flatten(1).gather(1, order_SN)
         # Of each node behind the root, which child it is: so that the draft is found that a child follows.
         as_children = [level.parents * self.num_ranks + level.ranks for level in levels]
         rows = torch.cat((token_ids_SN, order_SN, *as_children), 1).tolist()
-        return [self._draft(row[: self.num_drafts], row[self.num_drafts :]) for row in rows]
+        count = order_SN.shape[1]
+        return [self._draft(row[:count], row[count : 2 * count], row[2 * count :]) for row in rows]
 
-    def _draft(self, token_ids: list[int], numbers: list[int]) -> Draft:
-        order, as_children = numbers[: self.num_drafts], numbers[self.num_drafts :]
+    def _draft(self, token_ids: list[int], order: list[int], as_children: list[int]) -> Draft:
         draft_of = {child: draft for draft, child in enumerate(order, 1)}
         nodes = [child // self.num_ranks for child in order]
         return Draft(token_ids, [draft_of[as_children[node - 1]] if node else 0 for node in nodes])

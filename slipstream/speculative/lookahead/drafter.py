@@ -37,6 +37,7 @@ class Options:
 
 class Drafter(Base):
     can_branch = True
+    can_be_cut = False  # the window comes last
 
     def __init__(self, speculation: Speculation, target: Target) -> None:
         super().__init__(speculation, target)

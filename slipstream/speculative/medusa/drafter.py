@@ -68,9 +68,11 @@ class Drafter(Base):
     @torch.inference_mode()
     def draft(self, verified: Verified) -> list[Draft]:
         assert verified.hidden is not None
+        choices = self._choices[: max(verified.max_drafts)]
+        heads = self._heads.first(max(map(len, choices)))
         return [
-            Draft([ranked[len(choice) - 1][choice[-1]] for choice in self._choices], self._parents)
-            for ranked in self._heads.likeliest(verified.hidden, self._num_ranks).tolist()
+            Draft([ranked[len(choice) - 1][choice[-1]] for choice in choices], self._parents[: len(choices)])
+            for ranked in heads.likeliest(verified.hidden, self._num_ranks).tolist()
         ]
 
     def stop(self, slot: int) -> None:

@@ -33,10 +33,10 @@ class Drafter(Base):
 
     def draft(self, verified: Verified) -> list[Draft]:
         drafts = []
-        for slot, token_ids in zip(verified.slots, verified.lists(), strict=True):
+        for slot, most, token_ids in zip(verified.slots, verified.max_drafts, verified.lists(), strict=True):
             text = self._texts[slot]
             text.extend(token_ids)
-            drafts.append(Draft(text.continuation(self._min_ngram, self.max_draft_len)))
+            drafts.append(Draft(text.continuation(self._min_ngram, most)))
         return drafts
 
     def stop(self, slot: int) -> None:

@@ -65,9 +65,8 @@ class Drafter(Base):
     def draft(self, verified: Verified) -> list[Draft]:
         assert verified.hidden is not None
         last_S = verified.token_ids.gather(1, verified.counts[:, None] - 1)[:, 0].clamp(min=0)
-        beams_SBL = beam_search(
-            self._head, self._embed, verified.hidden, last_S, self._options.width, self._options.length
-        )
+        length = min(self._options.length, max(verified.max_drafts))
+        beams_SBL = beam_search(self._head, self._embed, verified.hidden, last_S, self._options.width, length)
         trees = [merged(beams) for beams in beams_SBL.tolist()]
         return [Draft(tree.token_ids[: self.max_draft_len], tree.parents[: self.max_draft_len]) for tree in trees]
 
