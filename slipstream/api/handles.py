@@ -175,6 +175,7 @@ def _follower(first: GenerateRequest, index: int) -> GenerateRequest:
         request_id=f"{first.request_id}.{index}",
         seed=(first.seed + index) % 2**63,
         after=first.request_id,
+        kv_from=None,
         sampling=replace(first.sampling, prompt_logprobs=None),
     )
 

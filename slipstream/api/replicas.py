@@ -53,7 +53,10 @@ def _pin(replica: int, num_replicas: int) -> int:
     cores = sorted(os.sched_getaffinity(0))
     each = len(cores) // num_replicas
     if not each:
-        raise UsageError(f"--replicas is {num_replicas}, and there are {len(cores)} cores; give at most {len(cores)}.")
+        raise UsageError(
+            f"--replicas and --prefill_replicas are {num_replicas} together, and there are {len(cores)} cores; give at "
+            f"most {len(cores)}."
+        )
     own = cores[replica * each : (replica + 1) * each]
     for thread in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(thread.name), own)

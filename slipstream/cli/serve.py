@@ -53,6 +53,9 @@ def serve(
     replicas: Annotated[
         int, typer.Option(min=1, help="Engines, each on GPUs or cores of its own; prompts go where their prefix is.")
     ] = 1,
+    prefill_replicas: Annotated[
+        int, typer.Option(min=0, help="Engines beside these that compute prompts, for the others to go on with.")
+    ] = 0,
     ray: Annotated[
         bool, typer.Option(help="Run engines on the nodes of a Ray cluster: RAY_ADDRESS's, or this machine's.")
     ] = False,
@@ -161,6 +164,8 @@ def serve(
     if grpc_port is not None and find_spec("tritonclient") is None:
         raise UsageError("--grpc_port needs tritonclient; install it with: pip install 'slipstream[serve,grpc]'.")
     _check_otlp(otlp_endpoint)
+    if ray and prefill_replicas:
+        raise UsageError("--prefill_replicas is for one machine so far; leave it out, or --ray.")
 
     llm_options = {
         "model": model,
@@ -194,6 +199,7 @@ def serve(
         port=port,
         grpc_port=grpc_port,
         replicas=replicas,
+        prefill_replicas=prefill_replicas,
         num_fronts=num_fronts,
         served_model_names=served_model_name or (),
         api_keys=keys,
@@ -214,7 +220,7 @@ def serve(
         ssl_certfile=None if ssl_certfile is None else str(ssl_certfile),
         ssl_keyfile=None if ssl_keyfile is None else str(ssl_keyfile),
     )
-    run_server(llm_options, serve_config, partial(_say_ready, replicas), on_ray=ray)
+    run_server(llm_options, serve_config, partial(_say_ready, replicas, prefill_replicas), on_ray=ray)
 
 
 def _check_key_pair(certfile: Path | None, keyfile: Path | None) -> None:
@@ -250,8 +256,10 @@ def _check_otlp(endpoint: str | None) -> None:
         ) from None
 
 
-def _say_ready(num_replicas: int, engine: "Ready", url: str) -> None:
+def _say_ready(num_replicas: int, num_prefilling: int, engine: "Ready", url: str) -> None:
     each = f"{num_replicas} replicas, each " if num_replicas > 1 else ""
+    if num_prefilling:
+        each = f"{num_replicas} decode and {num_prefilling} prefill engines, each "
     runtime, memory = engine.runtime, engine.memory
     num_tokens = runtime.num_blocks * runtime.tokens_per_block
     print(

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import torch
 
@@ -165,18 +165,10 @@ def write_tensor_file(
     elements. `progress` gets the bytes of each tensor just written. The file appears under its name when it is whole.
     """
     path = Path(path)
-    entries = sorted(tensors, key=lambda entry: -entry[2].itemsize)
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
-            file.write(_header(entries, metadata))
-            for name, shape, dtype, make in entries:
-                tensor = make()
-                if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
-                    made = f"{tensor.dtype} {list(tensor.shape)}"
-                    raise ValueError(f"{name} was announced as {dtype} {list(shape)} and made as {made}.")
-                progress(file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data))
-                del tensor  # before the next is made
+            write_tensors(file, tensors, metadata, progress)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -184,6 +176,24 @@ def write_tensor_file(
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def write_tensors(
+    file: BinaryIO,
+    tensors: Iterable[TensorEntry],
+    metadata: dict[str, str],
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """What such a file is, into one that is open."""
+    entries = sorted(tensors, key=lambda entry: -entry[2].itemsize)
+    file.write(_header(entries, metadata))
+    for name, shape, dtype, make in entries:
+        tensor = make()
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+            made = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{name} was announced as {dtype} {list(shape)} and made as {made}.")
+        progress(file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data))
+        del tensor  # before the next is made
 
 
 def _header(entries: list[TensorEntry], metadata: dict[str, str]) -> bytes:

@@ -10,7 +10,7 @@ import torch
 from slipstream.engine.choices import Choices
 from slipstream.engine.folder import Engine as EngineFolder
 from slipstream.engine.manifest import Manifest
-from slipstream.errors import CapacityError, EngineError, RankError, SlipstreamError
+from slipstream.errors import CapacityError, EngineError, RankError, RequestError, SlipstreamError
 from slipstream.runtime.guidance import Guidance
 from slipstream.runtime.meeting import check_ranks
 from slipstream.runtime.rank_group import RankGroup
@@ -88,7 +88,12 @@ class Engine:
     def add(self, request: GenerateRequest) -> None:
         """Queue a request. Raises RequestError or CapacityError where it could never run."""
         self.prepare(request)
-        self._scheduler.add(request)
+        if self._group is not None and (request.kv_to or request.kv_from):
+            raise RequestError("KV is handed over between engines of one rank so far; leave out kv_to and kv_from.")
+        handed_kv = None
+        if request.kv_from is not None:
+            handed_kv = self._worker.receive(request.kv_from, len(request.prompt_token_ids) - 1)
+        self._scheduler.add(request, handed_kv)
 
     def abort(self, request_id: str) -> bool:
         """Stop a request and free what it holds; False where it has ended already."""

@@ -26,6 +26,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from typing import Any
 
 from slipstream.errors import CapacityError, RequestError
 from slipstream.runtime.draft_control import DraftControl, Observed
@@ -34,7 +35,16 @@ from slipstream.runtime.queue import WaitingQueue
 from slipstream.runtime.sequence import Rank, Sequence
 from slipstream.schema.build import CapacityPolicy, QueuePolicy, RuntimeConfig
 from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, RequestState, TokenEvent
-from slipstream.schema.step import PENDING, BlockCopy, SequenceResult, SequenceStep, StepPlan, StepResult
+from slipstream.schema.step import (
+    PENDING,
+    BlockCopy,
+    BlockLoad,
+    BlockSave,
+    SequenceResult,
+    SequenceStep,
+    StepPlan,
+    StepResult,
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -45,6 +55,8 @@ class _Outline:
     sequences: list[Sequence] = field(default_factory=list)
     steps: list[SequenceStep] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
+    loads: list[BlockLoad] = field(default_factory=list)
+    saves: list[BlockSave] = field(default_factory=list)
 
     def add(self, sequence: Sequence, end: int, num_drafts: int = 0, *, is_new: bool = False) -> None:
         """Compute the sequence's tokens from num_planned to `end`, and verify drafts of what comes then."""
@@ -58,6 +70,10 @@ class _Outline:
         if is_new:
             generated = tuple(sequence.token_ids[sequence.num_prompt :])
             step = step._replace(new=sequence.request, output_token_ids=generated)
+        path = sequence.request.kv_to
+        if path is not None and sample and end == sequence.num_prompt:
+            rows = tuple(map(tuple, sequence.table.rows))
+            self.saves.append(BlockSave(len(self.steps), path, end, rows))
         self.sequences.append(sequence)
         self.steps.append(step)
         self.budget -= step.num_tokens
@@ -100,10 +116,13 @@ class Scheduler:
 
     # ------------------------------------------------------------------ requests
 
-    def add(self, request: GenerateRequest) -> None:
-        """Queue a request. RequestError or CapacityError if it could never run."""
+    def add(self, request: GenerateRequest, handed_kv: Any = None) -> None:
+        """Queue a request. RequestError or CapacityError if it could never run.
+
+        handed_kv: what the worker has received of all its prompt but the last token.
+        """
         self._check_request(request)
-        sequence = Sequence.from_request(request, self._next_rank(request))
+        sequence = Sequence.from_request(request, self._next_rank(request), handed_kv)
         # Only a request that came before can be waited for, so no two wait for each other.
         leader = self._sequences.get(request.after) if request.after is not None else None
         if leader is not None and not leader.is_prompt_computed:
@@ -220,8 +239,10 @@ class Scheduler:
             self._admit_waiting(outline)
         if not outline.steps:
             return None
-        steps = self._asking_for_drafts(outline.steps)
-        plan = StepPlan(self._num_steps, steps, tuple(outline.copies), tuple(self._freed_slots))
+        plan = StepPlan(
+            self._num_steps, self._asking_for_drafts(outline.steps), tuple(outline.copies), tuple(self._freed_slots),
+            tuple(outline.loads), tuple(outline.saves),
+        )  # fmt: skip
         self._in_flight.append((plan, outline.sequences))
         self._freed_slots.clear()
         self._num_steps += 1
@@ -321,10 +342,11 @@ class Scheduler:
 
     def _try_admit(self, sequence: Sequence, outline: _Outline, num_promised: int | None) -> bool:
         """num_promised: blocks that are others' and must stay so; None where nothing is promised to anybody."""
-        for match in self._matches(sequence):
-            end = self._chunk_end(sequence, match.num_tokens, outline.budget)
-            if end > match.num_tokens and self._can_admit(sequence, match, end, num_promised):
-                self._admit(sequence, match, end, outline)
+        for match, num_handed in self._beginnings(sequence):
+            start = max(match.num_tokens, num_handed)
+            end = self._chunk_end(sequence, start, outline.budget)
+            if end > start and self._can_admit(sequence, match, end, num_promised):
+                self._admit(sequence, match, num_handed, end, outline)
                 return True
         return False
 
@@ -335,10 +357,21 @@ class Scheduler:
         num_reserved = num_promised - self._kv.num_in_windows
         return self._kv.can_promise(match, sequence.max_computed, chunk, num_reserved)
 
+    def _beginnings(self, sequence: Sequence) -> list[tuple[Match, int]]:
+        """What need not be computed, best first: from the prefix tree, and so many tokens from another engine."""
+        if sequence.needs_every_row:
+            return [(Match(), 0)]
+        matches = self._matches(sequence)
+        found = [(match, 0) for match in matches]
+        if sequence.handed_kv is None:
+            return found
+        num_handed = sequence.num_prompt - 1 - self.config.recomputes_last_found
+        if num_handed <= matches[0].num_tokens:
+            return found
+        return [(matches[-1].without_copy(), num_handed), *found]
+
     def _matches(self, sequence: Sequence) -> list[Match]:
         """What may be taken from the prefix tree, best first."""
-        if sequence.needs_every_row:
-            return [Match()]
         salt, token_ids = sequence.request.cache_salt, sequence.token_ids
         match = self._kv.match(salt, token_ids)
         if self.config.recomputes_last_found:
@@ -346,11 +379,15 @@ class Scheduler:
         # The source of a copy is one block more than the request itself needs: in a tight pool, go without it.
         return [match] if match.source is None else [match, match.without_copy()]
 
-    def _admit(self, sequence: Sequence, match: Match, end: int, outline: _Outline) -> None:
+    def _admit(self, sequence: Sequence, match: Match, num_handed: int, end: int, outline: _Outline) -> None:
         self._waiting.remove(sequence)
         outline.copies += self._kv.admit(sequence.table, match)
+        if num_handed:
+            rows = self._kv.receive(sequence.table, num_handed)
+            outline.loads.append(BlockLoad(sequence.handed_kv, len(match.path), rows))
+        sequence.handed_kv = None
         self._kv.extend(sequence.table, end)
-        sequence.num_computed = sequence.num_planned = match.num_tokens
+        sequence.num_computed = sequence.num_planned = max(match.num_tokens, num_handed)
         if sequence.num_cached is None:
             sequence.num_cached = match.num_tokens
             sequence.seconds_queued = time.monotonic() - sequence.added_at

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from slipstream.runtime.kv import BlockTable
 from slipstream.schema.request import FinishReason, GenerateRequest, Pooling, TokenLogprobs
@@ -40,14 +41,17 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of prompt tokens 1 ..; until they are sent
     followers: list["Sequence"] = field(default_factory=list)  # wait until this prompt is computed
     finish_reason: FinishReason | None = None
+    handed_kv: Any = None  # of all its prompt but the last token, computed elsewhere; until it is admitted
 
     @classmethod
-    def from_request(cls, request: GenerateRequest, rank: Rank) -> "Sequence":
+    def from_request(cls, request: GenerateRequest, rank: Rank, handed_kv: Any = None) -> "Sequence":
         stop_ids = request.eos_token_ids.union(request.sampling.stop_token_ids)
         token_ids = list(request.prompt_token_ids)
         num_prompt = len(token_ids)
         table = BlockTable(request.cache_salt, is_reusable=request.pooling is not Pooling.MEAN)
-        return cls(request, rank, token_ids, stop_ids, table, num_prompt, num_prompt + request.max_tokens)
+        sequence = cls(request, rank, token_ids, stop_ids, table, num_prompt, num_prompt + request.max_tokens)
+        sequence.handed_kv = handed_kv
+        return sequence
 
     @property
     def num_known(self) -> int:

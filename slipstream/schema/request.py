@@ -42,6 +42,8 @@ class GenerateRequest:
     cache_salt: str = ""  # requests share cached KV blocks only within one salt
     after: str | None = None  # wait until this request's prompt is computed, then share its blocks
     pooling: Pooling | None = None
+    kv_to: str | None = None  # an empty file, which has the KV of the prompt when the first token comes
+    kv_from: str | None = None  # such a file, of all the prompt but its last token
 
 
 @dataclass(frozen=True)

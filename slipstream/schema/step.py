@@ -4,7 +4,7 @@ What is made for each sequence of a step is a NamedTuple: a frozen dataclass tak
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from slipstream.schema.request import GenerateRequest, TokenLogprobs
 
@@ -50,12 +50,31 @@ class BlockCopy:
     num_tokens: int
 
 
+class BlockLoad(NamedTuple):
+    """Fill KV blocks with what another engine computed, before the step runs."""
+
+    kv: Any  # the worker's, opened by its receive()
+    first: int  # place in the sequence's block table of the first of these
+    rows: tuple[tuple[int, ...], ...]  # block ids, one a KV group; 0 for none
+
+
+class BlockSave(NamedTuple):
+    """Write KV blocks to a file for another engine, after the step has run."""
+
+    place: int  # of the sequence in this plan
+    path: str
+    num_tokens: int
+    rows: tuple[tuple[int, ...], ...]  # block ids from the table's first place on, one a KV group; 0 for none
+
+
 @dataclass(frozen=True)
 class StepPlan:
     step: int
     sequences: tuple[SequenceStep, ...]
     copies: tuple[BlockCopy, ...] = ()
     freed_slots: tuple[int, ...] = ()  # slots released since the last plan
+    loads: tuple[BlockLoad, ...] = ()
+    saves: tuple[BlockSave, ...] = ()
 
     @property
     def num_tokens(self) -> int:

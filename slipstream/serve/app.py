@@ -49,7 +49,8 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000  # 0 takes any that is free
     grpc_port: int | None = None  # of KServe's gRPC; alike
-    replicas: int = 1  # engines, each with devices or cores of its own
+    replicas: int = 1  # engines that answer, each with devices or cores of its own
+    prefill_replicas: int = 0  # engines beside them that compute prompts
     num_fronts: int = 1  # processes that speak HTTP
     served_model_names: Sequence[str] = ()  # default: the model's own
     api_keys: Sequence[str] = ()  # any of them opens; none: everybody may

@@ -105,19 +105,20 @@ class EngineConnection:
     # --- requests ---
 
     @contextmanager
-    def together(self, block_keys: list[list[int]]) -> Iterator[None]:
+    def together(self, block_keys: list[list[int]], asked: float) -> Iterator[None]:
         """What is submitted meanwhile begins a call: it goes in one message, of which the engine takes all or none.
 
-        block_keys: of its prompts.
+        block_keys: of its prompts.  asked: when the call came, by time.time().  Raises EngineDown.
         """
+        if self._socket is None:
+            raise EngineDown
         self._together = []
         try:
             yield
             requests = self._together
         finally:
             self._together = None
-        assert self._socket is not None
-        self._send(self._socket, Submit(requests, time.time(), begins_call=True, block_keys=block_keys))
+        self._send(self._socket, Submit(requests, asked, begins_call=True, block_keys=block_keys))
 
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
         """Send one sequence to the engine; the sink is called on the event loop."""

@@ -20,8 +20,8 @@ import msgspec
 import zmq
 
 from slipstream.api import LLM
-from slipstream.api.replicas import place_replica
-from slipstream.errors import RequestError, SlipstreamError
+from slipstream.api.replicas import num_ranks, place_replica
+from slipstream.errors import RequestError, SlipstreamError, UsageError
 from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent
 from slipstream.serve.engine_diagnostics import Profiler, StepLog, Watchdog
 from slipstream.serve.ledger import Ledger
@@ -161,7 +161,8 @@ class EngineServer:
             self._sent_elsewhere.setdefault(other, []).extend(submit.block_keys)
         sent = time.monotonic() - max(0.0, time.time() - submit.sent)
         for request in submit.requests:
-            self._ledger.open(request, front, sent, is_measured=submit.begins_call)
+            is_measured = submit.begins_call and request.kv_to is None  # the one that goes on measures the whole
+            self._ledger.open(request, front, sent, is_measured)
         if any(request.sampling.guided is not None for request in submit.requests):
             self._compilers.submit(self._prepare, front, submit.requests)
             return
@@ -267,6 +268,10 @@ def main() -> None:
     address = sys.argv[1]
     setup = msgspec.json.decode(_line_from_parent(), type=EngineSetup)
     try:
+        if setup.hands_over and num_ranks(setup.options) > 1:
+            raise UsageError(
+                "--prefill_replicas is for engines of one rank so far; leave it out, or --tp_size and --pp_size."
+            )
         num_here = 1 if setup.is_placed else setup.num_replicas
         llm = LLM(**place_replica(setup.options, setup.replica, num_here))
         server = EngineServer(llm, address, setup)

@@ -47,6 +47,7 @@ async def _serve() -> None:
         setup.name,
         on_ready=note_ready,
         num_replicas=config.replicas,
+        num_prefill_replicas=config.prefill_replicas,
         max_input_len=config.max_input_len,
         chat_template=config.chat_template,
         request_timeout=config.request_timeout,

@@ -5,6 +5,7 @@ All of it runs on the event loop of one thread. Whoever asks gets handles (api/h
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from slipstream.api.outputs import RequestOutput
 from slipstream.api.requests import Prompt, RequestMaker
 from slipstream.errors import RequestError, SlipstreamError
 from slipstream.schema.build import QueuePolicy
-from slipstream.schema.request import Pooling, TokenEvent
+from slipstream.schema.request import GenerateRequest, Pooling, TokenEvent
 from slipstream.schema.sampling import SamplingParams
 from slipstream.serve.connection import EngineConnection, EngineDown
+from slipstream.serve.handover import KVFolder, is_worth_it
 from slipstream.serve.messages import Ready
 from slipstream.serve.router import Choice, Room, Router
 from slipstream.text.tokenizer import Tokenizer
@@ -68,13 +70,15 @@ class Frontend:
         *,
         on_ready: Callable[[int, Ready], None],
         num_replicas: int = 1,
+        num_prefill_replicas: int = 0,
         max_input_len: int | None = None,
         chat_template: str | None = None,
         request_timeout: float | None = None,
         step_timeout: float = 120.0,
     ) -> None:
         """name: no other front has it.  on_ready: called whenever an engine, with its number, can take requests.
-        num_replicas: engines that run the same model.
+        num_replicas: engines that run the same model and answer.  num_prefill_replicas: those that compute prompts for
+        them, whose numbers follow theirs.
         max_input_len: tokens of a prompt, where it has a limit beside that of a whole sequence.
         request_timeout: seconds that a call may take whose Ask says nothing of it.
         step_timeout: seconds after which an engine that has work and makes no step counts as ill.
@@ -83,7 +87,10 @@ class Frontend:
         self._request_timeout, self.max_input_len = request_timeout, max_input_len
         self._ids = (f"{name}-{number}" for number in itertools.count())
         self._context = zmq.Context()
-        self._router = Router()
+        self._router, self._num_decoding, self._num_prefilling = Router(), num_replicas, num_prefill_replicas
+        self._kv_folder = KVFolder(name)
+        if num_prefill_replicas:
+            self._kv_folder.make()
         self.engines: Sequence[EngineConnection] = [
             EngineConnection(
                 name,
@@ -92,7 +99,7 @@ class Frontend:
                 partial(self._router.note, replica),
                 step_timeout,
             )
-            for replica in range(num_replicas)
+            for replica in range(num_replicas + num_prefill_replicas)
         ]
         self.watch: Callable[[Sequence[Ask], Steps], Steps] | None = None  # passes on the steps of each call
         self.engine: Ready  # what the newest one is, as they all are; these two from when one is
@@ -114,6 +121,7 @@ class Frontend:
     async def close(self) -> None:
         await self.detach_all()
         self._context.term()
+        self._kv_folder.remove()
 
     async def _note_ready(self, replica: int, ready: Ready) -> None:
         folder = ready.tokenizer_folder
@@ -125,7 +133,7 @@ class Frontend:
     @property
     def is_healthy(self) -> bool:
         """There is an engine that would answer."""
-        return any(engine.is_healthy for engine in self.engines)
+        return any(engine.is_healthy for engine in self.engines[: self._num_decoding])
 
     # --- requests ---
 
@@ -150,18 +158,25 @@ class Frontend:
 
     async def _generate(self, asks: Sequence[Ask]) -> Steps:
         clock = Clock(filter(None, [ask.timeout or self._request_timeout for ask in asks]))
+        asked = time.time()
         news: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
         choices = self._choose(asks)
-        handles = [
-            self._handle(self.engines[choice.replica], ask, partial(_put, news, index))
-            for index, (choice, ask) in enumerate(zip(choices, asks, strict=True))
-        ]
-        unfinished = set(range(len(handles)))
+        requests, handles = [self._request(ask) for ask in asks], list[Handle]()
         try:
+            if self._num_prefilling:
+                requests = await clock.limit(self._prefill(requests, choices, asked))
+            handles += [
+                make_handle(
+                    self.engines[choice.replica], self.maker.optional_tokenizer, ask.text, request,
+                    partial(_put, news, index),
+                )
+                for index, (choice, ask, request) in enumerate(zip(choices, asks, requests, strict=True))
+            ]  # fmt: skip
+            unfinished = set(range(len(handles)))
             with ExitStack() as stack:
                 for replica in {choice.replica for choice in choices}:
                     block_keys = [choice.block_keys for choice in choices if choice.replica == replica]
-                    stack.enter_context(self.engines[replica].together(block_keys))
+                    stack.enter_context(self.engines[replica].together(block_keys, asked))
                 for handle in handles:
                     handle.start()
             while unfinished:
@@ -182,11 +197,31 @@ class Frontend:
         finally:
             for handle in handles:
                 handle.abort()
+            if self._num_prefilling:
+                self._kv_folder.discard(requests)
+
+    async def _prefill(
+        self, requests: Sequence[GenerateRequest], choices: Sequence[Choice], asked: float
+    ) -> list[GenerateRequest]:
+        """With the KV of their prompts, where a prefill engine has computed that."""
+
+        async def prefilled(request: GenerateRequest, choice: Choice) -> GenerateRequest:
+            engines = self._healthy(range(self._num_decoding, len(self.engines)))
+            if not engines or not is_worth_it(request, choice.num_known):
+                return request
+            loads = {index: self.engines[index].num_sequences for index in engines}
+            chosen = self._router.choose(request.prompt_token_ids, loads, cache_salt=request.cache_salt)
+            return await self._kv_folder.prefill(request, self.engines[chosen.replica], chosen.block_keys, asked)
+
+        return await asyncio.gather(*map(prefilled, requests, choices))
+
+    def _healthy(self, indices: Iterable[int]) -> list[int]:
+        return [index for index in indices if self.engines[index].is_healthy]
 
     def _choose(self, asks: Sequence[Ask]) -> Sequence[Choice]:
         """One for each. Raises EngineDown where there is none."""
-        healthy = [index for index, engine in enumerate(self.engines) if engine.is_healthy]
-        ready = healthy or [index for index, engine in enumerate(self.engines) if engine.is_ready]
+        decoding = range(self._num_decoding)
+        ready = self._healthy(decoding) or [index for index in decoding if self.engines[index].is_ready]
         if not ready:
             raise EngineDown
         if len(self.engines) == 1:
@@ -201,7 +236,7 @@ class Frontend:
             choices.append(choice)
         return choices
 
-    def _handle(self, engine: EngineConnection, ask: Ask, sink: Callable[[TokenEvent], None]) -> Handle:
+    def _request(self, ask: Ask) -> GenerateRequest:
         if ask.priority and self.engine.runtime.queue_policy is not QueuePolicy.PRIORITY:
             raise RequestError(
                 f"priority is {ask.priority}, but this server takes requests as they come; leave it out, or start the "
@@ -214,10 +249,8 @@ class Frontend:
             )
         asked = (next(self._ids), ask.token_ids)
         if ask.pooling is None:
-            request = self.maker.request(*asked, ask.sampling, ask.priority, ask.cache_salt)
-        else:
-            request = self.maker.pooling_request(*asked, ask.pooling, ask.priority, ask.cache_salt)
-        return make_handle(engine, self.maker.optional_tokenizer, ask.text, request, sink)
+            return self.maker.request(*asked, ask.sampling, ask.priority, ask.cache_salt)
+        return self.maker.pooling_request(*asked, ask.pooling, ask.priority, ask.cache_salt)
 
     async def profile(self, start: bool) -> list[str]:
         """Where the traces of the engines' steps are, or will be; one each, of those that can.

@@ -90,6 +90,7 @@ class EngineSetup(msgspec.Struct):
     step_timeout: float  # seconds
     iteration_log: str | None
     profile_dir: str | None
+    hands_over: bool = False  # KV goes from some of them to others
     is_placed: bool = False  # it has GPUs or cores of its own already
 
 

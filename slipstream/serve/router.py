@@ -43,6 +43,7 @@ class Room:
 class Choice(NamedTuple):
     replica: int
     block_keys: list[int]  # of the prompt
+    num_known: int = 0  # tokens at the beginning of the prompt that this one has already
 
 
 @dataclass
@@ -101,8 +102,10 @@ class Router:
         chosen = min(self._open(near, loads, num_sequences), key=cost)
         replica = replicas[chosen]
         replica.last_turn = next(self._turns)
-        self.note(chosen, keys[replica.room.tokens_per_block])
-        return Choice(chosen, keys[replica.room.tokens_per_block])
+        own_keys = keys[replica.room.tokens_per_block]
+        choice = Choice(chosen, own_keys, replica.num_known(own_keys))
+        self.note(chosen, own_keys)
+        return choice
 
     def note(self, replica: int, keys: Sequence[int]) -> None:
         """A prompt with these blocks went there, whoever sent it."""

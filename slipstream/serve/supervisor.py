@@ -18,6 +18,7 @@ import msgspec
 
 from slipstream.errors import SlipstreamError, UsageError
 from slipstream.serve.app import ServeConfig
+from slipstream.serve.handover import KVFolder
 from slipstream.serve.local_engines import (
     STOP_SECONDS,
     EngineLost,
@@ -103,7 +104,7 @@ class Supervisor:
     ) -> None:  # fmt: skip
         self._options, self._config, self._listener, self._on_ready = dict(options), config, listener, on_ready
         self._engines = engines
-        self._replicas = [_Replica(index) for index in range(config.replicas)]
+        self._replicas = [_Replica(index) for index in range(config.replicas + config.prefill_replicas)]
         self._fronts: dict[str, Process] = {}
         self._ready: set[tuple[str, int]] = set()  # which front has said so of which engine
         self._has_started = self._is_closing = False
@@ -146,8 +147,8 @@ class Supervisor:
         replica.is_ready = False
         config = self._config
         setup = EngineSetup(
-            self._options, replica.index, config.replicas, config.max_queue_size, config.max_concurrent_requests,
-            config.step_timeout, config.iteration_log, config.profile_dir,
+            self._options, replica.index, len(self._replicas), config.max_queue_size, config.max_concurrent_requests,
+            config.step_timeout, config.iteration_log, config.profile_dir, hands_over=config.prefill_replicas > 0,
         )  # fmt: skip
         try:
             engine = replica.engine = await self._engines.start(setup)
@@ -179,6 +180,7 @@ class Supervisor:
             was_ready = await self._listen_to(name, front)
             why = ending(await front.wait())
             del self._fronts[name]
+            KVFolder(name).remove()
             self._ready = {(front_name, index) for front_name, index in self._ready if front_name != name}
             for replica in self._replicas:
                 if replica.engine is not None:
@@ -202,7 +204,7 @@ class Supervisor:
             replica.is_ready = True
             replica.was_ready.set()
             self._ready.add((name, said.replica))
-            if not self._has_started and len(self._ready) == self._config.num_fronts * self._config.replicas:
+            if not self._has_started and len(self._ready) == self._config.num_fronts * len(self._replicas):
                 self._has_started = True
                 self._on_ready(said.engine, _url(self._config, self._listener))
                 tell_service_manager("READY=1")

@@ -98,6 +98,7 @@ class FakeWorker:
     cells: dict[tuple[int, int], int | None] = field(default_factory=dict)
     rows: dict[int, Row] = field(default_factory=dict)
     num_computed: int = 0  # tokens, over all steps
+    num_loads: int = 0
 
     def execute(self, plan: StepPlan, failing: frozenset[int] = frozenset()) -> StepResult:
         """Run a step. The sequences at the indexes `failing` report an error and leave rubbish in their blocks."""
@@ -105,15 +106,38 @@ class FakeWorker:
         for copy in plan.copies:
             for offset in range(copy.num_tokens):
                 self.cells[copy.target, offset] = self.cells[copy.source, offset]
+        self._load(plan)
         for step in plan.sequences:  # all writes before all reads: two sequences must not write to one cell
             self._write(step, self.rows[step.slot].hashes)
         for step in plan.sequences:
             self._read(step)
+        self._check_saves(plan)
         for index in failing:
             self._write(plan.sequences[index], None)
             self.rows[plan.sequences[index].slot].has_failed = True
         self.num_computed += plan.num_tokens
         return StepResult(tuple(self._result(step, i in failing) for i, step in enumerate(plan.sequences)))
+
+    def _load(self, plan: StepPlan) -> None:
+        """What a load brings is the history hash at each position (handed_kv)."""
+        for load in plan.loads:
+            self.num_loads += 1
+            for place, row in enumerate(load.rows, load.first):
+                for block_id in filter(None, row):
+                    for offset in range(self.config.tokens_per_block):
+                        position = place * self.config.tokens_per_block + offset
+                        self.cells[block_id, offset] = load.kv[position] if position < len(load.kv) else None
+
+    def _check_saves(self, plan: StepPlan) -> None:
+        """Whoever goes on after these tokens finds all that the next one sees."""
+        for save in plan.saves:
+            row = self.rows[plan.sequences[save.place].slot]
+            assert save.path == row.request.kv_to and save.num_tokens == len(row.request.prompt_token_ids)
+            if row.has_failed:
+                continue
+            for group, block_ids in zip(self.config.kv_groups, zip(*save.rows, strict=True), strict=True):
+                for position in filter(lambda position: position < save.num_tokens, in_sight(group, save.num_tokens)):
+                    assert self.cells[self._cell(list(block_ids), position)] == row.hashes[position]
 
     def crash(self, plan: StepPlan) -> None:
         """Run a step that dies midway: whatever it was to write is rubbish now."""

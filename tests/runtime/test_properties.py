@@ -24,7 +24,7 @@ from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest
 from slipstream.schema.sampling import SamplingParams
 from slipstream.schema.step import StepPlan, StepResult
 
-from .fake_worker import FakeWorker, expected_output, expected_vector, make_request, prompt_logprob
+from .fake_worker import FakeWorker, expected_output, expected_vector, fold_all, make_request, prompt_logprob
 
 NUM_HISTORIES = int(os.environ.get("SLIPSTREAM_HISTORIES", "10000"))
 MAX_STEPS = 2000  # far more than any history needs: reaching it is a livelock
@@ -133,6 +133,7 @@ class History:
         self.num_to_come = rng.randint(2, 12)
         self.is_rough = rng.random() < 0.5  # aborts and failures happen
         self.how_often_ahead = rng.choice((0.0, 0.5, 1.0))  # steps are planned before the one before is committed
+        self.how_often_handed = rng.choice((0.0, 0.3, 0.9))  # prompts come with KV that another engine has computed
         self.num_ahead = 0
         self.flights: deque[tuple[StepPlan, StepResult | None]] = deque()  # run, and not committed
 
@@ -151,13 +152,18 @@ class History:
             self.num_to_come -= 1
             request = self.random_request()
             try:
-                self.scheduler.add(request)
+                self.scheduler.add(request, self.handed_kv(request))
             except (RequestError, CapacityError) as error:
                 assert str(error).endswith(".")
             else:
                 leader = self.stories.get(request.after or "")
                 self.stories[request.request_id] = Story(request, leader)
             self.scheduler.check()
+
+    def handed_kv(self, request: GenerateRequest) -> list[int] | None:
+        """Of some: that another engine has computed all but the last token."""
+        before = request.prompt_token_ids[:-1]
+        return fold_all(request, list(before)) if before and self.rng.random() < self.how_often_handed else None
 
     def random_request(self) -> GenerateRequest:
         rng = self.rng
@@ -183,6 +189,7 @@ class History:
             cache_salt=rng.choice(("", "", "", "other")),
             after=rng.choice([*self.stories, None, "unknown"]) if rng.random() < 0.4 else None,
             pooling=pooling,
+            kv_to=f"{self.num_to_come}.kv" if rng.random() < 0.2 and not pooling else None,
         )
 
     def maybe_abort(self) -> None:

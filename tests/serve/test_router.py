@@ -229,11 +229,11 @@ def test_what_another_front_sent_counts_as_sent() -> None:
     assert one.choose((2,) * 400, {0: 0, 1: 0}).replica == 0
     choice = one.choose(prompt, {0: 0, 1: 0}, cache_salt="mine")
     assert choice.replica == 1
-    other.note(*choice)
+    other.note(choice.replica, choice.block_keys)
     assert other.choose(prompt, {0: 0, 1: 0}).replica == 0
     assert other.choose(prompt, {0: 0, 1: 0}, cache_salt="mine").replica == 1
     other.leave(1)
-    other.note(*choice)  # late news of one that is gone
+    other.note(choice.replica, choice.block_keys)  # late news of one that is gone
     command = "from slipstream.serve.router import block_keys; print(list(block_keys((1,) * 400, 'mine', 4)))"
     said = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
     assert json.loads(said) == choice.block_keys

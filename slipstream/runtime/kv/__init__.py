@@ -56,8 +56,9 @@ class BlockTable:
         """The next row is in the tree now, perhaps as other blocks of equal contents."""
         index = len(self.path)
         self.path.append(node)
-        if self.rows[index] != node.block_ids:
-            self.rows[index] = list(node.block_ids)
+        row = [own and theirs for own, theirs in zip(self.rows[index], node.block_ids, strict=True)]
+        if self.rows[index] != row:
+            self.rows[index] = row
             self._changed.add(index)
 
     def _clear(self) -> None:
@@ -181,6 +182,16 @@ class KVCacheManager:
         for _ in range(len(table.rows), self._num_rows(num_tokens)):
             table._append(self._allocate())
 
+    def receive(self, table: BlockTable, num_tokens: int) -> tuple[tuple[int, ...], ...]:
+        """Give the table the blocks it lacks to hold num_tokens that another engine has computed, as if that had been
+        done here: without what the next token does not see. Returns the new rows."""
+        self._give_up_hidden(table, num_tokens)
+        table.position, first = num_tokens, len(table.rows)
+        hidden = [group.hidden(num_tokens, self.tokens_per_block) for group in self._groups]
+        for place in range(first, self._num_rows(num_tokens)):
+            table._append(self._allocate([place in out for out in hidden]))
+        return tuple(map(tuple, table.rows[first:]))
+
     def commit(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
         """A step has run: its copy is done, blocks it filled can be found by others, windows have moved.
 
@@ -204,7 +215,8 @@ class KVCacheManager:
         for index in self._windowed:
             group = self._groups[index]
             before = group.hidden(table.position, self.tokens_per_block)
-            for place in range(before.stop, group.hidden(position, self.tokens_per_block).stop):
+            after = group.hidden(position, self.tokens_per_block)
+            for place in range(before.stop, min(after.stop, len(table.rows))):
                 block_id, table.rows[place][index] = table.rows[place][index], NULL_BLOCK
                 table._changed.add(place)
                 if place < len(table.path):
@@ -240,10 +252,13 @@ class KVCacheManager:
             self._tree.release(table.copy_source, table.copy_source.block_ids)
             table.copy_source = None
 
-    def _allocate(self) -> list[int]:
-        """A row: a block for each group."""
+    def _allocate(self, hidden: Sequence[bool] = ()) -> list[int]:
+        """A row: a block for each group, but for those where nobody will see it."""
         row = []
         for group in range(len(self._groups)):
+            if hidden and hidden[group]:
+                row.append(NULL_BLOCK)
+                continue
             if not self._pool.num_free:
                 self._tree.evict()
             row.append(self._pool.allocate(group))

@@ -137,7 +137,7 @@ class PrefixTree:
         self._pool.retain(block_id)
 
     def insert(self, salt: str, parent: Node | None, tokens: Tokens, block_ids: Sequence[int]) -> Node:
-        """Put held, full blocks below `parent` (None is the root), or find their equals there.
+        """Put held, full blocks below `parent` (None is the root), or find their equals there; NULL_BLOCK for none.
 
         Where the tree had a block already, the caller's reference moves to that one and the caller's own is freed: the
         caller must use the returned node's block_ids from here on.
@@ -152,7 +152,7 @@ class PrefixTree:
         for group, block_id in enumerate(block_ids):
             if known.block_ids[group] == NULL_BLOCK:
                 known.block_ids[group] = block_id
-            else:
+            elif block_id != NULL_BLOCK:
                 self._hold_block(known.block_ids[group])
                 self._pool.release(block_id)
                 self._pool.free(block_id)

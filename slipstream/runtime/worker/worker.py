@@ -17,6 +17,7 @@ from slipstream.runtime.transfer import on_device
 from slipstream.runtime.worker.drafts import Drafts
 from slipstream.runtime.worker.graphs import compile_graph
 from slipstream.runtime.worker.groups import with_groups, with_trees
+from slipstream.runtime.worker.handover import HandedKV, Saving
 from slipstream.runtime.worker.hidden import embedding_of, head_of, with_hidden
 from slipstream.runtime.worker.inputs import make_inputs, rows_wanted
 from slipstream.runtime.worker.memory import allocate_kv, free_memory, keep_freed_memory, left_by_plan, peak_memory
@@ -56,6 +57,7 @@ class Flight:
     draw: Draw
     vectors: Vectors | None
     num_drafts: list[int]  # of each sequence that samples, for its next step
+    saving: list[Saving]  # the plan's saves
 
 
 class Worker:
@@ -194,6 +196,8 @@ class Worker:
         self._tables.update(plan)
         if plan.copies:
             self._copy(plan.copies)
+        for load in plan.loads:
+            load.kv.fill(load, self._caches())
         # What the host has to do with a row's logits comes after the step.
         is_chosen = [sequence.sample and not self._sampler.is_edited(sequence.slot) for sequence in plan.sequences]
         logits_RV, token_ids_R, hidden_TH, drafted_from_TF = self._run_sized(plan, counts, is_chosen)
@@ -221,8 +225,16 @@ class Worker:
                 self._drafts.follow(plan, drafted_from_TF, zip(*draw.on_host(), strict=True), self._tables)
             if slots:
                 hidden_SF = self._where_chosen(plan, drafted_from_TF, draw.accepted)
+        saving = [Saving(save, self._caches()) for save in plan.saves]  # the drafter's KV is there now, too
         num_drafts = self._drafts.propose(sampling, draw.accepted, hidden_SF)
-        return Flight(plan, counts, begun.wants_all_rows, logits_RV, draw, vectors, num_drafts)
+        return Flight(plan, counts, begun.wants_all_rows, logits_RV, draw, vectors, num_drafts, saving)
+
+    def receive(self, path: str, num_tokens: int) -> HandedKV | None:
+        """For a plan to load: what another engine has saved of a prompt's first tokens, if that is there."""
+        return HandedKV.receive(path, num_tokens, self._caches())
+
+    def _caches(self) -> list[Tensor]:
+        return [_indexable(kv_PNBKD) for kv_PNBKD in (*self._kv, *self._drafter_kv)]
 
     def _where_chosen(self, plan: StepPlan, hidden_TF: Tensor, accepted: Accepted) -> Tensor:
         """Of each sequence that samples, the row of its last token's choice."""
@@ -273,6 +285,9 @@ class Worker:
         if flight.vectors is not None:
             for index, result in flight.vectors.results():
                 results[index] = result
+        for save, saving in zip(flight.plan.saves, flight.saving, strict=True):
+            if (why := saving.write()) is not None:
+                results[save.place] = SequenceResult(error=why)
         return StepResult(tuple(results))
 
     def can_run_ahead(self, flight: Flight) -> bool:
@@ -317,8 +332,7 @@ class Worker:
         """Whole blocks, all at once: what is beyond a copy's tokens is overwritten before anything sees it."""
         sources_C = on_device([copy.source for copy in copies], torch.int64, self._device)
         targets_C = on_device([copy.target for copy in copies], torch.int64, self._device)
-        for kv_PNBKD in (*self._kv, *self._drafter_kv):
-            pages_PNBKD = _indexable(kv_PNBKD)
+        for pages_PNBKD in self._caches():
             pages_PNBKD[:, targets_C] = pages_PNBKD[:, sources_C]
 
     def _compact(self, steps: Sequence[SequenceStep], accepted: Accepted) -> None:

@@ -1,0 +1,220 @@
+"""A prefill engine and a decode engine behind one address: the answers of one engine, whoever is lost or leaves."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from slipstream import LLM, SamplingParams
+from tests.serve.conftest import START_SECONDS, Server, eventually, serving, start
+from tests.serve.load import LOAD_OPTIONS, Crowd, make_tasks
+from tests.serve.test_replicas import ENDLESS, Reader, statuses
+
+SHARED_MEMORY = Path("/dev/shm")
+TWO = ("--prefill_replicas", 1)
+soon = partial(eventually, seconds=START_SECONDS)
+
+
+class Split(Server):
+    folder: Path  # of its front
+
+    def files(self) -> list[Path]:
+        return list(self.folder.iterdir())
+
+
+@contextmanager
+def splitting(engine: Path, *options: object) -> Iterator[Split]:
+    before = set(SHARED_MEMORY.glob("slipstream-*"))
+    with serving(engine, *TWO, *options) as server:
+        split = Split(server.process, server.url, server.ready_line)
+        [split.folder] = set(SHARED_MEMORY.glob("slipstream-*")) - before
+        yield split
+    assert not split.folder.exists()
+
+
+@pytest.fixture(scope="module")
+def split(engine: Path) -> Iterator[Split]:
+    with splitting(engine, *LOAD_OPTIONS) as split:
+        yield split
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return [(7 * i * i + 3 * i + seed) % 320 for i in range(length)]
+
+
+def computed(server: Server) -> list[int]:
+    """Prompt tokens that each engine has computed, the decode engine first."""
+    return [each["engine"]["prompt_tokens_computed"] for each in server.health().json()["replicas"]]
+
+
+def ask(server: Server, prompt: list[int], **more: Any) -> httpx.Response:
+    return server.post("/v1/completions", {"prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 0} | more)
+
+
+def tokens_of(choice: dict[str, Any]) -> list[str]:
+    tokens: list[str] = choice["logprobs"]["tokens"]
+    return tokens
+
+
+def test_long_prompts_are_computed_by_one_and_answered_by_the_other(split: Split, offline: LLM) -> None:
+    assert "1 decode and 1 prefill engines, each float32" in split.ready_line
+    for length in (2, 64, 65, 66, 80, 81, 97, 200):
+        seen = computed(split)
+        body = ask(split, prompt_of(length, seed=length)).json()
+        expected = offline.generate(prompt_of(length, seed=length), SamplingParams(max_tokens=12, temperature=0))
+        assert body["choices"][0]["text"] == expected.outputs[0].text
+        news = [length, 0] if length <= 65 else [1, length - 1]
+        soon(lambda: computed(split) == [a + b for a, b in zip(seen, news, strict=True)])  # noqa: B023
+    assert not split.files()
+
+
+def test_what_the_decode_engine_has_it_is_not_handed(split: Split, offline: LLM) -> None:
+    prompt = prompt_of(150, seed=250)
+    seen = computed(split)
+    for longer in (prompt, [*prompt, *prompt_of(30, seed=5)]):
+        text = ask(split, longer).json()["choices"][0]["text"]
+        assert text == offline.generate(longer, SamplingParams(max_tokens=12, temperature=0)).outputs[0].text
+    soon(lambda: computed(split)[1] == seen[1] + 149)
+    soon(lambda: 1 + 30 <= computed(split)[0] - seen[0] <= 1 + 30 + 16)
+
+
+def test_several_completions_go_on_from_one_prompt_and_scores_are_made_alone(split: Split, offline: LLM) -> None:
+    prompt, seen = prompt_of(100, seed=300), computed(split)
+    asked = {"temperature": 1, "seed": 4, "n": 3}
+    choices = ask(split, prompt, **asked).json()["choices"]
+    expected = offline.generate(prompt, SamplingParams(max_tokens=12, temperature=1, seed=4, n=3))
+    assert [choice["text"] for choice in choices] == [each.text for each in expected.outputs]
+    soon(lambda: computed(split)[1] == seen[1] + 99)
+    seen = computed(split)
+    scored = ask(split, prompt_of(100, seed=301), echo=True, max_tokens=1).json()["choices"][0]  # needs every row
+    assert len(tokens_of(scored)) == 101
+    soon(lambda: computed(split)[0] >= seen[0] + 100)
+    assert computed(split)[1] == seen[1]
+
+
+def test_answers_under_load_are_those_of_one_engine(split: Split, engine: Path) -> None:
+    crowd = Crowd(split, make_tasks(engine, 16), num_clients=24)
+    asyncio.run(crowd.run(2))
+    assert not crowd.tally.wrong, "\n".join(crowd.tally.wrong[:5])
+    assert crowd.tally.num_whole > 10
+    soon(lambda: split.stats()["num_blocks_used"] == 0)
+    soon(lambda: not split.files())
+
+
+def pids(server: Split) -> tuple[int, int]:
+    """The decode engine's and the prefill engine's, whose cores are the last."""
+    decode, prefill = sorted(server.engine_pids, key=lambda pid: min(os.sched_getaffinity(pid)))
+    return decode, prefill
+
+
+class Waiting(threading.Thread):
+    """A client whose prompt the prefill engine has been sent, and stands still with."""
+
+    def __init__(self, server: Split, prompt: list[int]) -> None:
+        super().__init__(daemon=True)
+        self._server, self._prompt, self._leaves = server, prompt, threading.Event()
+        self.status = 0
+        _, prefill = pids(server)
+        os.kill(prefill, signal.SIGSTOP)
+        self.start()
+        soon(lambda: bool(server.files()) or not self.is_alive())
+
+    def run(self) -> None:
+        asyncio.run(self._wait())
+
+    async def _wait(self) -> None:
+        asked = {"prompt": self._prompt, "max_tokens": 12, "temperature": 0}
+        async with httpx.AsyncClient(timeout=60) as client:
+            answer = asyncio.create_task(client.post(f"{self._server.url}/v1/completions", json=asked))
+            leaving = asyncio.create_task(asyncio.to_thread(self._leaves.wait))
+            await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                self.status = 0 if answer.exception() else answer.result().status_code
+            else:
+                answer.cancel()
+            self._leaves.set()
+
+    def leave(self) -> None:
+        self._leaves.set()
+        self.join()
+
+
+def wait_with_a_prompt(server: Split, seed: int) -> Waiting:
+    """On a machine so slow that a standing engine counts as ill before it is asked, once more."""
+    for attempt in range(20):
+        waiting = Waiting(server, [seed, attempt, *prompt_of(120, seed=seed)])
+        if waiting.is_alive():
+            return waiting
+        os.kill(pids(server)[1], signal.SIGCONT)
+        soon(lambda: statuses(server) == ["ok", "ok"])
+    pytest.fail("the prefill engine is never asked")
+
+
+def test_who_leaves_while_the_prompt_is_computed_leaves_nothing(split: Split) -> None:
+    wait_with_a_prompt(split, seed=310).leave()
+    soon(lambda: not split.files())
+    os.kill(pids(split)[1], signal.SIGCONT)
+    soon(lambda: statuses(split) == ["ok", "ok"])
+    soon(lambda: split.stats()["num_blocks_used"] == 0)
+    assert not split.files()
+
+
+def test_a_prefill_engine_that_hangs_is_not_waited_for(split: Split) -> None:
+    waiting = wait_with_a_prompt(split, seed=311)
+    waiting.join()
+    assert waiting.status == 200
+    os.kill(pids(split)[1], signal.SIGCONT)
+    soon(lambda: statuses(split) == ["ok", "ok"])
+    soon(lambda: split.stats()["num_blocks_used"] == 0)
+    assert not split.files()
+
+
+@pytest.mark.parametrize(
+    ("more", "why"), [(("--tp_size", 2), "for engines of one rank"), (("--ray",), "for one machine")]
+)
+def test_what_is_not_there_yet_is_one_sentence(more: tuple[object, ...], why: str, engine: Path) -> None:
+    process = start(engine.with_name("talker"), *TWO, *more, stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=START_SECONDS)
+    assert process.returncode == 2
+    assert f"--prefill_replicas is {why} so far; leave it out, or --" in errors
+
+
+def test_a_lost_engine_costs_only_what_it_answers(patient_engine: Path) -> None:
+    with splitting(patient_engine, *ENDLESS) as server:
+        prompt = prompt_of(120)
+        before = ask(server, list(prompt)).json()["choices"][0]["text"]
+        reader = Reader(server, 7)
+        soon(lambda: reader.num_lines > 0)
+        waiting = wait_with_a_prompt(server, seed=50)
+        os.kill(pids(server)[1], signal.SIGKILL)
+        waiting.join()
+        assert waiting.status == 200  # the decode engine computes the prompt itself
+        soon(lambda: statuses(server) == ["ok", "ok"])
+        assert reader.is_alive()
+        assert ask(server, list(prompt)).json()["choices"][0]["text"] == before
+
+        os.kill(pids(server)[0], signal.SIGKILL)
+        soon(lambda: reader.has_failed)
+        error = json.loads(reader.ending[0].removeprefix("data: "))["error"]["message"]
+        assert "the engine process ended (signal 9)" in error
+        soon(lambda: statuses(server) == ["ok", "ok"])
+        seen = computed(server)
+        assert ask(server, list(prompt)).json()["choices"][0]["text"] == before
+        soon(lambda: computed(server)[0] == seen[0] + 1)  # the prefill engine has its prefix still
+
+        [front] = server.front_pids
+        waiting = wait_with_a_prompt(server, seed=90)
+        os.kill(front, signal.SIGKILL)
+        os.kill(pids(server)[1], signal.SIGCONT)
+        soon(lambda: not server.folder.exists())
+        soon(lambda: server.front_pids not in ([], [front]))
