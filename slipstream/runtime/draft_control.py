@@ -40,7 +40,7 @@ _PAUSE = 16  # steps between two trials, at least
 _FOR_TRIALS = 0.02  # of the time
 _SAVED = 8  # plain steps: as much of what drafts have gained is kept for trials
 _AS_GOOD = 0.985  # of the rate of plain decoding: what cannot be told apart goes on as it is
-_NUM_SAMPLES, _FEWEST_SAMPLES = 7, 2
+_NUM_SAMPLES, _FEWEST_SAMPLES = 7, 3
 _OLD = 512  # steps after which a measured time is forgotten
 
 
@@ -139,6 +139,7 @@ class DraftControl:
         return not state.is_drafting and state.next_trial <= self._step and self._seconds_owed <= 0
 
     def _begin_trial(self, state: _State) -> None:
+        self._next_choice = self._step  # what holds for all may ask for more at once
         state.is_drafting, state.num_asked = True, self._trial_len
         state.num_to_verify, state.trial_ends = _TRIAL, self._step + _TRIAL_STEPS
 

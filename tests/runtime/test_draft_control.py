@@ -114,7 +114,7 @@ COSTS = [reads_weights, computes, drafts_slowly]
 @pytest.mark.parametrize("chance", [0.1, 0.5, 0.9])
 def test_it_comes_near_the_best_fixed_length(cost: Cost, num_sequences: int, chance: float) -> None:
     best = max(Planted(cost, always(chance), num_sequences, fixed).rate(300) for fixed in range(MOST + 1))
-    assert Planted(cost, always(chance), num_sequences).run(100).rate(600) > 0.85 * best
+    assert Planted(cost, always(chance), num_sequences).run(100).rate(600) > 0.8 * best
 
 
 @pytest.mark.parametrize("lifetime", [None, 150])

@@ -167,6 +167,8 @@ class Drafts:
             num_drafts[index] = count = min(len(chain), step.max_drafts)
             padding = [0] * (self.max_len - count)
             rows.append([[*draft.token_ids[:count], *padding], [*parents[:count], *padding]])
+        if not any(num_drafts):
+            return num_drafts
         slots_S = on_device(verified.slots, torch.int64, self._device)
         token_ids_SN, parents_SN = on_device(rows, torch.int64, self._device).unbind(1)
         self._token_ids[slots_S], self._parents[slots_S] = token_ids_SN, parents_SN
@@ -221,6 +223,9 @@ class Drafts:
             return {}
         token_ids_T, slots_T = inputs["step.token_ids"], inputs["token_slots"]
         is_draft_T = token_ids_T < PENDING
+        if self._device.type == "cpu" and not bool(is_draft_T.any()):  # to look waits for nothing here
+            shape = (len(token_ids_T), self.num_mask_words)
+            return {"step.tree_masks": token_ids_T.new_full(shape, -1)} if self.can_branch else {}
         nodes_T = (1 + draft_name(token_ids_T)).where(is_draft_T, 0).clamp(max=self.max_len)
         drafts_T = self._token_ids[slots_T, (nodes_T - 1).clamp(min=0)]
         token_ids_T.copy_(drafts_T.where(is_draft_T, token_ids_T))
