@@ -5,9 +5,11 @@
 Greedy, the same tokens everywhere. Columns: a stream alone (128 tokens in, 128 out: its tokens a second after the
 first), the same while another process keeps one core busy, the time to the first of 128 tokens, a prompt of 1,024, 32
 requests at once (128 in, 64 out: all their tokens a second), the start of a process to its first token, and the peak of
-its memory with one request at a time. Each turn is a process of its own; a line has the medians of the rounds, and the
-first line's advantage in the same rounds. On a machine that others use, the processor time in brackets says more: of it
-a busy neighbour takes none.
+its memory with one request at a time. Each turn is a process of its own, after one that nobody times and that builds
+what is to be built; a line has the medians of the rounds, and the first line's advantage in the same rounds. A stream
+and a prompt are also said as parts of their floors, from rates measured in each round: for a stream its weights once a
+token at the rate of reading, for a prompt the products of its layers at the rate of int8. On a machine that others use,
+the processor time in brackets says more: of it a busy neighbour takes none.
 
 llama_python: an interpreter with llama-cpp-python, which reads the GGUF file as it is (Q4_1) and, rounded again by its
 own code, as Q4_0. openvino_python: one with openvino-genai, which reads the GGUF file, too.
@@ -25,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 COLUMNS = {  # what is measured → its unit, and whether more is better
     "a stream": ("tok/s", True),
@@ -35,6 +38,9 @@ COLUMNS = {  # what is measured → its unit, and whether more is better
     "cold start": ("s", False),
     "peak memory": ("MiB", False),
 }
+NUM_WEIGHTS, NUM_HEAD_WEIGHTS = 134_515_008, 49_152 * 576  # the head is the embedding; a prompt needs it once
+WITH_FLOOR = ("a stream", "prefill 1,024")
+MACHINE = "this machine"
 Generate = Callable[[list[int], int], None]  # lengths of prompts, tokens for each
 Cell = tuple[float, float]  # the value by wall time, and by processor time
 
@@ -46,7 +52,15 @@ def main() -> None:
     parser.add_argument("--llama_python")
     parser.add_argument("--openvino_python")
     parser.add_argument("--turn", help=argparse.SUPPRESS)
+    parser.add_argument("--untimed", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.turn and arguments.untimed:
+        open_contestant(arguments.turn, arguments.threads)([5], 1)
+        print("RESULT {}")
+        return
+    if arguments.turn == MACHINE:
+        print("RESULT", json.dumps(measure_rates()))
+        return
     if arguments.turn:
         print("RESULT", json.dumps(run_turn(arguments.turn, arguments.threads)))
         return
@@ -56,25 +70,45 @@ def main() -> None:
     if arguments.openvino_python:
         pythons["OpenVINO GenAI, the GGUF"] = arguments.openvino_python
     rounds: list[dict[str, dict[str, Cell]]] = []
+    rates: list[dict[str, float]] = []
+    for name, python in pythons.items():
+        start_turn(name, python, arguments.threads, "--untimed")
     for number in range(arguments.rounds):
         load = os.getloadavg()[0]
+        rates.append(start_turn(MACHINE, sys.executable, arguments.threads))
         rounds.append({name: start_turn(name, python, arguments.threads) for name, python in pythons.items()})
-        print(f"round {number + 1}, load average {load:.1f}: {rounds[-1]}", file=sys.stderr, flush=True)
-    report(rounds)
+        print(f"round {number + 1}, load average {load:.1f}: {rates[-1]} {rounds[-1]}", file=sys.stderr, flush=True)
+    report(rounds, rates)
 
 
-def start_turn(name: str, python: str, num_threads: int) -> dict[str, Cell]:
+def start_turn(name: str, python: str, num_threads: int, *options: str) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": str(num_threads), "SMOLLM2_GGUF": gguf()}
-    command = [python, __file__, "--turn", name, "--threads", str(num_threads)]
+    command = [python, __file__, "--turn", name, "--threads", str(num_threads), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     found = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     assert found is not None, done.stderr
     return json.loads(found.removeprefix("RESULT "))
 
 
-def run_turn(name: str, num_threads: int) -> dict[str, Cell]:
+def measure_rates() -> dict[str, float]:
+    """Bytes read and operations on int8 a second: the better of Slipstream's product and oneDNN's."""
+    import torch
+
+    from slipstream.bench.machine import measure_machine
+
+    machine = measure_machine("float32", torch.device("cpu"))
+    x, w = (torch.randint(-128, 128, (2048, 2048), dtype=torch.int8) for _ in range(2))
+    seconds = best(lambda: torch._int_mm(x, w), 10)[0]
+    return {"read": machine.read, "int8": max(machine.products["int8"], 2 * 2048**3 / seconds)}
+
+
+def open_contestant(name: str, num_threads: int) -> Generate:
     opened = {"Slipstream": open_slipstream, "llama.cpp": open_llama, "OpenVINO GenAI": open_openvino}
-    generate = opened[name.partition(",")[0]](name, num_threads)
+    return opened[name.partition(",")[0]](name, num_threads)
+
+
+def run_turn(name: str, num_threads: int) -> dict[str, Cell]:
+    generate = open_contestant(name, num_threads)
     generate([5], 1)
     found = {"cold start": (seconds_since_start(), time.process_time())}
     first = best(lambda: generate([128], 1), 5)
@@ -174,10 +208,14 @@ def open_llama(name: str, num_threads: int) -> Generate:
     return generate
 
 
+def q4_0_path() -> Path:
+    return Path(os.environ.get("TMPDIR", "/tmp")) / "smollm2-q4_0.gguf"
+
+
 def as_q4_0(path: str) -> str:
     import llama_cpp as cpp
 
-    target = Path(os.environ.get("TMPDIR", "/tmp")) / "smollm2-q4_0.gguf"
+    target = q4_0_path()
     if not target.is_file():
         how = cpp.llama_model_quantize_default_params()
         how.ftype, how.allow_requantize = cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
@@ -213,8 +251,19 @@ def gguf() -> str:
     return str(next(Path(spec.origin).parent.glob("*.gguf")))
 
 
-def report(rounds: list[dict[str, dict[str, Cell]]]) -> None:
+def floor(name: str, column: str, rates: dict[str, float]) -> float:
+    """The most that a column can be, in its unit."""
+    if column == "prefill 1,024":
+        return rates["int8"] / (2 * (NUM_WEIGHTS - NUM_HEAD_WEIGHTS))
+    file = q4_0_path() if name.endswith("Q4_0") else Path(gguf())
+    return rates["read"] / (NUM_WEIGHTS if name.endswith("int8") else file.stat().st_size)
+
+
+def report(rounds: list[dict[str, dict[str, Cell]]], rates: list[dict[str, float]]) -> None:
     names = list(rounds[0])
+    for rate, text in (("read", "GB/s read"), ("int8", "GOP/s of int8")):
+        print(f"{statistics.median(each[rate] for each in rates) / 1e9:,.1f} {text}")
+    print()
     print("| | " + " | ".join(f"{name}, {unit}" for name, (unit, _) in COLUMNS.items()) + " |")
     print("| --- " * (len(COLUMNS) + 1) + "|")
     for name in names:
@@ -224,6 +273,10 @@ def report(rounds: list[dict[str, dict[str, Cell]]]) -> None:
             ratios = [each[names[0]][column][0] / each[name][column][0] for each in rounds]
             ratio = statistics.median(ratios if is_more_better else [1 / each for each in ratios])
             texts.append(f"{wall:,.1f} ({cpu:,.1f})" + (f" {ratio:.2f}x" if name != names[0] else ""))
+            if column in WITH_FLOOR:
+                pairs = zip(rounds, rates, strict=True)
+                parts = [each[name][column][0] / floor(name, column, rate) for each, rate in pairs]
+                texts[-1] += f", {statistics.median(parts):.2f} of the floor"
         print(f"| {name} | {' | '.join(texts)} |")
 
 
