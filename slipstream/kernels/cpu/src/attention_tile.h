@@ -114,18 +114,30 @@ inline void look(const Sight& sight, float* scores, int64_t first, int64_t end) 
   }
 }
 
-// Scores at [first, end) become shares of 2^(score - largest), exactly 0 where hidden.
-inline void share(float* scores, int64_t first, int64_t end, float& most, float& total) {
-  Floats found = splat(-INFINITY), sums = {};
-  for (int64_t i = first; i < end; i += LANES) found = larger(found, load(scores + i));
-  most = largest(found);
-  const Floats start = splat(most == -INFINITY ? 0.0f : most);
-  for (int64_t i = first; i < end; i += LANES) {
-    const Floats each = power_of_two(load(scores + i) - start);
-    store(scores + i, each);
-    sums += each;
+// Scores of M rows at [first, end) become shares of 2^(score - largest), exactly 0 where hidden. The rows take turns: a vector's
+// steps wait for each other.
+template <int M>
+inline void share(float* scores, int64_t first, int64_t end, float* most, float* total) {
+  Floats found[M], sums[M] = {};
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) found[m] = splat(-INFINITY);
+  for (int64_t i = first; i < end; i += LANES)
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) found[m] = larger(found[m], load(scores + m * TILE + i));
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    most[m] = largest(found[m]);
+    found[m] = splat(most[m] == -INFINITY ? 0.0f : most[m]);
   }
-  total = sum(sums);
+  for (int64_t i = first; i < end; i += LANES)
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const Floats each = power_of_two(load(scores + m * TILE + i) - found[m]);
+      store(scores + m * TILE + i, each);
+      sums[m] += each;
+    }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) total[m] = sum(sums[m]);
 }
 
 // What M rows of q, scaled, find in a tile.
@@ -144,8 +156,8 @@ void attend(const float* q, int64_t head_dim, const Tile& tile, const Sight* sig
     const Sight& sight = sights[m];
     const bool sees_all = sight.places == nullptr && sight.low <= sight.first + start && sight.high >= sight.first + stop;
     if (!sees_all || sight.slope != 0 || sight.soft_cap != 0) look(sight, scores + m * TILE, start, stop);
-    share(scores + m * TILE, start, stop, found.largest[m], found.total[m]);
   }
+  share<M>(scores, start, stop, found.largest, found.total);
   int64_t column = 0;
   for (; column + LANES <= found.width; column += V * LANES)
     with_count<V>((found.width - column) / LANES, [&](auto vectors) {
