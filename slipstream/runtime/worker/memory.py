@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import math
+import mmap
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -189,7 +189,7 @@ def allocate_kv(manifest: Manifest, groups: Sequence[KVGroup], num_blocks: int, 
     dtypes = [getattr(torch, name) for name in _kv_dtypes(manifest, groups)]
     try:
         return [zeros(shape, dtype, device) for dtype in dtypes]
-    except (RuntimeError, MemoryError):
+    except (RuntimeError, OSError):
         size = sum(math.prod(shape) * dtype.itemsize for dtype in dtypes)
         raise CapacityError(
             f"The KV cache of {size / 2**30:.1f} GiB could not be allocated; lower --kv_cache_free_memory_fraction "
@@ -213,7 +213,12 @@ def _kv_dtypes(manifest: Manifest, groups: Sequence[KVGroup]) -> list[str]:
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU they take memory only as they are written (calloc); torch.zeros would touch every page."""
+    """On a CPU they take memory only as they are written: torch.zeros would touch every page, and pages of NumPy's are
+    huge, 2 MiB of each layer's cache for the first token."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes == 0:
+        return torch.zeros(shape, dtype=dtype)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
