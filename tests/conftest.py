@@ -13,6 +13,9 @@ import torch
 from slipstream.schema.folders import cache_folder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
+# Of tiny models a second thread takes as much as it gives, and far more beside other tests; its own tests ask for it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: tests/gpu runs kernels in its interpreter
 # Examples are the same in every run, as tests/seed.py's numbers are, unless a seed is given to look for more.

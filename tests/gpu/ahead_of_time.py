@@ -5,7 +5,7 @@ Prints the shared memory of each kernel, which must fit the GPU's.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 from slipstream.kernels.sampling import SlotTable
 from slipstream.kernels.triton import attention, experts, linear, rope, router, rows, sampling
 
+MEASURED = 90  # benchmarks/; for other GPUs fewer calls show which instructions they lack
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
@@ -49,23 +50,20 @@ def main(capability: int) -> None:
     for module in (attention, experts, linear, rope, router, rows):
         module.starts_early = lambda device: capability >= 90
     attention.num_processors = lambda device: 132
-    for call in (
-        attend,
-        attend_with_everything,
-        attend_latent,
-        attend_streaming,
-        attend_tree,
-        place,
-        sample,
-        route,
-        norm,
-    ):
+    for call in (attend, attend_with_everything, place, sample, norm):
+        call()
+    numbers = {torch.bfloat16, torch.int8, torch.uint8, torch.float8_e4m3fn}
+    if capability != MEASURED:
+        fewer = numbers - ({torch.float8_e4m3fn} if capability < 89 else {torch.int8})
+        multiply(fewer, (1, 300))
+        mix(fewer - {torch.uint8})
+        return
+    for call in (attend_latent, attend_streaming, attend_tree, route):
         call()
     keep_in_8_bits(torch.int8)
-    if capability >= 89:
-        keep_in_8_bits(torch.float8_e4m3fn)
-    multiply(has_fp8=capability >= 89)
-    mix(has_fp8=capability >= 89)
+    keep_in_8_bits(torch.float8_e4m3fn)
+    multiply(numbers, (1, 8, 64, 300))
+    mix(numbers | {torch.float32})
 
 
 def attend() -> None:
@@ -157,14 +155,16 @@ def norm() -> None:
     rows.activate(x_TH, "silu", is_gated=True, how=rows.Quantized(0.0, 0, "int8"))
 
 
-def multiply(has_fp8: bool) -> None:
-    """Each kind of weight; one row, few, and a prompt."""
+def multiply(numbers: Set[torch.dtype], rows: tuple[int, ...]) -> None:
+    """Weights of these numbers; one row, few, and a prompt."""
     wide, e4m3 = torch.bfloat16, torch.float8_e4m3fn
     kinds = [(wide, wide, 0), (torch.int8, wide, 0), (torch.uint8, wide, 128), (torch.int8, torch.int8, 0)]
-    for packed, x, group in [*kinds, (e4m3, e4m3, 128)] if has_fp8 else kinds:
+    for packed, x, group in [*kinds, (e4m3, e4m3, 128)]:
+        if packed not in numbers:
+            continue
         weight_NK = torch.empty(6144, 2048 if packed == torch.uint8 else 4096, dtype=packed)
         scale_NG = None if packed == wide else torch.empty(6144, 32 if group else 1)
-        for num_rows in (1, 8, 64, 300):
+        for num_rows in rows:
             x_scale_MG = torch.empty(num_rows, 32 if group else 1) if x != wide else None
             weight = linear.Weight(weight_NK, scale_NG, None, group, x_scale_MG, group if x != wide else 0)
             linear.product(torch.empty(num_rows, 4096, dtype=x), weight, None, wide)
@@ -178,12 +178,13 @@ def route() -> None:
     router.sigmoid(x_TH, weight_EH, torch.empty(256), 8, 8, 4, True, 2.5)
 
 
-def mix(has_fp8: bool) -> None:
-    """Each kind of expert; one token and a prompt."""
+def mix(numbers: Set[torch.dtype]) -> None:
+    """Experts of these numbers; one token and a prompt."""
     wide, e4m3 = torch.bfloat16, torch.float8_e4m3fn
     kinds = [(wide, wide, 0), (torch.int8, wide, 0), (torch.uint8, wide, 128), (torch.int8, torch.int8, 0)]
-    for packed, x, group in [*kinds, (torch.float32, torch.float32, 0), *([(e4m3, e4m3, 128)] if has_fp8 else [])]:
-        _mix(packed, x, group)
+    for packed, x, group in [*kinds, (torch.float32, torch.float32, 0), (e4m3, e4m3, 128)]:
+        if packed in numbers:
+            _mix(packed, x, group)
 
 
 def _mix(packed: torch.dtype, x: torch.dtype, group: int) -> None:
