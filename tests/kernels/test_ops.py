@@ -1250,7 +1250,9 @@ def test_streaming_attention_reads_sinks_and_newest_tokens_only(
     ],
     ids=lambda options: "-".join(options),
 )
-@pytest.mark.parametrize("kernel", known_ops()["tree_attention"].candidates(CPU, torch.float32).values(), ids=str)
+@pytest.mark.parametrize(
+    "kernel", known_ops()["tree_attention"].candidates(CPU, torch.float32).values(), ids=lambda kernel: kernel.name
+)
 def test_tree_attention_takes_its_options(kernel: Any, options: dict[str, Any], chunks: list[tuple[int, int]]) -> None:
     arguments = tree_inputs(torch.Generator().manual_seed(SEED), chunks, **options)
     check(known_ops()["tree_attention"], kernel.function, arguments, torch.float32)

@@ -157,7 +157,7 @@ def test_drafts_are_what_the_equations_say(
         (write_eagle3, [2, 1, 0], {"depth": 4, "width": 2}),
         (write_eagle, [-1], {"depth": 1, "width": 5, "max_draft_len": 3}),
     ],
-    ids=str,
+    ids=["deep", "of three layers", "wide"],
 )
 def test_trees_grow_where_the_equations_are_surest(
     write: Callable[..., Path], layers: list[int], tree: dict[str, int], model: Path, tmp_path: Path, seen: list[Seen]
