@@ -1,5 +1,6 @@
 """Options that several verbs share, spelled and explained once. Where TensorRT-LLM has one, its name is used."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +8,14 @@ from typing import Annotated
 import typer
 
 from slipstream.errors import UsageError
+
+
+def _share_threads(count: int | None) -> int | None:
+    """OpenMP reads this once, when torch is imported: later here, and in a server's other processes."""
+    if count is not None:
+        os.environ["OMP_NUM_THREADS"] = str(count)
+    return count
+
 
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16 or float16. auto: float32 on a CPU, the model's own on a GPU.")
@@ -30,6 +39,14 @@ ModelClsFile = Annotated[
 ]
 ModelClsName = Annotated[str, typer.Option(help="The class in --model_cls_file.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto: the GPU where there is one.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        callback=_share_threads,
+        help="Threads that compute on a CPU, over all ranks.  [default: OMP_NUM_THREADS, else one a core]",
+    ),
+]
 TpSize = Annotated[
     int | None,
     typer.Option(

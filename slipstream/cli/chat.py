@@ -45,6 +45,7 @@ def chat(
     kv_cache_dtype: options.KvCacheDtype = "auto",
     quantization: options.Quantization = None,
     device: options.Device = "auto",
+    threads: options.Threads = None,
     tp_size: options.TpSize = None,
     pp_size: options.PpSize = None,
     moe_ep_size: options.MoeEpSize = None,

@@ -97,6 +97,7 @@ def run(
     kv_cache_dtype: options.KvCacheDtype = "auto",
     quantization: options.Quantization = None,
     device: options.Device = "auto",
+    threads: options.Threads = None,
     tp_size: options.TpSize = None,
     pp_size: options.PpSize = None,
     moe_ep_size: options.MoeEpSize = None,

@@ -189,6 +189,17 @@ def test_verbose_says_where_the_time_went(engine: Path) -> None:
     assert re.search(r"\d+ prompt tokens \(0 cached\), \d+ output tokens in \S+ s: \S+ tokens/s", done.stderr)
 
 
+def test_threads_that_compute(engine: Path) -> None:
+    at_end = "atexit.register(lambda: print('threads', sys.modules['torch'].get_num_threads()))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import atexit, sys, slipstream.cli; {at_end}; slipstream.cli.main()",
+         "run", "--engine_dir", str(engine), "--input_text", PROMPT, "--max_output_len", "2", "--threads", "2"],
+        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("threads 2\n")
+
+
 def test_greedy_says_what_it_ignores(call: Call, engine: Path) -> None:
     done = call("run", "--engine_dir", engine, "--input_text", "a", "--max_output_len", 1, "--temperature", 0.7)
     assert done.err == "note: no effect: --temperature, since --top_k 1 (the default) is greedy; add --top_k 0.\n"
