@@ -5,14 +5,17 @@ import threading
 from pathlib import Path
 
 from slipstream import LLM, SamplingParams
+from slipstream.checkpoint.random import write_random_model
+from slipstream.models.llama import TINY
 
 
 def is_mapped(path: Path) -> bool:
     return str(path.resolve()) in Path("/proc/self/maps").read_text()
 
 
-def test_close_frees_weights_and_thread(tiny_model: Path) -> None:
-    with LLM(tiny_model, kv_cache_max_tokens=64) as llm:
+def test_close_frees_weights_and_thread(tmp_path: Path) -> None:
+    model = write_random_model(tmp_path / "own", TINY, seed=7)  # whose engine no other test has open
+    with LLM(model, kv_cache_max_tokens=64) as llm:
         llm.generate([1, 2, 3], SamplingParams(max_tokens=4))
         weights = llm._folder.path / "rank0.engine"
         assert is_mapped(weights)
