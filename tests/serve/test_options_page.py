@@ -1,5 +1,6 @@
 """docs/serving/options.md: its file has every option of `slipstream serve` with its default, and can be loaded."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ NO_DEFAULT = r"^# (?=\w+: )"
 def example() -> str:
     [block] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     return str(block)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy: `threads` sets OMP_NUM_THREADS."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
 def loaded(text: str, folder: Path) -> dict[str, Any]:
