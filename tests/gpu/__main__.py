@@ -6,6 +6,7 @@ Nothing is installed: the Python that runs it has what the tests need. What pyte
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,20 +34,18 @@ def main() -> int:
     num_gpus = max(1, torch.cuda.device_count())
     print(f"{num_gpus} x {where}; torch {torch.__version__}; {len(tests)} tests", flush=True)
     alone = [test for test in tests if any(name in test for name in ALONE)]
-    shared = [test for test in tests if test not in alone]
+    # An idle process takes half of what another one has left: neighbours share kernels, so that few compile twice.
+    together = ["-n", str(arguments.processes), "--dist", "worksteal"]
     with tempfile.TemporaryDirectory() as folder:
-        parts = [shared[first :: arguments.processes] for first in range(arguments.processes)]
-        on_one = [(part, {"CUDA_VISIBLE_DEVICES": str(index % num_gpus)}) for index, part in enumerate(parts)]
-        runs: list[Run] = []
-        for round_ in (on_one, [(alone, {})]):
-            here = [
-                Run(tests_of_it, Path(folder) / str(len(runs) + index), environment, arguments.test_limit)
-                for index, (tests_of_it, environment) in enumerate(round_)
-                if tests_of_it
-            ]
-            wait_for(here, start + arguments.limit)
-            runs += here
-        return summarize(tests, runs, time.perf_counter() - start)
+        record = Path(folder) / "record.jsonl"
+        environment = {"TESTS_RECORD": str(record), "TESTS_SECONDS": str(arguments.test_limit)}
+        environment["TESTS_GPUS"] = str(num_gpus)
+        for some, how in ((alone, ["-n", "0"]), ([test for test in tests if test not in alone], together)):
+            names = Path(folder) / "names.txt"
+            names.write_text("\n".join(some))
+            if some:
+                run([*how, f"@{names}"], environment, start + arguments.limit - time.perf_counter())
+        return summarize(tests, record, time.perf_counter() - start)
 
 
 def collect(of_pytest: list[str]) -> list[str]:
@@ -61,51 +60,43 @@ def collect(of_pytest: list[str]) -> list[str]:
     return tests
 
 
-class Run:
-    """One process, and what it found."""
-
-    def __init__(self, tests: list[str], path: Path, environment: dict[str, str], test_limit: float) -> None:
-        self._record, self._log = path.with_suffix(".jsonl"), path.with_suffix(".log")
-        arguments = path.with_suffix(".txt")
-        arguments.write_text("\n".join(tests))
-        of_plugin = {"TESTS_RECORD": str(self._record), "TESTS_SECONDS": str(test_limit)}
-        command = [sys.executable, "-m", "pytest", "-p", "tests.gpu.recorder", "--capture=sys", f"@{arguments}"]
-        with self._log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment | of_plugin
-            )
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._record.read_text().splitlines()] if self._record.exists() else []
-
-
-def wait_for(runs: list[Run], end: float) -> None:
-    """Until they are done; what still runs at the end is killed, all of it before any is waited for."""
-    while time.perf_counter() < end and any(run.process.poll() is None for run in runs):
-        time.sleep(0.1)
-    for run in runs:
-        run.process.kill()
-    for run in runs:
-        run.process.wait()
+def run(arguments: list[str], environment: dict[str, str], seconds: float) -> None:
+    """pytest, whose processes are all killed when the seconds are over."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "tests.gpu.recorder",
+        "--tb=short",
+        "--no-summary",
+        "--capture=sys",
+        *arguments,
+    ]
+    process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
+    try:
+        process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def summarize(tests: list[str], runs: list[Run], seconds: float) -> int:
+def summarize(tests: list[str], record: Path, seconds: float) -> int:
     """-> the exit code."""
-    last = {test: {"test": test, "outcome": "not run"} for test in tests}
-    for run in runs:
-        last |= {each["test"]: each for each in run.records()}
-        if not run.records() or run.records()[-1]["outcome"] == "running":
-            print(run.log[-LONGEST_TEXT:])
+    last: dict[str, dict[str, Any]] = {test: {"test": test, "outcome": "not run"} for test in tests}
+    for line in record.read_text().splitlines() if record.exists() else ():
+        case = json.loads(line)
+        last[case["test"]] = case
     cases = list(last.values())
     for case in cases:
         if case["outcome"] == "failed":
             print(f"failed: {case['test']}\n{case['text'][-LONGEST_TEXT:]}\n")
     slowest = sorted(cases, key=lambda case: -case.get("seconds", 0))[:15]
     print("slowest:", *(f"{case.get('seconds', 0):7.1f} s  {case['test']}" for case in slowest), sep="\n  ")
+    files = Counter[str]()
+    for case in cases:
+        files[case["test"].partition("::")[0]] += case.get("seconds", 0)
+    print("all processes:", *(f"{each:7.1f} s  {name}" for name, each in files.most_common()), sep="\n  ")
     for outcome in ("running", "failed"):
         print(*(f"{outcome}: {case['test']}" for case in cases if case["outcome"] == outcome), sep="\n")
     counts = Counter(case["outcome"] for case in cases)
