@@ -214,6 +214,7 @@ def kv_scales(amax_PK: Tensor, dtype: str) -> Tensor:
 
 def kv_rounded(x_PTKD: Tensor, scales_PK: Tensor, dtype: str) -> Tensor:
     """What is read again of keys and values that a cache of 8 bits was given."""
+    scales_PK = scales_PK.to(x_PTKD.device)
     stored = [
         to_stored(x_TKD, scale_K, getattr(torch, dtype)) for x_TKD, scale_K in zip(x_PTKD, scales_PK, strict=True)
     ]
