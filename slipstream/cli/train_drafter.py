@@ -21,7 +21,7 @@ def train_drafter(
     model: Annotated[str, typer.Option(help="Model folder, .gguf file, engine folder, Hub id or smollm2.")],
     output_dir: Annotated[Path, typer.Option(help="Folder to write; new, empty, or one that this command began.")],
     method: Annotated[
-        str, typer.Option(help="What to train, as --speculative names it: medusa, redrafter or draft_model.")
+        str, typer.Option(help="What to train, as --speculative names it: medusa, redrafter, eagle or draft_model.")
     ] = "medusa",
     data: Annotated[
         Path | None,

@@ -2,10 +2,11 @@
 
 They are kept on disk, a file for some texts, and mapped when they are read.
 
-Shape suffixes: L tokens of a text, H hidden size.
+Shape suffixes: T tokens of a step, L of a text, F numbers of each: all of its hidden states, side by side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from slipstream.engine.folder import Engine
 from slipstream.engine.tensor_file import TensorFile, write_tensor_file
 from slipstream.progress import Progress
 from slipstream.runtime.kv import BlockTable, KVCacheManager
+from slipstream.runtime.worker.hidden import with_hidden
 from slipstream.runtime.worker.memory import count_blocks
 from slipstream.runtime.worker.worker import Worker
 from slipstream.schema.step import SequenceStep, StepPlan
@@ -24,38 +26,65 @@ TEXTS_A_FILE = 64
 
 
 class HiddenStates:
-    """Computes them, a text at a time."""
+    """Computes them, in steps as full as can be."""
 
-    def __init__(self, engine: Engine, choices: Choices, device: torch.device, longest: int) -> None:
+    def __init__(
+        self, engine: Engine, choices: Choices, device: torch.device, layers: Sequence[int], longest: int
+    ) -> None:
+        """layers: as Drafter.reads_hidden names them. longest: tokens of a text."""
         manifest = engine.manifest
         self._max_num_tokens, groups = manifest.max_num_tokens, manifest.kv_groups
-        self._worker = Worker(engine, choices, groups, 1, device)
+        engine = replace(engine, graph=with_hidden(engine.graph, layers))
+        self._worker = Worker(engine, choices, groups, TEXTS_A_FILE, device)
         left = self._worker.memory_left(manifest.max_num_tokens)
-        num_blocks = count_blocks(manifest, groups, device, left, fraction=0.9, max_tokens=longest)
+        at_once = longest + manifest.max_num_tokens + TEXTS_A_FILE * manifest.tokens_per_block
+        num_blocks = count_blocks(manifest, groups, device, left, fraction=0.9, max_tokens=at_once)
         self._worker.allocate_kv(num_blocks)
         self._kv = KVCacheManager(num_blocks, manifest.tokens_per_block, False, groups)
         self._num_steps = 0
 
-    def of(self, token_ids: Sequence[int]) -> Tensor:
-        """[L, H], on the engine's device."""
-        table, chunks = BlockTable(), []
-        for start in range(0, len(token_ids), self._max_num_tokens):
-            chunk = tuple(token_ids[start : start + self._max_num_tokens])
-            end = start + len(chunk)
-            self._kv.extend(table, end)
-            step = SequenceStep(0, start, chunk, sample=False, table_changes=table.take_changes())
+    def of(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """[L, F] of each of at most TEXTS_A_FILE texts, on the host."""
+        tables = [BlockTable() for _ in texts]
+        found: list[list[Tensor]] = [[] for _ in texts]
+        for pieces in _steps([len(text) for text in texts], self._max_num_tokens):
+            steps = []
+            for index, start, end in pieces:
+                self._kv.extend(tables[index], end)
+                changes, token_ids = tables[index].take_changes(), tuple(texts[index][start:end])
+                steps.append(SequenceStep(index, start, token_ids, sample=False, table_changes=changes))
             self._num_steps += 1
-            chunks.append(self._worker.hidden_states(StepPlan(self._num_steps, (step,))).clone())
-            self._kv.commit(table, token_ids, end)
-        self._kv.release(table, token_ids, len(token_ids))
-        return torch.cat(chunks)
+            hidden_TF = self._worker.hidden_states(StepPlan(self._num_steps, tuple(steps))).to("cpu", copy=True)
+            parts = hidden_TF.split([end - start for _, start, end in pieces])
+            for (index, _, end), part_LF in zip(pieces, parts, strict=True):
+                found[index].append(part_LF)
+                self._kv.commit(tables[index], texts[index], end)
+                if end == len(texts[index]):
+                    self._kv.release(tables[index], texts[index], end)
+        return [torch.cat(parts) for parts in found]
+
+
+def _steps(lengths: Sequence[int], budget: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Texts one after the other, in steps of `budget` tokens: which text, from which token to which."""
+    pieces, left = [], budget
+    for index, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            end = min(length, start + left)
+            pieces.append((index, start, end))
+            left, start = left - (end - start), end
+            if not left:
+                yield pieces
+                pieces, left = [], budget
+    if pieces:
+        yield pieces
 
 
 class HiddenFiles:
     """Of texts, in their order, as files of a folder."""
 
-    def __init__(self, folder: Path, texts: Sequence[Sequence[int]]) -> None:
-        self._folder, self._texts = folder, texts
+    def __init__(self, folder: Path, texts: Sequence[Sequence[int]], layers: Sequence[int]) -> None:
+        self._folder, self._texts, self._layers = folder, texts, layers
         self._files: dict[int, TensorFile] = {}
 
     def write(self, engine: Engine, choices: Choices, device: torch.device, progress: Progress) -> None:
@@ -64,18 +93,15 @@ class HiddenFiles:
         missing = [first for first in firsts if not self._path(first).is_file()]
         if not missing:
             return
-        states = HiddenStates(engine, choices, device, max(map(len, self._texts)))
+        states = HiddenStates(engine, choices, device, self._layers, max(map(len, self._texts)))
         for first in missing:
             progress("hidden", first, len(self._texts))
-            made = {
-                str(index): states.of(self._texts[index]).cpu()
-                for index in range(first, min(first + TEXTS_A_FILE, len(self._texts)))
-            }
-            entries = [(name, tuple(each.shape), each.dtype, lambda each=each: each) for name, each in made.items()]
+            made = enumerate(states.of(self._texts[first : first + TEXTS_A_FILE]), first)
+            entries = [(str(index), tuple(each.shape), each.dtype, lambda each=each: each) for index, each in made]
             write_tensor_file(self._path(first), entries, {"format": "pt"})
 
     def read(self, index: int) -> Tensor:
-        """[L, H]"""
+        """[L, F]"""
         first = index - index % TEXTS_A_FILE
         if first not in self._files:
             self._files[first] = TensorFile.open(self._path(first))
@@ -86,4 +112,4 @@ class HiddenFiles:
             file.close()
 
     def _path(self, first: int) -> Path:
-        return self._folder / f"hidden-{first:06}.safetensors"
+        return self._folder / f"hidden-{first:06}-of-{'-'.join(map(str, self._layers))}.safetensors"

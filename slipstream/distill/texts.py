@@ -22,7 +22,7 @@ from slipstream.progress import Progress
 from slipstream.schema.sampling import SamplingParams
 
 PROMPT_TOKENS, PROMPT_TOP_P = 128, 0.9  # of a prompt that the target makes: tokens at most, and how it is drawn
-TEXTS_AT_ONCE = 128  # made, then written
+BATCHES_AT_ONCE = 2  # of texts that are made, then written
 
 
 class Text(NamedTuple):
@@ -82,8 +82,8 @@ def answer(llm: LLM, path: Path, settings: TextSettings, prompts: PromptSource, 
             file.write(json.dumps(settings.first_line()) + "\n")
         while len(texts) < settings.num_texts:
             progress("answer", len(texts), settings.num_texts)
-            first = len(texts)
-            given = prompts(llm, first, min(TEXTS_AT_ONCE, settings.num_texts - first))
+            first, at_once = len(texts), BATCHES_AT_ONCE * llm.runtime_config.max_batch_size
+            given = prompts(llm, first, min(at_once, settings.num_texts - first))
             made = _answers(llm, given, settings, first)
             file.writelines(json.dumps(text._asdict()) + "\n" for text in made)
             file.flush()

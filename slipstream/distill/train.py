@@ -9,6 +9,8 @@ Equal seeds give equal bytes, with and without interruption: the order of texts 
 is all that a step depends on.
 """
 
+import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -70,21 +72,17 @@ def train(
     kind = student_of(settings.method)
     options = _options(kind, settings)
     work = _open_folder(output_dir)
-    with LLM(texts.model, device=device, max_batch_size=max_batch_size, enable_block_reuse=False) as llm:
-        if llm.manifest.num_ranks > 1:
-            raise EngineError(
-                f"{texts.model} was built for {llm.manifest.num_ranks} ranks; give "
-                "the model, or an engine of --tp_size 1."
-            )
-        said = answer(llm, output_dir / "texts.jsonl", texts, prompts, progress)
-        engine_path = llm.engine_path
+    said, engine_path = _texts(output_dir / "texts.jsonl", texts, prompts, device, max_batch_size, progress)
     where = device_for(device)
+    _free_memory(where)
     engine = open_engine(engine_path)
-    hidden = HiddenFiles(work, [[*text.prompt, *text.answer] for text in said]) if kind.reads_hidden else None
+    layers = kind.reads_hidden(engine.manifest.num_layers)
+    hidden = HiddenFiles(work, [[*text.prompt, *text.answer] for text in said], layers) if layers else None
     if hidden is not None:
         if not engine.has_hidden_states:
             raise EngineError(f"{engine_path} gives no hidden states, being of an older build; build it again.")
         hidden.write(engine, tuned_choices(engine, where), where, progress)
+        _free_memory(where)
     data = Data(said, hidden, where)
     counts = data.counts(engine.manifest.vocab_size)
     embed = _embedding(engine, where) if kind.reads_embedding else None
@@ -92,7 +90,8 @@ def train(
         torch.manual_seed(settings.seed)
         student = kind(Teacher(texts.model, engine, where, counts, embed), options).to(where)
     loop = Loop(student, data, settings, work / "state.safetensors", _digest(texts, settings, said))
-    losses = loop.run(progress)
+    with _quick_products(where):
+        losses = loop.run(progress)
     progress("evaluate", 0, 1)
     with torch.inference_mode():
         acceptance = student.evaluate(data.batch(chunk) for chunk in data.held_out.split(settings.batch_size))
@@ -103,6 +102,39 @@ def train(
     shutil.rmtree(work)
     engine.close()
     return result
+
+
+def _texts(
+    path: Path, settings: TextSettings, prompts: PromptSource, device: str, max_batch_size: int | None,
+    progress: Progress,
+) -> tuple[list[Text], Path]:  # fmt: skip
+    """What the model says, and the engine that said it."""
+    with LLM(settings.model, device=device, max_batch_size=max_batch_size, enable_block_reuse=False) as llm:
+        if llm.manifest.num_ranks > 1:
+            raise EngineError(
+                f"{settings.model} was built for {llm.manifest.num_ranks} ranks; give "
+                "the model, or an engine of --tp_size 1."
+            )
+        return answer(llm, path, settings, prompts, progress), llm.engine_path
+
+
+def _free_memory(device: torch.device) -> None:
+    """Of a GPU, for what comes next: the KV cache of an engine that is closed, whose worker is part of a cycle."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _quick_products(device: torch.device) -> Iterator[None]:
+    """On a GPU of float32 by TensorFloat-32, which keeps 10 bits of each factor and is several times as fast."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _embedding(engine: Engine, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -166,8 +198,10 @@ class Data:
         texts = [self._texts[index] for index in indices.tolist()]
         token_ids = [torch.tensor([*text.prompt, *text.answer]) for text in texts]
         is_answer = [torch.arange(len(ids)) >= len(text.prompt) for ids, text in zip(token_ids, texts, strict=True)]
-        hidden = None if self._hidden is None else [self._hidden.read(index).float() for index in indices.tolist()]
-        return Batch(self._padded(token_ids), self._padded(is_answer), None if hidden is None else self._padded(hidden))
+        hidden = None
+        if self._hidden is not None:  # as narrow as it is kept, until it is there
+            hidden = self._padded([self._hidden.read(index) for index in indices.tolist()]).float()
+        return Batch(self._padded(token_ids), self._padded(is_answer), hidden)
 
     def _padded(self, rows: list[Tensor]) -> Tensor:
         return pad_sequence(rows, batch_first=True).to(self._device)

@@ -6,7 +6,8 @@
 
 The loop, the texts and the hidden states are the same for all (slipstream/distill).
 
-Shape suffixes: S texts, L tokens of the longest, H hidden size, V vocabulary.
+Shape suffixes: S texts, L tokens of the longest, H hidden size, V vocabulary, D tokens that can be drafted, T rows,
+F numbers of each that are rotated.
 """
 
 from abc import ABC, abstractmethod
@@ -18,9 +19,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from slipstream.engine.folder import Engine
+from slipstream.engine.shared import lm_head
 from slipstream.errors import UsageError
+from slipstream.speculative.drafter import LAST
 
 
 @dataclass(frozen=True)
@@ -39,19 +43,23 @@ class Batch(NamedTuple):
 
     token_ids: Tensor  # [S, L]
     is_answer: Tensor  # [S, L] which tokens the target chose; neither prompts nor padding
-    hidden: Tensor | None  # [S, L, H] what the target's head read at each token, in float32; for who reads it
+    hidden: Tensor | None  # [S, L, …] what `reads_hidden` asks for at each token, side by side, in float32
 
 
 class Student(nn.Module, ABC):
     """Randomness at its making comes from torch's global generator, which the loop seeds."""
 
     options_type: ClassVar[type[Any]]  # a frozen dataclass of whole numbers, given as flags of the same names
-    reads_hidden: ClassVar[bool] = True  # whether it learns from the target's hidden states
     reads_embedding: ClassVar[bool] = False  # whether it reads the target's embedding
 
     def __init__(self, teacher: Teacher, options: Any) -> None:
         """Raises UsageError for options that do not suit the target."""
         super().__init__()
+
+    @staticmethod
+    def reads_hidden(num_layers: int) -> tuple[int, ...]:
+        """The hidden states of a target of so many layers that it learns from, as Drafter.reads_hidden names them."""
+        return (LAST,)
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor: ...
@@ -62,6 +70,41 @@ class Student(nn.Module, ABC):
 
     @abstractmethod
     def save(self, folder: Path, facts: Mapping[str, Any]) -> None: ...
+
+
+class SharedHead(nn.Module):
+    """The target's head for the tokens that it says most often. What is left out cannot be drafted, and is mostly not
+    said either."""
+
+    token_ids_D: Tensor  # noqa: N815 - a tensor's name carries its shape
+    places_V: Tensor  # noqa: N815 - of each token among them, or -1
+    weight_DH: Tensor  # noqa: N815 - their rows
+
+    def __init__(self, teacher: Teacher, num_tokens: int) -> None:
+        super().__init__()
+        vocab_size, num_tokens = len(teacher.counts), min(num_tokens, len(teacher.counts))
+        token_ids_D = teacher.counts.argsort(descending=True, stable=True)[:num_tokens].sort().values
+        places_V = torch.full((vocab_size,), -1).index_put((token_ids_D,), torch.arange(num_tokens))
+        weight_DH = lm_head(teacher.engine)[token_ids_D].float()
+        for name, tensor in (("token_ids_D", token_ids_D), ("places_V", places_V), ("weight_DH", weight_DH)):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def labels(self, batch: Batch) -> Tensor:
+        """[S, L] of each token of an answer its place here; -1 of others, and where it cannot be drafted."""
+        return self.places_V[batch.token_ids].where(batch.is_answer, -1)
+
+
+def later(values_SL: Tensor, count: int, *, fill: int | bool) -> Tensor:
+    """[S, L] at each token the value of the one so many after it."""
+    return functional.pad(values_SL, (0, count), value=fill)[:, count:]
+
+
+def rotated(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, head_dim: int) -> Tensor:
+    """The op rope, whose reference fills a tensor in place, as autograd follows it."""
+    count = cos_TF.shape[1]
+    first, second, rest = x_TX.unflatten(1, (-1, head_dim)).split([count, count, head_dim - 2 * count], dim=2)
+    cos, sin = cos_TF[:, None], sin_TF[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=2).flatten(1)
 
 
 def trainable() -> list[str]:

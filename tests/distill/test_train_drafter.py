@@ -18,12 +18,13 @@ from slipstream.distill.texts import opening_of_user_turn
 from slipstream.engine.choices import Choices
 from slipstream.engine.folder import open_engine
 from slipstream.models import gemma3_text, llama
+from slipstream.speculative.drafter import LAST
 from tests.cli.conftest import Call, call, talker, write_tokenizer  # noqa: F401
 from tests.distill.planted import CYCLE, write_planted_model
 
 FAST = (
     "--num_texts", 64, "--max_output_len", 24, "--num_heads", 3, "--draft_vocab_size", 64, "--num_epochs", 12,
-    "--batch_size", 12, "--learning_rate", 0.01,
+    "--batch_size", 12, "--learning_rate", 0.01, "--max_batch_size", 12,
 )  # fmt: skip
 
 
@@ -92,7 +93,6 @@ module.Loop._save = save_and_die
 WHILE_WRITING = """
 import os, signal
 import slipstream.distill.texts as module
-module.TEXTS_AT_ONCE = 24
 answers = module._answers
 def answer_or_die(llm, prompts, settings, first):
     if first:
@@ -114,7 +114,7 @@ def test_a_killed_run_comes_to_the_same_bytes(before: str, planted: Path, traine
             file.write('{"prompt": [1], "ans')
     else:
         assert (folder / "training/state.safetensors").is_file()
-    done = train(planted, folder, "import slipstream.distill.texts as module; module.TEXTS_AT_ONCE = 24")
+    done = train(planted, folder)
     assert done.returncode == 0, done.stderr
     assert (folder / "texts.jsonl").read_text().splitlines()[: len(written)] == written
     for name in ("texts.jsonl", "medusa_lm_head.safetensors", "medusa_choices.json", "config.json"):
@@ -130,12 +130,14 @@ def test_hidden_states_are_those_that_embeddings_are_made_of(tiny: dict[str, obj
     with LLM(model, max_num_tokens=32) as llm:
         expected = {end: llm.embed(text[:end], pooling="last").embedding for end in (1, 31, 32, 33, 60, 75)}
         engine = open_engine(llm.engine_path)
-    states = HiddenStates(engine, Choices("any"), torch.device("cpu"), 80)
-    for _ in range(2):  # blocks of the first are used again
-        hidden_LH = states.of(text)
-        for end, vector_H in expected.items():
-            found_H = torch.nn.functional.normalize(hidden_LH[end - 1], dim=0)
-            torch.testing.assert_close(found_H, torch.from_numpy(vector_H), rtol=1e-4, atol=1e-5)
+    states = HiddenStates(engine, Choices("any"), torch.device("cpu"), (1, LAST), 80)
+    for texts in ([text], [text[:31], text, text[:60]]):  # blocks of the first are used again, steps have several
+        for said, hidden_LF in zip(texts, states.of(texts), strict=True):
+            assert hidden_LF.shape == (len(said), 2 * engine.manifest.hidden_size)
+            for end, vector_H in expected.items():
+                if end <= len(said):
+                    found_H = torch.nn.functional.normalize(hidden_LF[end - 1].chunk(2)[1], dim=0)
+                    torch.testing.assert_close(found_H, torch.from_numpy(vector_H), rtol=1e-4, atol=1e-5)
 
 
 def test_a_chat_model_is_asked_what_a_user_would_say(talker: Path, tmp_path: Path, call: Call) -> None:  # noqa: F811
@@ -160,7 +162,7 @@ def test_a_chat_model_is_asked_what_a_user_would_say(talker: Path, tmp_path: Pat
     [
         (
             ("--method", "ngram"),
-            "--method is 'ngram', which is not trained here; it must be draft_model or medusa or redrafter",
+            "--method is 'ngram', which is not trained here; it must be draft_model or eagle or medusa or redrafter",
         ),
         (("--learning_rate", "2"), "--learning_rate is 2.0; it must be above 0 and below 1"),
         (("--data", "FEW"), "holds 2 prompts and 32 are needed; give more"),

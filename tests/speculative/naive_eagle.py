@@ -17,6 +17,8 @@ class NaiveEagle:
         self.weights = {name: each.double() if each.is_floating_point() else each for name, each in short.items()}
         self.embed = self.weights.get("embed_tokens.weight", embed_VH.double())
         self.head = head_VH.double()
+        shared = self.weights.get("draft_token_ids")
+        self.shared = None if shared is None else shared.long()  # whose rows of the model's head it has
         self.is_third = "hidden_norm.weight" in self.weights
 
     def log_probs(self, features_TF: Tensor, token_ids: list[int], guesses: list[int]) -> Tensor:
@@ -33,10 +35,13 @@ class NaiveEagle:
             rows.append(self._row(self.embed[guess], out_H))
             out_H = self._last(rows)
         if self.is_third:
-            return (self.weights["lm_head.weight"] @ self._norm("norm", out_H)).log_softmax(0)
+            head_DH = self.head[self.shared] if self.shared is not None else self.weights["lm_head.weight"]
+            return (head_DH @ self._norm("norm", out_H)).log_softmax(0)
         return (self.head @ out_H).log_softmax(0)
 
     def token_id(self, drafted: int) -> int:
+        if self.shared is not None:
+            return int(self.shared[drafted])
         return drafted + int(self.weights["d2t"][drafted]) if "d2t" in self.weights else drafted
 
     def _row(self, e_E: Tensor, f_H: Tensor) -> tuple[Tensor, Tensor]:

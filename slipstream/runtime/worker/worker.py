@@ -245,11 +245,12 @@ class Worker:
 
     @torch.inference_mode()
     def hidden_states(self, plan: StepPlan) -> Tensor:
-        """[T, hidden_size]: what the head reads, of all tokens of a step that samples nothing."""
+        """[T, F] of all tokens of a step that samples nothing, for a graph made with_hidden. The next step overwrites
+        them."""
         self._tables.update(plan)
-        hidden_TH = self._run_sized(plan, [0] * len(plan.sequences), [False] * len(plan.sequences)).hidden
-        assert hidden_TH is not None, "asked of an engine without hidden states"
-        return hidden_TH
+        hidden_TF = self._run_sized(plan, [0] * len(plan.sequences), [False] * len(plan.sequences)).drafted_from
+        assert hidden_TF is not None, "asked of a graph that gives none"
+        return hidden_TF[: plan.num_tokens]  # a recorded step has more rows
 
     @torch.inference_mode()
     def follow(self, plan: StepPlan, logit_counts: list[int]) -> None:

@@ -26,7 +26,7 @@ from slipstream.errors import UsageError
 from slipstream.kernels.registry import known_ops
 from slipstream.models import read_config
 from slipstream.speculative.draft_model.drafter import Drafter
-from slipstream.speculative.training import Batch, Teacher
+from slipstream.speculative.training import Batch, Teacher, rotated
 from slipstream.speculative.training import Student as Base
 
 BLOCK_SIZE = 32  # tokens of a page of the cache, of which each text has its own
@@ -40,7 +40,6 @@ class Options:
 
 class Student(Base):
     options_type = Options
-    reads_hidden = False
 
     def __init__(self, teacher: Teacher, options: Options) -> None:
         super().__init__(teacher, options)
@@ -73,6 +72,10 @@ class Student(Base):
                 self._places[name] = name.replace(".", "__")
                 self.register_parameter(self._places[name], nn.Parameter(tensor))
 
+    @staticmethod
+    def reads_hidden(num_layers: int) -> tuple[int, ...]:
+        return ()
+
     def _weights(self) -> dict[str, Tensor]:
         return self._frozen | {name: getattr(self, place) for name, place in self._places.items()}
 
@@ -93,7 +96,7 @@ class Student(Base):
             op = self._ops[node.op]
             attributes = [node.attributes[argument.name] for argument in op.attributes]
             many = any(argument.kind == "Tensor[]" for argument in op.arguments)
-            function = _rope if node.op == "rope" else op.reference
+            function = rotated if node.op == "rope" else op.reference
             made = function(*([inputs] if many else inputs), *attributes)
             values.update(zip(node.outputs, made if isinstance(made, tuple | list) else (made,), strict=True))
             if hidden in node.outputs:
@@ -173,14 +176,6 @@ def _step(token_ids_SL: Tensor) -> dict[str, Tensor]:
         "step.block_tables": tables_SB,
         "step.logit_rows": torch.arange(num_texts * length, device=device),
     }
-
-
-def _rope(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, head_dim: int) -> Tensor:
-    """The op, whose reference fills a tensor in place."""
-    count = cos_TF.shape[1]
-    first, second, rest = x_TX.unflatten(1, (-1, head_dim)).split([count, count, head_dim - 2 * count], dim=2)
-    cos, sin = cos_TF[:, None], sin_TF[:, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=2).flatten(1)
 
 
 def _written(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.engine.shared import lm_head
 from slipstream.errors import UsageError
 from slipstream.kernels.attention.paged import kv_write
 from slipstream.kernels.attention.tree import WORD, tree_attention
@@ -91,7 +92,7 @@ class Drafter(LayerDrafter):
         options, manifest = read_options(Options, speculation), target.manifest
         sizes = Sizes(manifest.hidden_size, manifest.vocab_size, manifest.num_layers, target.max_seq_len)
         self._device, self._dtype = target.device, getattr(torch, manifest.dtype)
-        self._head = load(Path(options.model), sizes, self._dtype, target.device)
+        self._head = load(Path(options.model), sizes, self._dtype, target.device, lambda: lm_head(target.engine))
         self._config = config = self._head.config
         self._trees = self._make_trees(options)
         self.max_draft_len = self._trees.num_drafts

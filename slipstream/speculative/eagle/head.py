@@ -12,9 +12,10 @@
                      read, as in vLLM; inside eagle_config what they give, as in SGLang), norm_before_residual
     tensors          fc, then layers.0.* or midlayer.*; embed_tokens, where it is not the model's own
     EAGLE-3          also norm, lm_head [D, H] and d2t [D]: the draft token i is the model's i + d2t[i]; t2d is not read
+                     draft_token_ids [D] instead of the last two: the tokens whose rows of the model's head it has
 
 (SafeAILab/EAGLE, eagle/model/cnets1.py and cnets.py; vLLM, models/llama_eagle.py and llama_eagle3.py.) A first layer
-of EAGLE 1 has no input norm.
+of EAGLE 1 has no input norm. Heads of slipstream train-drafter are EAGLE-3's and share the model's head.
 
 Shape suffixes: N rows, H hidden size of the layer, E of its embedding, F of what is read of the model, X queries,
 Y keys or values, Z what queries and keys are made of, V vocabulary of the model, D that of drafts.
@@ -35,7 +36,7 @@ from slipstream.engine.tensor_file import TensorFile
 from slipstream.errors import ModelError
 from slipstream.layers.rope import inverse_frequencies
 from slipstream.schema.model import Options, read_decoder
-from slipstream.speculative.head_file import open_head, read_shaped
+from slipstream.speculative.head_file import DRAFT_TOKENS, open_head, read_draft_tokens, read_shaped
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -150,19 +151,32 @@ class Eagle3(Head):
         return drafted if offsets_D is None else drafted + offsets_D[drafted]
 
 
-def load(folder: Path, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Head:
-    """The layer for a model of these sizes. Raises ModelError for that of another, and for what is no such folder."""
+def load(folder: Path, sizes: Sizes, dtype: torch.dtype, device: torch.device, lm_head: Callable[[], Tensor]) -> Head:
+    """The layer for a model of these sizes; lm_head gives the model's own, [V, H], for a layer that shares it.
+
+    Raises ModelError for that of another model, and for what is no such folder.
+    """
     with open_head(folder, WEIGHTS_FILE, PICKLED_FILE, "an EAGLE head") as file:
         stored = {_plain(name): name for name in file.names()}
         is_third = "hidden_norm.weight" in stored
-        config = _read_config(folder / CONFIG_FILE, sizes, is_third=is_third)
-        shapes, optional = _shapes(config, sizes, is_third=is_third)
+        config = read_config(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE), sizes, is_third=is_third)
+        is_sharing = is_third and DRAFT_TOKENS in stored
+        if is_sharing:
+            _check(folder / CONFIG_FILE, "hidden_size", config.hidden_size, sizes.hidden_size)
+        shapes, optional = shapes_of(config, sizes, is_third=is_third, is_sharing=is_sharing)
         weights = _read(file, stored, shapes, optional, dtype, device)
+        if is_sharing and (token_ids_D := read_draft_tokens(file, sizes.vocab_size)) is not None:
+            weights |= shared_head(weights.pop(DRAFT_TOKENS), lm_head()[token_ids_D].to(device, dtype))
     if is_third:
         if "d2t" in weights:
             _check_ids(folder, weights["d2t"], sizes.vocab_size)
         return Eagle3(config, weights)
     return Eagle1(config, weights)
+
+
+def shared_head(token_ids_D: Tensor, rows_DH: Tensor) -> dict[str, Tensor]:
+    """As if it had a head of its own."""
+    return {"lm_head.weight": rows_DH, "d2t": token_ids_D - torch.arange(len(token_ids_D), device=token_ids_D.device)}
 
 
 def _plain(name: str) -> str:
@@ -173,8 +187,8 @@ def _plain(name: str) -> str:
     return name
 
 
-def _read_config(path: Path, sizes: Sizes, *, is_third: bool) -> Config:
-    values = read_json(path)
+def read_config(path: Path, values: dict[str, Any], sizes: Sizes, *, is_third: bool) -> Config:
+    """path: of these values, for messages."""
     options = Options(values, str(path))
     shape = read_decoder(options, max_position_embeddings=2048)
     options.choice("hidden_act", ("silu",), "silu")
@@ -224,8 +238,8 @@ def _layers_read(path: Path, values: Mapping[str, Any], num_layers: int) -> tupl
     return read
 
 
-def _shapes(config: Config, sizes: Sizes, *, is_third: bool) -> tuple[Shapes, Shapes]:
-    """Of the tensors that must be there, and of those that may."""
+def shapes_of(config: Config, sizes: Sizes, *, is_third: bool, is_sharing: bool = False) -> tuple[Shapes, Shapes]:
+    """Of the tensors that must be there, and of those that may. is_sharing: the model's own head."""
     size, inner, num_read = config.hidden_size, config.intermediate_size, len(config.hidden_layers)
     num_queries, num_keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     num_in = 2 * size if is_third else size
@@ -251,6 +265,8 @@ def _shapes(config: Config, sizes: Sizes, *, is_third: bool) -> tuple[Shapes, Sh
     if not is_third:
         return shapes, optional | embedding
     shapes |= {f"{name}.weight": (size,) for name in ("input_layernorm", "hidden_norm", "norm")}
+    if is_sharing:
+        return shapes | {DRAFT_TOKENS: (config.num_drafted_ids,)}, optional | embedding
     shapes |= {"lm_head.weight": (config.num_drafted_ids, size)}
     if config.num_drafted_ids < sizes.vocab_size:
         shapes |= {"d2t": (config.num_drafted_ids,)}
@@ -275,7 +291,7 @@ def _read(
                 continue
             raise ModelError(f"{file.path} has {stored_name}, which no EAGLE head here has; take one of EAGLE 1 to 3.")
         tensor = read_shaped(file, stored_name, known[name])
-        weights[name] = tensor.to(device, torch.int64 if name == "d2t" else dtype, copy=True)
+        weights[name] = tensor.to(device, torch.int64 if name in ("d2t", DRAFT_TOKENS) else dtype, copy=True)
     return weights
 
 

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slipstream.engine.shared import lm_head
 from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.speculative.head_file import DRAFT_TOKENS
 from slipstream.speculative.medusa.head import CHOICES_FILE, CONFIG_FILE, WEIGHTS_FILE
-from slipstream.speculative.training import Batch, Teacher
+from slipstream.speculative.training import Batch, SharedHead, Teacher
 from slipstream.speculative.training import Student as Base
 
 MAX_NODES = 63  # of the tree
@@ -41,19 +40,11 @@ class Options:
 
 class Student(Base):
     options_type = Options
-    token_ids_D: Tensor  # noqa: N815 - a tensor's name carries its shape; those that can be drafted
-    places_V: Tensor  # noqa: N815 - of each token among them, or -1
-    head_DH: Tensor  # noqa: N815 - their rows of the model's head
 
     def __init__(self, teacher: Teacher, options: Options) -> None:
         super().__init__(teacher, options)
         self._options, hidden_size = options, teacher.engine.manifest.hidden_size
-        num_drafted = min(options.draft_vocab_size, len(teacher.counts))
-        token_ids_D = teacher.counts.argsort(descending=True, stable=True)[:num_drafted].sort().values
-        places_V = torch.full((len(teacher.counts),), -1).index_put((token_ids_D,), torch.arange(num_drafted))
-        head_DH = lm_head(teacher.engine)[token_ids_D].float()
-        for name, tensor in (("token_ids_D", token_ids_D), ("places_V", places_V), ("head_DH", head_DH)):
-            self.register_buffer(name, tensor, persistent=False)
+        self._shared = SharedHead(teacher, options.draft_vocab_size)
         count, layers = options.num_heads, options.num_layers
         self.weight = nn.Parameter(torch.zeros(count, layers, hidden_size, hidden_size))
         self.bias = nn.Parameter(torch.zeros(count, layers, hidden_size))
@@ -62,17 +53,17 @@ class Student(Base):
     def _logits(self, head: int, x_PH: Tensor) -> Tensor:
         for weight_HH, bias_H in zip(self.weight[head], self.bias[head], strict=True):
             x_PH = x_PH + functional.silu(functional.linear(x_PH, weight_HH, bias_H))
-        return functional.linear(x_PH, self.head_DH)
+        return functional.linear(x_PH, self._shared.weight_DH)
 
     def _examples(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each head, at the places where a draft may be made: hidden states [P, H] and labels [P].
 
-        A label is a place in head_DH; -1 where the token cannot be drafted, or the text has ended.
+        A label is a place in the shared head; -1 where the token cannot be drafted, or the text has ended.
         """
         is_place_SL = functional.pad(batch.is_answer, (0, 1))[:, 1:]  # the token after it was chosen by the target
         assert batch.hidden is not None
         x_PH = batch.hidden[is_place_SL]
-        labels_SL = self.places_V[batch.token_ids].where(batch.is_answer, -1)
+        labels_SL = self._shared.labels(batch)
         for head in range(self._options.num_heads):
             shifted_SL = functional.pad(labels_SL, (0, 2 + head), value=-1)[:, 2 + head :]
             yield x_PH, shifted_SL[is_place_SL]
@@ -111,12 +102,12 @@ class Student(Base):
 
     def _ranks(self, head: int, x_PH: Tensor, labels_P: Tensor) -> Tensor:
         """[P] the place of the right token among a head's, or -1."""
-        likely_PK = self._logits(head, x_PH).topk(min(MAX_RANK, len(self.head_DH))).indices
+        likely_PK = self._logits(head, x_PH).topk(min(MAX_RANK, len(self._shared.weight_DH))).indices
         is_right_PK = likely_PK == labels_P[:, None]
         return is_right_PK.int().argmax(dim=1).where(is_right_PK.any(dim=1), -1)
 
     def save(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        tensors = {DRAFT_TOKENS: self.token_ids_D.int()}
+        tensors = {DRAFT_TOKENS: self._shared.token_ids_D.int()}
         for head in range(self._options.num_heads):
             for layer in range(self._options.num_layers):
                 tensors[f"{head}.{layer}.linear.weight"] = self.weight[head, layer].detach().half()

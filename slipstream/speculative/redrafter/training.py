@@ -6,8 +6,8 @@
 At first the head says what the model's own does at h_t. What it learns from are the model's texts, so each token that s
 takes in is the right one.
 
-Shape suffixes: S texts, L tokens of the longest, H hidden size, V vocabulary, D tokens that can be drafted, P places of
-a batch, B beams, N tokens of each.
+Shape suffixes: S texts, L tokens of the longest, H hidden size, D tokens that can be drafted, P places of a batch, B
+beams, N tokens of each.
 """
 
 import json
@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slipstream.engine.shared import lm_head
 from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.speculative.head_file import DRAFT_TOKENS
 from slipstream.speculative.redrafter.beams import beam_search
 from slipstream.speculative.redrafter.drafter import Options as Drafting
 from slipstream.speculative.redrafter.head import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE, Head
-from slipstream.speculative.training import Batch, Teacher
+from slipstream.speculative.training import Batch, SharedHead, Teacher, later
 from slipstream.speculative.training import Student as Base
 
 PLACES_AT_ONCE = 256  # of a beam search: logits of each beam are in memory
@@ -41,20 +40,12 @@ class Options:
 class Student(Base):
     options_type = Options
     reads_embedding = True
-    token_ids_D: Tensor  # noqa: N815 - a tensor's name carries its shape; those that can be drafted
-    places_V: Tensor  # noqa: N815 - of each token among them, or -1
-    head_DH: Tensor  # noqa: N815 - their rows of the model's head
 
     def __init__(self, teacher: Teacher, options: Options) -> None:
         super().__init__(teacher, options)
         assert teacher.embed is not None
         self._embed, size = teacher.embed, teacher.engine.manifest.hidden_size
-        num_drafted = min(options.draft_vocab_size, len(teacher.counts))
-        token_ids_D = teacher.counts.argsort(descending=True, stable=True)[:num_drafted].sort().values
-        places_V = torch.full((len(teacher.counts),), -1).index_put((token_ids_D,), torch.arange(num_drafted))
-        head_DH = lm_head(teacher.engine)[token_ids_D].float()
-        for name, tensor in (("token_ids_D", token_ids_D), ("places_V", places_V), ("head_DH", head_DH)):
-            self.register_buffer(name, tensor, persistent=False)
+        self._shared = SharedHead(teacher, options.draft_vocab_size)
         self.input_proj = nn.Linear(2 * size, size)
         with torch.no_grad():
             self.input_proj.weight[:, :size] = torch.eye(size)
@@ -67,26 +58,26 @@ class Student(Base):
         return Head(
             (self.input_proj.weight, self.input_proj.bias),
             list(zip(self.weight, self.bias, strict=True)),
-            self.head_DH,
+            self._shared.weight_DH,
             self.rnn_w.weight,
             (self.rnn_u.weight, self.rnn_u.bias),
-            self.token_ids_D,
+            self._shared.token_ids_D,
         )
 
     def _examples(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each token of a draft, at the places where one may begin: what s takes in [P], and the label [P].
 
-        A label is a place in head_DH; -1 where the token cannot be drafted, or the text has ended.
+        A label is a place in the shared head; -1 where the token cannot be drafted, or the text has ended.
         """
-        is_place_SL = _later(batch.is_answer, 1, fill=False)
-        labels_SL = self.places_V[batch.token_ids].where(batch.is_answer, -1)
+        is_place_SL = later(batch.is_answer, 1, fill=False)
+        labels_SL = self._shared.labels(batch)
         for ahead in range(1, 1 + Drafting.length):
-            taken_SL = _later(batch.token_ids, ahead, fill=0)
-            yield taken_SL[is_place_SL], _later(labels_SL, 1 + ahead, fill=-1)[is_place_SL]
+            taken_SL = later(batch.token_ids, ahead, fill=0)
+            yield taken_SL[is_place_SL], later(labels_SL, 1 + ahead, fill=-1)[is_place_SL]
 
     def loss(self, batch: Batch) -> Tensor:
         assert batch.hidden is not None
-        head, h_PH = self._head(), batch.hidden[_later(batch.is_answer, 1, fill=False)]
+        head, h_PH = self._head(), batch.hidden[later(batch.is_answer, 1, fill=False)]
         state_PH, losses = torch.zeros_like(h_PH), []
         for taken_P, labels_P in self._examples(batch):
             with torch.no_grad():
@@ -102,7 +93,7 @@ class Student(Base):
         for batch in batches:
             assert batch.hidden is not None
             farthest = 1 + Drafting.length
-            is_place_SL = _later(batch.is_answer, 1, fill=False) & _later(batch.is_answer, farthest, fill=False)
+            is_place_SL = later(batch.is_answer, 1, fill=False) & later(batch.is_answer, farthest, fill=False)
             after_SLN = functional.pad(batch.token_ids, (0, farthest)).unfold(1, 1 + farthest, 1)[..., 1:]
             rows = zip(
                 batch.hidden[is_place_SL].split(PLACES_AT_ONCE),
@@ -124,14 +115,9 @@ class Student(Base):
         for layer, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
             tensors[f"lm_head.{layer}.linear.weight"] = weight.detach().half()
             tensors[f"lm_head.{layer}.linear.bias"] = bias.detach().half()
-        tensors[DRAFT_TOKENS] = self.token_ids_D.int()
+        tensors[DRAFT_TOKENS] = self._shared.token_ids_D.int()
         entries = [(name, tuple(each.shape), each.dtype, lambda each=each: each) for name, each in tensors.items()]
         write_tensor_file(folder / WEIGHTS_FILE, entries, {"format": "pt"})
         config = {"model_type": MODEL_TYPE, "exit_dim": self.bias.shape[1], "rnn": True}
         config |= {"num_draft_layers": len(self.weight), "num_lookback_tokens": Drafting.length, **facts}
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
-
-
-def _later(values_SL: Tensor, count: int, *, fill: int | bool) -> Tensor:
-    """[S, L] at each token the value of the one so many after it."""
-    return functional.pad(values_SL, (0, count), value=fill)[:, count:]
