@@ -1,13 +1,34 @@
-"""The file that holds the tensors of a published head, read with the checks that all heads need."""
+"""Where a head is, and the file that holds its tensors, read with the checks that all heads need.
+
+Heads that ship are in slipstream/speculative/<method>/heads/<name of the model>.
+"""
 
 from pathlib import Path
 
 from torch import Tensor
 
 from slipstream.engine.tensor_file import TensorFile
-from slipstream.errors import ModelError
+from slipstream.errors import ModelError, UsageError
 
 DRAFT_TOKENS = "draft_token_ids"  # [D]: the tokens that a head drafts, where it shares these rows of the model's own
+
+
+def head_folder(method: str, given: str, model: str) -> Path:
+    """The one that was given, or else that of the head which ships for a model of this name.
+
+    Raises UsageError where none does.
+    """
+    if given:
+        return Path(given)
+    heads = Path(__file__).parent / method / "heads"
+    there = {path.name: path for path in sorted(heads.glob("*")) if path.is_dir()}
+    if model not in there:
+        raise UsageError(
+            f"speculative lacks model, a folder of a head: those of {method} that ship are for "
+            f"{', '.join(there) or 'no model'}, not for {model}; train one with slipstream train-drafter --method "
+            f"{method}."
+        )
+    return there[model]
 
 
 def open_head(folder: Path, weights_file: str, pickled_file: str, what: str) -> TensorFile:

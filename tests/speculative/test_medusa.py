@@ -148,7 +148,11 @@ def test_choices_of_a_file(model: Path, tmp_path: Path) -> None:
     ("what", "error", "sentence"),
     [
         ("no folder", ModelError, "has no medusa_lm_head.safetensors; name a folder of Medusa heads"),
-        ("no name", UsageError, "lacks model, a folder of heads: those that ship are for .*train some with slipstream"),
+        (
+            "no name",
+            UsageError,
+            "lacks model, a folder of a head: those of medusa that ship are for .*train one with slipstream",
+        ),
         ("other tokens", ModelError, "drafts tokens that the model's 128 do not have; take the head"),
         ("pickled", ModelError, "holds medusa_lm_head.pt, which is pickled.*save its tensors as"),
         ("wide", ModelError, r"has 0\.0\.linear\.weight \[65, 65\], and its config and the model need \[64, 64\]"),

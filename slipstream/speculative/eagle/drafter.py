@@ -18,7 +18,6 @@ K ranks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -46,13 +45,14 @@ from slipstream.speculative.drafter import (
 )
 from slipstream.speculative.eagle.head import Sizes, load
 from slipstream.speculative.eagle.trees import Growing, Grown, Level, Trees, Written
+from slipstream.speculative.head_file import head_folder
 
 MAX_TREE = 32
 
 
 @dataclass(frozen=True)
 class Options:
-    model: str  # a folder of an EAGLE head
+    model: str = ""  # a folder of an EAGLE head; by default the one that ships for the target
     choices: str = ""  # [[0], [0, 0], [1], ...] as JSON, or a file of it: a tree that does not grow
     depth: int = 5  # of one that grows, and
     width: int = 8  # how many of its likeliest ways go on at each level, and are looked at behind each node
@@ -92,7 +92,8 @@ class Drafter(LayerDrafter):
         options, manifest = read_options(Options, speculation), target.manifest
         sizes = Sizes(manifest.hidden_size, manifest.vocab_size, manifest.num_layers, target.max_seq_len)
         self._device, self._dtype = target.device, getattr(torch, manifest.dtype)
-        self._head = load(Path(options.model), sizes, self._dtype, target.device, lambda: lm_head(target.engine))
+        folder = head_folder("eagle", options.model, manifest.name)
+        self._head = load(folder, sizes, self._dtype, target.device, lambda: lm_head(target.engine))
         self._config = config = self._head.config
         self._trees = self._make_trees(options)
         self.max_draft_len = self._trees.num_drafts

@@ -14,17 +14,16 @@ Shape suffixes: S sequences, H hidden size, K ranks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from slipstream.engine.shared import lm_head
-from slipstream.errors import UsageError
 from slipstream.schema.request import GenerateRequest
 from slipstream.schema.speculative import Speculation
 from slipstream.speculative.choices import Choice, fitting, parents_of, read_choices
 from slipstream.speculative.drafter import LAST, Draft, Target, Verified, read_options
 from slipstream.speculative.drafter import Drafter as Base
+from slipstream.speculative.head_file import head_folder
 from slipstream.speculative.medusa.head import CHOICES_FILE, load
 
 MC_SIM_7B_63 = """
@@ -48,7 +47,7 @@ class Drafter(Base):
         super().__init__(speculation, target)
         options = read_options(Options, speculation)
         manifest = target.manifest
-        folder = Path(options.model) if options.model else shipped_heads(manifest.name)
+        folder = head_folder("medusa", options.model, manifest.name)
         self._heads = load(
             folder, manifest.hidden_size, manifest.vocab_size, getattr(torch, manifest.dtype), target.device,
             lambda: lm_head(target.engine),
@@ -77,17 +76,6 @@ class Drafter(Base):
 
     def stop(self, slot: int) -> None:
         pass
-
-
-def shipped_heads(name: str) -> Path:
-    """Of a model of this name. Raises UsageError where none are here."""
-    there = {path.name: path for path in sorted((Path(__file__).parent / "heads").glob("*")) if path.is_dir()}
-    if name not in there:
-        raise UsageError(
-            f"speculative lacks model, a folder of heads: those that ship are for {', '.join(there) or 'no model'}, "
-            f"not for {name}; train some with slipstream train-drafter --method medusa."
-        )
-    return there[name]
 
 
 def default_choices() -> list[Choice]:

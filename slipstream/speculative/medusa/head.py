@@ -7,7 +7,7 @@
     draft_token_ids                [D] instead of these: the tokens whose rows of the model's own head all heads share
 
 The file says how many heads there are; config.json of the first published ones does not (FasterDecoding/Medusa, TGI).
-Those of slipstream train-drafter share the model's head, and ship in heads/ for the model smollm2.
+Those of slipstream train-drafter share the model's head.
 
 Shape suffixes: S rows, H hidden size, V vocabulary, D tokens that can be drafted, N heads, K tokens of each.
 """

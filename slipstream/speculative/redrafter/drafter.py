@@ -12,7 +12,6 @@ Shape suffixes: S sequences, H hidden size, B beams, L tokens of each.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -22,6 +21,7 @@ from slipstream.schema.request import GenerateRequest
 from slipstream.schema.speculative import MAX_DRAFT_LEN, Speculation
 from slipstream.speculative.drafter import LAST, Draft, Running, Target, Verified, read_options
 from slipstream.speculative.drafter import Drafter as Base
+from slipstream.speculative.head_file import head_folder
 from slipstream.speculative.redrafter.beams import beam_search
 from slipstream.speculative.redrafter.head import load
 from slipstream.speculative.tree import merged
@@ -29,7 +29,7 @@ from slipstream.speculative.tree import merged
 
 @dataclass(frozen=True)
 class Options:
-    model: str  # a folder of a ReDrafter head
+    model: str = ""  # a folder of a ReDrafter head; by default the one that ships for the target
     width: int = 5  # beams
     length: int = 5  # tokens of each
 
@@ -50,8 +50,9 @@ class Drafter(Base):
             )
         self.max_draft_len = min(speculation.max_draft_len or most, most)
         manifest = target.manifest
+        folder = head_folder("redrafter", options.model, manifest.name)
         self._head = load(
-            Path(options.model), manifest.hidden_size, manifest.vocab_size, getattr(torch, manifest.dtype),
+            folder, manifest.hidden_size, manifest.vocab_size, getattr(torch, manifest.dtype),
             target.device, lambda: lm_head(target.engine),
         )  # fmt: skip
 
