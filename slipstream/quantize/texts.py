@@ -66,11 +66,17 @@ def cut(
     texts: Sequence[str], encode: Callable[[str], Sequence[int]], *, num_calibration: int, num_held_out: int,
     length: int, seed: int,
 ) -> Texts:  # fmt: skip
-    """Pieces of so many tokens, drawn without replacement; what is held out is never calibrated with."""
+    """Pieces of so many tokens, drawn without replacement; what is held out is never calibrated with.
+
+    Each begins as the model wants its texts to: many say little that is right without their first token.
+    """
     pieces: list[list[int]] = []
+    around = list(encode(""))  # a text, where the model wants something there
     for text in texts:
         ids = list(encode(text))
-        pieces += [ids[first : first + length] for first in range(0, len(ids) - length + 1, length)]
+        begin = ids[:1] if ids[:1] == around[:1] else []
+        own, size = ids[len(begin) :], length - len(begin)
+        pieces += [begin + own[first : first + size] for first in range(0, len(own) - size + 1, size)]
     needed = num_calibration + num_held_out
     if len(pieces) < needed:
         raise ModelError(
