@@ -27,8 +27,8 @@ ONLY_AT_BUILD = {
     "to_panel_scales",
     "to_panels",
 }  # on weights, which the build computes; a step never does
-# Where sinks are asked for, or drafts may branch: runtime/worker/groups.py.
-ONLY_AT_START = {"place_in_window", "streaming_attention", "tree_attention"}
+# Where sinks are asked for, or drafts may branch: runtime/worker/groups.py. On a CPU greedy: sample.py.
+ONLY_AT_START = {"greedy", "place_in_window", "streaming_attention", "tree_attention"}
 
 _STEP_INPUTS = {f"step.{name}": TensorType(shape, "int64") for name, shape in STEP_SHAPES.items()}
 # Arguments of ops that index something → the one input that may stand there.

@@ -17,6 +17,7 @@ from slipstream.kernels import (
     packed_experts,
     quantized,
     rope,
+    sampling,
 )
 from slipstream.kernels.attention import paged, streaming, tree
 from slipstream.kernels.linear import dense, fp8, heads, nvfp4, panels, w4a8, w4a16, w4afp8, w8a8, w8a16
@@ -37,6 +38,7 @@ __all__ = [
     "panels",
     "quantized",
     "rope",
+    "sampling",
     "streaming",
     "tree",
     "w4a8",

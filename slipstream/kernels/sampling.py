@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.kernels.cpu.library import native
+from slipstream.kernels.fits import need, need_floats
+from slipstream.kernels.registry import op
 from slipstream.schema.sampling import SamplingParams
 from slipstream.schema.step import PENDING
 
@@ -53,9 +56,11 @@ class SlotTable:
         self.numbers = torch.zeros((num_slots + 1, 8), dtype=torch.int64, device=device)
         self.numbers[:, 6] = 1
         self.last_token = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+        self._random: set[int] = set()  # slots that are not greedy
 
     def write(self, slot: int, sampling: SamplingParams, seed: int) -> None:
         """Steps that were launched before see what was there before."""
+        (self._random.discard if sampling.is_greedy else self._random.add)(slot)
         row = torch.empty(8, dtype=torch.int64, pin_memory=self.numbers.is_cuda)
         row.view(torch.float64)[:4] = torch.tensor(
             (sampling.temperature, sampling.typical_p, sampling.top_p, sampling.min_p), dtype=torch.float64
@@ -70,12 +75,15 @@ class SlotTable:
 
             sampling.fill_pending(token_ids_T, slots_T, self.last_token)
         else:
-            last_T = self.last_token[slots_T].clamp(min=0)
-            token_ids_T.copy_(torch.where(token_ids_T == PENDING, last_T, token_ids_T))
+            token_ids = token_ids_T.numpy()  # some times as fast as torch where there are few
+            is_pending = token_ids == PENDING
+            if is_pending.any():
+                token_ids[is_pending] = self.last_token.numpy()[slots_T.numpy()[is_pending]].clip(min=0)
 
-    def choose(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor) -> Tensor:
+    def choose(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor, greedy_R: Tensor | None = None) -> Tensor:
         """The next token of each row, kept as its slot's last: drawn at that position, or the most likely one.
 
+        greedy_R: the most likely ones, where they are known already; it becomes the result.
         -> token_ids_R, NOTHING_TO_SAMPLE for a row that is no distribution. On a GPU nothing waits for it.
         """
         if logits_RV.is_cuda:
@@ -84,8 +92,15 @@ class SlotTable:
             return sampling.choose(
                 logits_RV, slots_R, positions_R, self.numbers, self.last_token, self._is_batch_invariant
             )
+        token_ids_R = greedy(logits_RV) if greedy_R is None else greedy_R
+        if self._random:
+            self._draw(logits_RV, slots_R, positions_R, token_ids_R)
+        self.last_token.numpy()[slots_R.numpy()] = token_ids_R.numpy()
+        return token_ids_R
+
+    def _draw(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor, token_ids_R: Tensor) -> None:
+        """In place: the tokens of rows that are not greedy."""
         numbers_RX = self.numbers[slots_R]
-        token_ids_R = greedy(logits_RV)
         random_N = (numbers_RX[:, 6] == 0).nonzero()[:, 0]
         if len(random_N):
             numbers_NX = numbers_RX[random_N]
@@ -93,8 +108,6 @@ class SlotTable:
             filters = Filters(temperature, numbers_NX[:, 4], typical_p, top_p, min_p)
             filtered_NV = apply_filters(logits_RV[random_N].float(), filters)
             token_ids_R[random_N] = sample(filtered_NV, numbers_NX[:, 5], positions_R[random_N])
-        self.last_token[slots_R] = token_ids_R
-        return token_ids_R
 
 
 def apply_filters(logits_RV: Tensor, filters: Filters) -> Tensor:
@@ -168,10 +181,21 @@ def filter_min_p(logits_RV: Tensor, min_p_R: Tensor) -> Tensor:
     return _filter_rows(logits_RV, min_p_R > 0, remove)
 
 
+def _one_a_row(logits_RV: Tensor) -> Tensor:
+    need_floats(logits=logits_RV)
+    num_rows, vocab_size = logits_RV.shape
+    need(vocab_size > 0, "logits must be of one token at least")
+    return logits_RV.new_empty(num_rows, dtype=torch.int64)
+
+
+@op("greedy(Tensor logits) -> Tensor", shapes=_one_a_row, is_row_by_row=True)
 def greedy(logits_RV: Tensor) -> Tensor:
     """The most likely token of each row, the lowest id where several tie. -> token_ids_R."""
     largest_R, token_ids_R = logits_RV.max(dim=1)
     return token_ids_R.where(largest_R.isfinite(), NOTHING_TO_SAMPLE)
+
+
+native(greedy)
 
 
 def sample(logits_RV: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:

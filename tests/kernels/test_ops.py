@@ -331,6 +331,10 @@ def naive_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tens
     return torch.cat([group * (weight + offset) for group in groups], 1)
 
 
+def naive_greedy(logits: Tensor) -> Tensor:
+    return torch.tensor([row.index(max(row)) for row in logits.tolist()], dtype=torch.int64)
+
+
 def naive_silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
@@ -747,6 +751,7 @@ CASES: dict[str, Case] = {
     ),
     "silu": Case(lambda g, t: (numbers(g, t, 12) * 4,), naive_silu),
     "silu_and_mul": Case(lambda g, t: (numbers(g, t, 24) * 2,), lambda x: naive_silu(x[:, :12]) * x[:, 12:]),
+    "greedy": Case(lambda g, t: (whole(g, 9, t, 37).float(),), naive_greedy),
     "embedding": Case(
         lambda g, t: (numbers(g, 11, 6), whole(g, 11, t)),
         lambda weight, ids: torch.nn.functional.one_hot(ids, 11).double() @ weight,
@@ -997,6 +1002,7 @@ OTHER_DTYPES = {
     "local_experts": (torch.int64,),
     "place_in_window": (torch.int64,),
     "to_panels": (torch.uint8,),
+    "greedy": (torch.int64,),
 } | dict.fromkeys(QUANTIZING, (torch.int8, torch.float8_e4m3fn, torch.float32))
 
 

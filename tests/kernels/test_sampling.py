@@ -1,5 +1,7 @@
 """kernels/sampling.py: the filters against transformers' warpers, Philox against its published vectors, the draws."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -194,22 +196,35 @@ def test_rounding_rarely_changes_a_draw() -> None:
     assert (draw(logits_RV) != draw(logits_RV + noise_RV)).sum() <= 3
 
 
-def test_rows_without_a_distribution_are_named_and_harm_no_other() -> None:
-    logits_RV = torch.zeros(4, 5)
+GREEDY = [
+    pytest.param(kernel.function, id=name)
+    for name, kernel in greedy.candidates(torch.device("cpu"), torch.float32).items()
+]
+
+
+@pytest.mark.parametrize("most_likely", GREEDY)
+@pytest.mark.parametrize("vocab_size", [5, 16, 35])
+def test_rows_without_a_distribution_are_named_and_harm_no_other(
+    most_likely: Callable[[Tensor], Tensor], vocab_size: int
+) -> None:
+    logits_RV = torch.zeros(4, vocab_size)
     logits_RV[0] = -torch.inf
     logits_RV[1, 2] = torch.nan
     logits_RV[2, 2] = torch.inf
     logits_RV[3, 3] = 1
-    assert greedy(logits_RV).tolist() == [NOTHING_TO_SAMPLE] * 3 + [3]
+    assert most_likely(logits_RV).tolist() == [NOTHING_TO_SAMPLE] * 3 + [3]
     drawn = draw(logits_RV).tolist()
     assert drawn[:3] == [NOTHING_TO_SAMPLE] * 3
-    assert drawn[3] in range(5)
+    assert drawn[3] in range(vocab_size)
 
 
-def test_greedy_takes_the_lowest_id_of_a_tie() -> None:
-    logits_RV = torch.zeros(2, 40_000)
+@pytest.mark.parametrize("most_likely", GREEDY)
+def test_greedy_takes_the_lowest_id_of_a_tie(most_likely: Callable[[Tensor], Tensor]) -> None:
+    logits_RV = torch.zeros(3, 40_000)
     logits_RV[1, [5, 77, 39_999]] = 3
-    assert greedy(logits_RV).tolist() == [0, 5]
+    logits_RV[2] = -torch.inf
+    logits_RV[2, [39_999, 21]] = -3
+    assert most_likely(logits_RV).tolist() == [0, 5, 21]
 
 
 @pytest.mark.parametrize("num_top", [0, 1, 5, 40, 100])

@@ -176,7 +176,7 @@ def native(
 
 
 def on_cpu(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and dtype in (torch.float32, torch.int8) and library() is not None
+    return device.type == "cpu" and dtype in (torch.float32, torch.int8, torch.int64) and library() is not None
 
 
 def call(

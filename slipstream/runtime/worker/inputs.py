@@ -14,7 +14,6 @@ from slipstream.runtime.worker.groups import group_input
 from slipstream.runtime.worker.tables import BlockTables, Numbers
 from slipstream.schema.step import PENDING, StepPlan
 
-AnyArray = TypeVar("AnyArray", Tensor, Numbers)
 Places = TypeVar("Places", int, Tensor)
 
 NO_SLOT = -1  # as an index: one beyond all slots
@@ -62,14 +61,14 @@ class StepSizes:
     def num_numbers(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes().values())
 
-    def views(self, numbers: AnyArray) -> dict[str, AnyArray]:
+    def views(self, numbers: Tensor) -> dict[str, Tensor]:
         """The step's tensors, one after the other in `numbers`."""
-        found, start = {}, 0
-        for name, shape in self.shapes().items():
-            end = start + math.prod(shape)
-            found[name] = numbers[start:end].reshape(shape)
-            start = end
-        return found
+        shapes = self.shapes()
+        parts = numbers.split([math.prod(shape) for shape in shapes.values()])
+        return {
+            name: part if len(shape) == 1 else part.view(shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
 
 
 def rows_wanted(plan: StepPlan, wants_all_rows: Sequence[bool]) -> list[int]:
@@ -98,9 +97,7 @@ def fill_inputs(
     Where sizes are larger than the plan: tokens beyond its own belong to no sequence and are written to the null
     block, sequences beyond its own have no tokens, rows of logits beyond its own are of token 0.
     """
-    numbers = out.numpy()
-    numbers.fill(0)
-    columns = sizes.views(numbers)
+    columns = {name: view.numpy() for name, view in sizes.views(out.zero_()).items()}
     sequences, num_sequences, size = plan.sequences, len(plan.sequences), tables.tokens_per_block
     slots = _column((each.slot for each in sequences), num_sequences)
     starts = _column((each.start for each in sequences), num_sequences)

@@ -74,6 +74,9 @@ class NativeRun:
         self._program, self._keep = _program(nodes, places, looks, types)
         self._sizes = _where_sizes_are(self.arguments, types)
         self._numbers = (c_int64 * (2 * len(self.arguments) + 2 * len(self._made)))()
+        self._caches: dict[int, Tensor | None] = {  # as they last came: always the same
+            index: None for index, name in enumerate(self.arguments) if name.startswith("kv.")
+        }
         self.kernels = [each.kernel.address for each in nodes if each.kernel is not None]
         found = library()
         assert found is not None
@@ -89,9 +92,11 @@ class NativeRun:
             letters[index] = tensors[argument].shape[dimension]
         sizes = dict(zip(LETTERS, letters, strict=True))
         made = {name: _empty(self._types[name], sizes) for name in self._made}
-        everything = (*tensors, *made.values())
-        self._numbers[::2] = [tensor.data_ptr() for tensor in everything]
-        self._numbers[1::2] = [tensor.stride(0) for tensor in everything]
+        for index, tensor in enumerate((*tensors, *made.values())):
+            if index not in self._caches or tensor is not self._caches[index]:
+                self._numbers[2 * index], self._numbers[2 * index + 1] = tensor.data_ptr(), tensor.stride(0)
+                if index in self._caches:
+                    self._caches[index] = tensor
         if self._run(ctypes.byref(self._program), self._numbers, letters):
             raise torch.OutOfMemoryError("no memory for what a step computes")
         named = dict(zip(self.arguments, tensors, strict=True)) | made

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.kernels.sampling import NOTHING_TO_SAMPLE, SlotTable, gather_logprobs
 from slipstream.runtime.guidance import Guidance, num_taken, why_stopped
 from slipstream.runtime.logits import PenaltyTable, SequenceState, edit_logits
@@ -28,6 +29,14 @@ from slipstream.speculative.accept import Accepted, accept
 
 # Logprobs over a vocabulary of 128k take 0.5 MB a row, several times over: a whole prompt at once would be gigabytes.
 _PROMPT_ROWS_AT_ONCE = 128
+
+
+def with_greedy(graph: Graph) -> Graph:
+    """The graph that gives the most likely token of each row of logits, too, after its other outputs."""
+    logits = graph.outputs[0]
+    node = Node("greedy", (logits,), (f"{logits}.greedy",), {})
+    types = graph.types | {node.outputs[0]: TensorType(graph.types[logits].shape[:1], "int64")}
+    return replace(graph, nodes=[*graph.nodes, node], types=types, outputs=(*graph.outputs, *node.outputs))
 
 
 class Sampler:

@@ -23,7 +23,7 @@ from slipstream.runtime.worker.inputs import make_inputs, rows_wanted
 from slipstream.runtime.worker.memory import allocate_kv, free_memory, keep_freed_memory, left_by_plan, peak_memory
 from slipstream.runtime.worker.pool import Pooler, Vectors
 from slipstream.runtime.worker.recorded import RecordedSteps, StepOutputs
-from slipstream.runtime.worker.sample import Draw, Sampler
+from slipstream.runtime.worker.sample import Draw, Sampler, with_greedy
 from slipstream.runtime.worker.tables import BlockTables
 from slipstream.runtime.worker.weights import load_weights
 from slipstream.schema.build import MAX_RECORDED_TOKENS
@@ -92,6 +92,10 @@ class Worker:
             graph = with_trees(graph, self._drafts.num_mask_words)
         if self._drafts.reads_hidden:
             graph = with_hidden(graph, self._drafts.reads_hidden)
+        # In the call that computes the logits; on a GPU choosing is two kernels anyway.
+        self._gives_greedy = device.type == "cpu" and engine.is_last_stage and manifest.logits == "selected"
+        if self._gives_greedy:
+            graph = with_greedy(graph)
         if device.type == "cpu":
             keep_freed_memory()  # before the engine's thread first allocates
         weights = load_weights(engine.weights, list(engine.graph.weights), device)
@@ -320,13 +324,14 @@ class Worker:
         if self._copies_tokens:
             self._ranks.copy_first(inputs["step.token_ids"])  # which knows them
         logits_RV, *hidden_TH = self._graph(inputs | tree | self._kv_inputs)
+        greedy_R = hidden_TH.pop() if self._gives_greedy else None
         if not self._is_last_stage:  # it has sent what it made
             return StepOutputs(logits_RV.new_empty(0, self._manifest.vocab_size), inputs["row_slots"][:0], None, None)
         asked = hidden_TH[1:]
         drafted_from_TF = None if not asked else torch.cat(asked, 1) if len(asked) > 1 else asked[0]
         if self._manifest.logits != "selected":
             logits_RV = logits_RV[inputs["step.logit_rows"]]
-        token_ids_R = slots.choose(logits_RV, inputs["row_slots"], inputs["row_positions"])
+        token_ids_R = slots.choose(logits_RV, inputs["row_slots"], inputs["row_positions"], greedy_R)
         return StepOutputs(logits_RV, token_ids_R, hidden_TH[0] if hidden_TH else None, drafted_from_TF)
 
     def _copy(self, copies: Sequence[BlockCopy]) -> None:
