@@ -7,6 +7,7 @@ row: medians of several runs, through LLM.generate with token ids, greedy, 128 t
 """
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -44,6 +45,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
         "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
         "rope_theta": 500000.0,
+    },
+    "llama-3.2-1b": {
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+    },
+    "llama-3.2-3b": {
+        "model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+        "max_position_embeddings": 131072, "rope_theta": 500000.0,
     },
     "tiny": {
         "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
@@ -155,6 +166,12 @@ def generate_seconds(llm: LLM, count: int, num_in: int, num_out: int, times: int
         assert all(len(each.outputs[0].token_ids) == num_out for each in outputs), outputs[0].error
 
     return median_seconds(call, times)
+
+
+def free_memory() -> None:
+    """Of engines that are closed, whose workers are parts of cycles."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def print_choices(engine: Path) -> None:
