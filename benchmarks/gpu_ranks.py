@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_ranks.py --size 2
 
-As the engine does it (runtime/ranks.py), by NCCL alone, by torch's one-shot and two-shot sums over symmetric memory:
+As the engine does it (runtime/ranks.py), by NCCL alone, by torch's one-shot and two-shot sums over symmetric memory;
+then with the residual sum and the norm after it, in a kernel of their own and in the one that adds up:
 medians of 20 replays of a graph of 100 calls, the slowest rank's.
 """
 
@@ -20,10 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slipstream.kernels.norm import add_rms_norm_triton
+from slipstream.kernels.reduce_norm import reduce_add_rms_norm_triton
 from slipstream.runtime.ranks import ProcessRanks
 from slipstream.schema.mapping import Mapping
 
-CALLS, REPLAYS = 100, 20
+CALLS, REPLAYS, COLUMNS = 100, 20, 8192
 BYTES = tuple(1 << place for place in range(11, 23))  # 2 KiB to 4 MiB; 16 KiB: one token of 8,192 numbers
 
 
@@ -54,6 +57,7 @@ def measure(rank: int, size: int, folder: Path) -> None:
         "engine": ranks.add_up,
         "NCCL": lambda x: ranks._all.allreduce([x]).wait(),
     } | symmetric(rank, size, folder, device)
+    ways |= with_norm(ranks, device)
     if rank == 0:
         print(f"{size} x {torch.cuda.get_device_name()}, torch {torch.__version__}; us an all-reduce in a graph")
         print(f"| bytes | {' | '.join(ways)} |\n| --- |{' --- |' * len(ways)}", flush=True)
@@ -86,6 +90,24 @@ def symmetric(rank: int, size: int, folder: Path, device: torch.device) -> dict[
         return torch.ops.symm_mem.two_shot_all_reduce_(shared[: x.numel()], "sum", name)
 
     return {"one-shot": one_shot, "two-shot": two_shot}
+
+
+def with_norm(ranks: ProcessRanks, device: torch.device) -> dict[str, Callable[[Tensor], Any]]:
+    residual = torch.zeros(BYTES[-1] // 2, dtype=torch.bfloat16, device=device)
+    weight = torch.ones(COLUMNS, dtype=torch.bfloat16, device=device)
+
+    def rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        size = min(len(x), COLUMNS)
+        return x.view(-1, size), residual[: len(x)].view(-1, size), weight[:size]
+
+    def apart(x: Tensor) -> Any:
+        x_TH, residual_TH, weight_H = rows(x)
+        return add_rms_norm_triton(ranks.add_up(x_TH), residual_TH, weight_H, 1e-5, 0.0)
+
+    def fused(x: Tensor) -> Any:
+        return reduce_add_rms_norm_triton(*rows(x), 1e-5, 0.0, ranks=ranks)
+
+    return {"engine, then norm": apart, "in the norm": fused}
 
 
 def graph_microseconds(call: Callable[[Tensor], Any], count: int, device: torch.device) -> float:

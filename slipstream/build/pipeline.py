@@ -14,6 +14,7 @@ from slipstream.build.passes import (
     fuse_gate_up,
     fuse_norm_quant,
     fuse_qkv,
+    fuse_reduce_norm,
     fuse_rope_kv_write,
     last_token,
     pack_panels,
@@ -56,6 +57,8 @@ LOWERING: tuple[Pass, ...] = (
     # what quantized products read is quantized where it is made
     fuse_norm_quant.PASS,
     fuse_act_quant.PASS,
+    # what ranks add up is read where it is normed
+    fuse_reduce_norm.PASS,
     pack_panels.PASS,
 )
 

@@ -267,7 +267,7 @@ SWITCHES: dict[str, Answers] = {
     "--use_fp8_context_fmha": switch(Refusal("attention computes in the engine's dtype; leave it out"), SO_ANYWAY),
     "--multiple_profiles": switch(Note("one graph serves every size, and kernels are measured for each"), SO_ANYWAY),
     "--use_fused_mlp": switch(SO_ANYWAY, Means(("--disable_pass", "fuse_gate_up"))),
-    "--reduce_fusion": switch(Note("one device has nothing to reduce"), SO_ANYWAY),
+    "--reduce_fusion": switch(SO_ANYWAY, Means(("--disable_pass", "fuse_reduce_norm"))),
     "--user_buffer": switch(Note("one device has nothing to reduce"), SO_ANYWAY),
     "--use_custom_all_reduce": switch(Note("one device has nothing to reduce"), SO_ANYWAY),
     "--multi_block_mode": switch(Note(_MEASURED), Note(_MEASURED)),

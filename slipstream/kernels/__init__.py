@@ -16,6 +16,7 @@ from slipstream.kernels import (
     norm,
     packed_experts,
     quantized,
+    reduce_norm,
     rope,
     sampling,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "paged",
     "panels",
     "quantized",
+    "reduce_norm",
     "rope",
     "sampling",
     "streaming",

@@ -1,7 +1,7 @@
 """What the ranks of an engine do together: each has a part of the weights, and here the parts of a result meet."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,15 @@ from slipstream.kernels.fits import need, need_floats
 from slipstream.kernels.registry import op
 
 MAX_COLUMNS = 1 << 20  # of what goes from one stage to the next, which is as wide as the model
+
+
+class ShownRows(NamedTuple):
+    """Memory in which the GPUs of a machine show each other rows (runtime/one_shot.py: what lies where)."""
+
+    addresses: tuple[int, ...]  # where each rank's memory begins, as this one sees it
+    calls: Tensor  # int32, of each place: how often rows have met there, on this rank
+    rank: int
+    row_bytes: int  # of a place
 
 
 class Ranks(Protocol):
@@ -29,6 +38,9 @@ class Ranks(Protocol):
 
     def add_up(self, x: Tensor) -> Tensor:
         """The sum of what the ranks of this stage gave, in memory of its own; x is contiguous."""
+
+    def shown_rows(self, x: Tensor) -> ShownRows | None:
+        """Where a kernel may add up x itself; None where it cannot. All ranks of this stage get the same."""
 
     def collect(self, x: Tensor) -> Tensor:
         """What the ranks of this stage gave, [how many they are, *x.shape]."""
@@ -53,6 +65,9 @@ class Alone:
 
     def add_up(self, x: Tensor) -> Tensor:
         return x.clone()
+
+    def shown_rows(self, x: Tensor) -> None:
+        pass
 
     def collect(self, x: Tensor) -> Tensor:
         return x[None]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _QUANTIZE = {"int8": w8a8.quantize_w8a8, "float8_e4m3fn": fp8.quantize_fp8}
 
-_HOW = "float input_scale, int input_group_size, str dtype"
+HOW = "float input_scale, int input_group_size, str dtype"
 
 
 def quantize_by_reference(x_TN: Tensor, input_scale: float, group_size: int, dtype: str) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def _norm_shapes(
 
 
 @op(
-    f"rms_norm_quantize(Tensor x, Tensor weight, float eps, float weight_offset, {_HOW}) -> (Tensor, Tensor)",
+    f"rms_norm_quantize(Tensor x, Tensor weight, float eps, float weight_offset, {HOW}) -> (Tensor, Tensor)",
     shapes=_norm_shapes,
 )
 def rms_norm_quantize(
@@ -54,7 +54,7 @@ def rms_norm_quantize(
     return quantize_by_reference(normed_TH, input_scale, input_group_size, dtype)
 
 
-def _add_norm_shapes(
+def add_norm_shapes(
     x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float, input_scale: float,
     input_group_size: int, dtype: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -64,8 +64,8 @@ def _add_norm_shapes(
 
 @op(
     "add_rms_norm_quantize(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset, "
-    f"{_HOW}) -> (Tensor, Tensor, Tensor)",
-    shapes=_add_norm_shapes,
+    f"{HOW}) -> (Tensor, Tensor, Tensor)",
+    shapes=add_norm_shapes,
 )
 def add_rms_norm_quantize(
     x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, weight_offset: float, input_scale: float,
@@ -84,7 +84,7 @@ def _layer_norm_shapes(
 
 
 @op(
-    f"layer_norm_quantize(Tensor x, Tensor weight, Tensor? bias, float eps, {_HOW}) -> (Tensor, Tensor)",
+    f"layer_norm_quantize(Tensor x, Tensor weight, Tensor? bias, float eps, {HOW}) -> (Tensor, Tensor)",
     shapes=_layer_norm_shapes,
 )
 def layer_norm_quantize(
@@ -106,7 +106,7 @@ def _add_layer_norm_shapes(
 
 @op(
     "add_layer_norm_quantize(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, "
-    f"{_HOW}) -> (Tensor, Tensor, Tensor)",
+    f"{HOW}) -> (Tensor, Tensor, Tensor)",
     shapes=_add_layer_norm_shapes,
 )
 def add_layer_norm_quantize(
@@ -122,7 +122,7 @@ def _gated_shapes(x_TI2: Tensor, input_scale: float, input_group_size: int, dtyp
     return _quantized(activation.half_columns(x_TI2), input_group_size, dtype)
 
 
-@op(f"silu_and_mul_quantize(Tensor x, {_HOW}) -> (Tensor, Tensor)", shapes=_gated_shapes)
+@op(f"silu_and_mul_quantize(Tensor x, {HOW}) -> (Tensor, Tensor)", shapes=_gated_shapes)
 def silu_and_mul_quantize(
     x_TI2: Tensor, input_scale: float, input_group_size: int, dtype: str
 ) -> tuple[Tensor, Tensor]:
@@ -136,7 +136,7 @@ def _gated_gelu_shapes(
     return _gated_shapes(x_TI2, input_scale, input_group_size, dtype)
 
 
-@op(f"gelu_and_mul_quantize(Tensor x, bool approximate, {_HOW}) -> (Tensor, Tensor)", shapes=_gated_gelu_shapes)
+@op(f"gelu_and_mul_quantize(Tensor x, bool approximate, {HOW}) -> (Tensor, Tensor)", shapes=_gated_gelu_shapes)
 def gelu_and_mul_quantize(
     x_TI2: Tensor, approximate: bool, input_scale: float, input_group_size: int, dtype: str
 ) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ def _gelu_shapes(
     return _quantized(x_TI, input_group_size, dtype)
 
 
-@op(f"gelu_quantize(Tensor x, bool approximate, {_HOW}) -> (Tensor, Tensor)", shapes=_gelu_shapes)
+@op(f"gelu_quantize(Tensor x, bool approximate, {HOW}) -> (Tensor, Tensor)", shapes=_gelu_shapes)
 def gelu_quantize(
     x_TI: Tensor, approximate: bool, input_scale: float, input_group_size: int, dtype: str
 ) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,7 @@ def gelu_quantize(
     return quantize_by_reference(activation.gelu.reference(x_TI, approximate), input_scale, input_group_size, dtype)
 
 
-def _how(input_scale: float, group_size: int, dtype: str, is_batch_invariant: bool) -> "Quantized":
+def how_on_gpu(input_scale: float, group_size: int, dtype: str, is_batch_invariant: bool = False) -> "Quantized":
     """What quantizes for a product in E4M3 on a GPU may leave one row as it is: linear_fp8 multiplies either there."""
     from slipstream.kernels.triton.rows import Quantized
 
@@ -174,7 +174,7 @@ def rms_norm_quantize_triton(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from slipstream.kernels.triton import rows
 
-    how = _how(input_scale, input_group_size, dtype, is_batch_invariant)
+    how = how_on_gpu(input_scale, input_group_size, dtype, is_batch_invariant)
     return rows.norm(x_TH, None, weight_H, None, eps, weight_offset=weight_offset, how=how)[:2]
 
 
@@ -185,7 +185,7 @@ def add_rms_norm_quantize_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from slipstream.kernels.triton import rows
 
-    how = _how(input_scale, input_group_size, dtype, is_batch_invariant)
+    how = how_on_gpu(input_scale, input_group_size, dtype, is_batch_invariant)
     return rows.norm(x_TH, residual_TH, weight_H, None, eps, weight_offset=weight_offset, how=how)
 
 
@@ -196,7 +196,7 @@ def layer_norm_quantize_triton(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from slipstream.kernels.triton import rows
 
-    how = _how(input_scale, input_group_size, dtype, is_batch_invariant)
+    how = how_on_gpu(input_scale, input_group_size, dtype, is_batch_invariant)
     return rows.norm(x_TH, None, weight_H, bias_H, eps, is_layer=True, how=how)[:2]
 
 
@@ -207,7 +207,7 @@ def add_layer_norm_quantize_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from slipstream.kernels.triton import rows
 
-    how = _how(input_scale, input_group_size, dtype, is_batch_invariant)
+    how = how_on_gpu(input_scale, input_group_size, dtype, is_batch_invariant)
     return rows.norm(x_TH, residual_TH, weight_H, bias_H, eps, is_layer=True, how=how)
 
 
@@ -218,7 +218,7 @@ def silu_and_mul_quantize_triton(
     from slipstream.kernels.triton import rows
 
     return rows.activate(
-        x_TI2, "silu", is_gated=True, how=_how(input_scale, input_group_size, dtype, is_batch_invariant)
+        x_TI2, "silu", is_gated=True, how=how_on_gpu(input_scale, input_group_size, dtype, is_batch_invariant)
     )
 
 
@@ -233,7 +233,10 @@ def gelu_and_mul_quantize_triton(
 ) -> tuple[Tensor, Tensor]:
     from slipstream.kernels.triton import rows
 
-    name, how = "gelu_tanh" if approximate else "gelu", _how(input_scale, input_group_size, dtype, is_batch_invariant)
+    name, how = (
+        "gelu_tanh" if approximate else "gelu",
+        how_on_gpu(input_scale, input_group_size, dtype, is_batch_invariant),
+    )
     return rows.activate(x_TI2, name, is_gated=True, how=how)
 
 
@@ -248,7 +251,10 @@ def gelu_quantize_triton(
 ) -> tuple[Tensor, Tensor]:
     from slipstream.kernels.triton import rows
 
-    name, how = "gelu_tanh" if approximate else "gelu", _how(input_scale, input_group_size, dtype, is_batch_invariant)
+    name, how = (
+        "gelu_tanh" if approximate else "gelu",
+        how_on_gpu(input_scale, input_group_size, dtype, is_batch_invariant),
+    )
     return rows.activate(x_TI, name, is_gated=False, how=how)
 
 

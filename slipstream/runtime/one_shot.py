@@ -2,7 +2,9 @@
 
 For the tokens of a decoding step on two GPUs NCCL takes 20 us, this 11 (benchmarks/2026-11-22-h200-ranks.md). The
 memory that GPUs show each other and the kernel are torch's (torch.distributed._symmetric_memory); every rank adds in
-the order of ranks, so that all have the same bits.
+the order of ranks, so that all have the same bits. A kernel of ours that goes on with the sum (kernels/reduce_norm.py)
+reads the others' rows itself, from two places for each row, which calls take in turns; behind them lie, for each rank,
+the numbers of the calls that it has told of.
 """
 
 import os
@@ -14,7 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slipstream.kernels.collectives import ShownRows
+
 MAX_BYTES = 2 << 20  # beyond, each GPU's reading of everything costs more than NCCL
+SHOWN_ROWS = 128  # each has a program that waits for the other ranks': all of them must run at the same time
+SHOWN_ROW_BYTES = 32 << 10
 RELEASE_SECONDS = 10.0
 
 
@@ -45,6 +51,15 @@ class OneShot:
         self._name, self._rank, self._size, self._device = name, rank, size, device
         self._mine = _SymmetricMemory.empty_strided_p2p((MAX_BYTES,), (1,), torch.uint8, device, name)
         self._shared: Any = _SymmetricMemory.rendezvous(self._mine, name)
+        self._first_told = 2 * SHOWN_ROWS * SHOWN_ROW_BYTES
+        num_bytes = self._first_told + 4 * size * SHOWN_ROWS
+        self._rows = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device, name)
+        self._rows.zero_()
+        shared_rows: Any = _SymmetricMemory.rendezvous(self._rows, name)
+        torch.cuda.synchronize(device)
+        shared_rows.barrier()  # nobody tells of a call before all are zeros
+        self._calls_S = torch.zeros(SHOWN_ROWS, dtype=torch.int32, device=device)
+        self._shown = ShownRows(tuple(shared_rows.buffer_ptrs), self._calls_S, rank, SHOWN_ROW_BYTES)
 
     def takes(self, x: Tensor) -> bool:
         return x.dtype in (torch.bfloat16, torch.float32) and x.nbytes <= MAX_BYTES and x.nbytes % 16 == 0
@@ -54,12 +69,19 @@ class OneShot:
         mine = self._mine.view(x.dtype)[: x.numel()]
         return torch.ops.symm_mem.one_shot_all_reduce_copy(mine, x.flatten(), "sum", self._name).view(x.shape)
 
+    def shown_rows(self, x: Tensor) -> ShownRows | None:
+        """Where a kernel may add up x [rows, columns], as add_up does."""
+        fits = x.shape[0] <= SHOWN_ROWS and x.shape[1] * x.itemsize <= SHOWN_ROW_BYTES
+        return self._shown if fits and x.dtype in (torch.bfloat16, torch.float16, torch.float32) else None
+
     def release(self) -> None:
         """From another thread, once a rank is lost: end the kernels that wait for its signals, whatever they add up."""
         stream, end = torch.cuda.Stream(self._device), time.monotonic() + RELEASE_SECONDS
         busy = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(stream):
             while time.monotonic() < end and not busy.query():
-                for other in range(self._size):  # what a kernel waits for is a 1 here and a 0 there
+                for other in range(self._size):  # what torch's kernel waits for is a 1 here and a 0 there
                     self._shared.get_signal_pad(other, dtype=torch.int32).fill_(other == self._rank)
+                told = self._rows[self._first_told :].view(torch.int32).view(self._size, SHOWN_ROWS)
+                told.copy_(self._calls_S + 1)
                 stream.synchronize()

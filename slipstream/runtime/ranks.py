@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slipstream.errors import RankError
+from slipstream.kernels.collectives import ShownRows
 from slipstream.runtime.meeting import COLLECTIVE_SECONDS, first_line, machine
 from slipstream.runtime.one_shot import open_one_shot
 from slipstream.schema.launch import LOOPBACK
@@ -47,6 +48,9 @@ class ProcessRanks:
         total = x.clone()
         self._wait(lambda: self._stage.allreduce([total]))  # a sum, unless it is told otherwise
         return total
+
+    def shown_rows(self, x: Tensor) -> ShownRows | None:
+        return None if self._one_shot is None else self._one_shot.shown_rows(x)
 
     def collect(self, x: Tensor) -> Tensor:
         parts = x.new_empty(self._mapping.tp_size, *x.shape)

@@ -158,6 +158,18 @@ def test_a_step_meets_twice_a_layer_and_at_its_ends(tmp_path: Path) -> None:
     assert counts["add_rms_norm"] == 2 * 3, "the sum that meets is fused as any other"
 
 
+def test_for_gpus_ranks_meet_in_the_norm(tmp_path: Path) -> None:
+    """What such a graph computes is shown by its references, on a CPU."""
+    checkpoint = checkpoint_of(tmp_path / "model", llama.TINY)
+    config = BuildConfig(max_batch_size=2, max_num_tokens=64, tp_size=2, disabled_passes=("last_token",))
+    plan = plan_build(checkpoint, config, device="cuda")
+    counts = plan.graph.count_ops()
+    assert (counts["all_reduce"], counts["reduce_add_rms_norm"]) == (1, 2 * 3), "the table of tokens has no norm"
+    write_engine(plan, tmp_path / "for-gpus", measure_kernels=False)
+    found = logits_on_ranks(tmp_path / "for-gpus", Mapping(2), CHUNKS)
+    assert_same(found, logits(checkpoint, tmp_path, 1))
+
+
 @pytest.mark.parametrize(
     ("heads", "sizes"),
     [

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from slipstream.kernels.collectives import ShownRows
 from slipstream.kernels.sampling import SlotTable
 from slipstream.kernels.triton import attention, experts, linear, rope, router, rows, sampling
 
@@ -152,6 +153,8 @@ def sample() -> None:
 def norm() -> None:
     x_TH, weight_H = torch.empty(3, 4096, dtype=torch.bfloat16), torch.empty(4096, dtype=torch.bfloat16)
     rows.norm(x_TH, x_TH, weight_H, None, 1e-5)
+    shown = ShownRows((1 << 40, 1 << 41), torch.empty(128, dtype=torch.int32), 0, 32 << 10)
+    rows.norm(x_TH, x_TH, weight_H, None, 1e-5, shown=shown)
     rows.activate(x_TH, "silu", is_gated=True, how=rows.Quantized(0.0, 0, "int8"))
 
 

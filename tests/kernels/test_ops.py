@@ -767,6 +767,17 @@ CASES: dict[str, Case] = {
     "receive": Case(
         lambda g, t: (whole(g, 20, t), 6, "float32"), lambda positions, columns, _: torch.zeros(len(positions), columns)
     ),
+    "reduce_add_rms_norm": Case(
+        lambda g, t: (numbers(g, t, 24), numbers(g, t, 24), numbers(g, 24), 1e-5, float(t % 2)),
+        lambda x, residual, weight, eps, offset: [naive_rms_norm(x + residual, weight, eps, offset), x + residual],
+    ),
+    "reduce_add_rms_norm_quantize": Case(
+        lambda g, t: (lambda x, *rest: (*residual_of(g, x), *rest))(*rms_norm_quantize_inputs(g, t)),
+        lambda x, residual, weight, eps, offset, *how: [
+            *naive_quantize_to(naive_rms_norm(x + residual, weight, eps, offset), *how),
+            x + residual,
+        ],
+    ),
     "linear": Case(
         lambda g, t: (numbers(g, t, 24), numbers(g, 10, 24) / 5, numbers(g, 10)),
         lambda x, weight, bias: (x[:, None] * weight).sum(2) + bias,

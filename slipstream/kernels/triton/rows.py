@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slipstream.kernels.collectives import ShownRows
 from slipstream.kernels.quantized import quantize_by_reference
 from slipstream.kernels.triton.launch import starts_early, wait_for_previous
 
@@ -79,12 +80,50 @@ def _store_quantized(
 
 
 @triton.jit
+def _sum_of_ranks(
+    value, addresses, calls_S, row, columns, is_inside,
+    RANK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """value [BLOCK] of a row, added up over the ranks in their order, so that all have the same bits.
+
+    A rank writes its part where the others see it, tells each of them so by the number of the call, and reads theirs
+    once they have told it. Calls take turns between two places: when one is written again, whoever read it has told
+    of the call after, and so had ended the one before.
+    """
+    dtype = value.dtype
+    call = tl.load(calls_S + row) + 1
+    place = ((call % 2) * PLACES + row) * BYTES
+    mine = tl.multiple_of((addresses[RANK] + place).to(tl.pointer_type(dtype)), 16)
+    tl.store(mine + columns, value, mask=is_inside)
+    tl.debug_barrier()
+    for other in tl.static_range(SIZE):
+        if other != RANK:
+            told = addresses[other] + 2 * PLACES * BYTES + 4 * (RANK * PLACES + row)
+            tl.atomic_xchg(told.to(tl.pointer_type(tl.int32)), call, sem="release", scope="sys")
+    for other in tl.static_range(SIZE):
+        if other != RANK:
+            told = (addresses[RANK] + 2 * PLACES * BYTES + 4 * (other * PLACES + row)).to(tl.pointer_type(tl.int32))
+            while tl.atomic_add(told, 0, sem="acquire", scope="sys") - call < 0:
+                pass
+    tl.debug_barrier()
+    total = tl.zeros(value.shape, tl.float32)
+    for other in tl.static_range(SIZE):
+        if other == RANK:
+            total += value.to(tl.float32)
+        else:
+            theirs = tl.multiple_of((addresses[other] + place).to(tl.pointer_type(dtype)), 16)
+            total += tl.load(theirs + columns, mask=is_inside, other=0.0, volatile=True).to(tl.float32)
+    tl.store(calls_S + row, call)
+    return total.to(dtype)
+
+
+@triton.jit
 def _norm(
-    x, residual, weight, bias, out, total, scales, x_stride, residual_stride, size, num_groups, eps, weight_offset,
-    static_scale,
+    x, residual, weight, bias, out, total, scales, addresses, calls_S, x_stride, residual_stride, size, num_groups,
+    eps, weight_offset, static_scale,
     BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, IS_LAYER: tl.constexpr,
     HAS_OFFSET: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, IS_STATIC: tl.constexpr,
-    IS_EARLY: tl.constexpr,
+    IS_EARLY: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """`size` columns of a row; num_groups such lie side by side in a row of x (the heads of queries and keys)."""
     place = tl.program_id(0).to(tl.int64)
@@ -97,6 +136,9 @@ def _norm(
     value = tl.load(x + row * x_stride + group * size + columns, mask=is_inside, other=0.0)
     if HAS_RESIDUAL:
         added = tl.load(residual + row * residual_stride + columns, mask=is_inside, other=0.0)
+    if SIZE > 1:
+        value = _sum_of_ranks(value, addresses, calls_S, row, columns, is_inside, RANK, SIZE, PLACES, BYTES)
+    if HAS_RESIDUAL:
         value = (value.to(tl.float32) + added.to(tl.float32)).to(dtype)
         tl.store(total + row * size + columns, value, mask=is_inside)
     value = value.to(tl.float32)
@@ -159,10 +201,14 @@ def _activation(
 def norm(
     x_TN: Tensor, residual_TH: Tensor | None, weight_H: Tensor, bias_H: Tensor | None, eps: float,
     *, weight_offset: float = 0.0, is_layer: bool = False, how: Quantized | None = None,
+    shown: ShownRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(result, its scales, x + residual); what was not asked for is an empty tensor."""
+    """(result, its scales, x + residual); what was not asked for is an empty tensor. shown: x is added up there first,
+    over all ranks."""
     if how is not None and (how.keeps(x_TN) or not how.fits_tiles):
-        plain = norm(x_TN, residual_TH, weight_H, bias_H, eps, weight_offset=weight_offset, is_layer=is_layer)
+        plain = norm(
+            x_TN, residual_TH, weight_H, bias_H, eps, weight_offset=weight_offset, is_layer=is_layer, shown=shown
+        )
         normed_TN, _, total_TH = plain
         if how.keeps(x_TN):
             return normed_TN, how.kept_scales(normed_TN.shape[1], x_TN.device), total_TH
@@ -175,11 +221,12 @@ def norm(
     block = triton.next_power_of_2(size)
     if x_TN.shape[0]:
         _norm[(x_TN.shape[0] * num_groups,)](
-            x_TN, residual_TH, weight_H, bias_H, out, total, scales,
+            x_TN, residual_TH, weight_H, bias_H, out, total, scales, *(shown[:2] if shown else ((), None)),
             x_TN.stride(0), 0 if residual_TH is None else residual_TH.stride(0), size, num_groups, eps, weight_offset,
             0.0 if how is None else how.input_scale,
             BLOCK=block, HAS_RESIDUAL=residual_TH is not None, HAS_BIAS=bias_H is not None, IS_LAYER=is_layer,
             HAS_OFFSET=bool(weight_offset), **options(block), num_warps=_num_warps(block), **_early(x_TN.device),
+            **_ranks(shown),
         )  # fmt: skip
     return out, scales, total
 
@@ -230,6 +277,14 @@ def _results(x_TX: Tensor, num_columns: int, how: Quantized | None) -> tuple[Ten
 
 def _with_dense_rows(x_TX: Tensor) -> Tensor:
     return x_TX if x_TX.stride(1) == 1 else x_TX.contiguous()
+
+
+def _ranks(shown: ShownRows | None) -> dict[str, int]:
+    if shown is None:
+        return {"RANK": 0, "SIZE": 1, "PLACES": 0, "BYTES": 0}
+    return {
+        "RANK": shown.rank, "SIZE": len(shown.addresses), "PLACES": len(shown.calls), "BYTES": shown.row_bytes,
+    }  # fmt: skip
 
 
 def _num_warps(block: int) -> int:

@@ -297,7 +297,7 @@ class Worker:
 
     def can_run_ahead(self, flight: Flight) -> bool:
         """Whether the step after this one may be launched before it is collected."""
-        if self._device.type != "cuda" or self._ranks.size > 1:  # other ranks take part in one step at a time
+        if self._device.type != "cuda" or self._manifest.pp_size > 1:  # stages have several steps under way already
             return False
         if self._drafts.own_kv is not None or any(step.max_drafts for step in flight.plan.sequences):
             return False  # how far drafts get decides where it begins
