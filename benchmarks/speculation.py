@@ -11,7 +11,7 @@ so that a busy machine slows both. At the end, for each engine and kind of promp
 its prompts. On a CPU each engine has a process of its own (two in one would fight over torch's thread pools), and there
 is a ratio of processor time, too; on a GPU all are in this process, and their engines wait in turn.
 
-The number of drafts is fixed, unless an --engine says "adaptive": true. Where texts part from plain decoding, as they
+The number of drafts is fixed, unless --adaptive or an --engine says so. Where texts part from plain decoding, as they
 may where rounding depends on the number of rows (docs/speculation.md), it is said at which token.
 """
 
@@ -92,9 +92,10 @@ class Run:
 Ask = Callable[[list[str], int], Run]
 
 
-def open_llm(model: str, device: str, dtype: str, speculative: dict[str, Any] | None) -> LLM:
+def open_llm(model: str, device: str, dtype: str, batch_size: int, speculative: dict[str, Any] | None) -> LLM:
     return LLM(
-        model, device=device, dtype=dtype, speculative=speculative, max_batch_size=16, kv_cache_max_tokens=8192
+        model, device=device, dtype=dtype, speculative=speculative, max_batch_size=batch_size,
+        kv_cache_max_tokens=1024 * batch_size,
     )  # fmt: skip
 
 
@@ -121,32 +122,32 @@ def ask_own(texts: list[str], max_tokens: int) -> Run:
     return ask(_llm, texts, max_tokens)
 
 
-def opened(model: str, device: str, dtype: str, speculative: dict[str, Any] | None) -> Ask:
-    if device == "cuda":
-        llm = open_llm(model, device, dtype, speculative)
+def opened(arguments: argparse.Namespace, speculative: dict[str, Any] | None) -> Ask:
+    given = (arguments.model, arguments.device, arguments.dtype, arguments.batch_size, speculative)
+    if arguments.device == "cuda":
+        llm = open_llm(*given)
         return lambda texts, max_tokens: ask(llm, texts, max_tokens)
     context = multiprocessing.get_context("spawn")
-    process = ProcessPoolExecutor(
-        1, mp_context=context, initializer=start, initargs=(model, device, dtype, speculative)
-    )  # fmt: skip
+    process = ProcessPoolExecutor(1, mp_context=context, initializer=start, initargs=given)
     return lambda texts, max_tokens: process.submit(ask_own, texts, max_tokens).result()
 
 
 def engines_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
     if arguments.engine:
-        given = {each: {"adaptive": False} | json.loads(each) for each in arguments.engine}
+        given = {each: {"adaptive": arguments.adaptive} | json.loads(each) for each in arguments.engine}
         return {"plain": None} | given
     found: dict[str, dict[str, Any] | None] = {"plain": None}
-    found["ngram, 8 drafts"] = {"method": "ngram", "max_draft_len": 8, "adaptive": False}
+    found["ngram, 8 drafts"] = {"method": "ngram", "max_draft_len": 8, "adaptive": arguments.adaptive}
     for method in ("medusa", "redrafter", "eagle", "draft_model"):
         folder = Path(arguments.heads or "") / method
         if arguments.heads and folder.is_dir():
             for count in arguments.drafts or DRAFTS[arguments.device]:
                 if method != "draft_model" or count <= LONGEST_CHAIN:
-                    speculative = {"method": method, "model": str(folder), "max_draft_len": count, "adaptive": False}
-                    found[f"{method}, {count} drafts"] = speculative
+                    found[f"{method}, {count} drafts"] = {
+                        "method": method, "model": str(folder), "max_draft_len": count, "adaptive": arguments.adaptive
+                    }  # fmt: skip
     if arguments.device == "cuda":
-        found["lookahead, 7 5 7"] = {"method": "lookahead", "adaptive": False}
+        found["lookahead, 7 5 7"] = {"method": "lookahead", "adaptive": arguments.adaptive}
     return found
 
 
@@ -206,7 +207,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max_tokens", type=int, default=96)
-    parser.add_argument("--batch_size", type=int, default=1, help="requests at a time, at most 16")
+    parser.add_argument("--batch_size", type=int, default=1, help="requests at a time")
+    parser.add_argument("--adaptive", action="store_true", help="as many drafts as pay, instead of a fixed number")
     parser.add_argument("--prompts", nargs="+", choices=PROMPTS, default=list(PROMPTS))
     parser.add_argument("--heads", help="a folder with a folder for each method that was trained for the model")
     parser.add_argument("--drafts", type=int, nargs="+", help="of heads, of a step at most")
@@ -214,10 +216,7 @@ def main() -> None:
     arguments = parser.parse_args()
     load = f"load average {os.getloadavg()[0]:.1f}"
     print(f"{arguments.model} on {describe_device(torch.device(arguments.device))}, torch {torch.__version__}, {load}")
-    engines = {
-        name: opened(arguments.model, arguments.device, arguments.dtype, speculative)
-        for name, speculative in engines_of(arguments).items()
-    }
+    engines = {name: opened(arguments, speculative) for name, speculative in engines_of(arguments).items()}
     print("\n| prompt | engine | tokens | acceptance length | rate | ms a token, median (least) | times plain | "
           "by processor time |\n" + "| --- " * 8 + "|", flush=True)  # fmt: skip
     rows: dict[str, dict[str, Row]] = {}
