@@ -214,12 +214,16 @@ def run_experts(
             continue
         rows = chosen // top_k
         x_RH = x_TH[rows]
-        gate_RI, up_RI = gate(expert, x_RH), up(expert, x_RH)
-        if limit:
-            gate_RI, up_RI = gate_RI.clamp(max=limit), up_RI.clamp(-limit, limit)
-        hidden_RI = gate_RI * torch.sigmoid(alpha * gate_RI) * (up_RI + up_offset)
+        hidden_RI = gated(gate(expert, x_RH), up(expert, x_RH), alpha, limit, up_offset)
         out_TH.index_add_(0, rows, down(expert, hidden_RI).float() * shares_TK.flatten()[chosen, None])
     return out_TH.to(x_TH.dtype)
+
+
+def gated(gate_RI: Tensor, up_RI: Tensor, alpha: float, limit: float, up_offset: float) -> Tensor:
+    """What an expert's down product reads."""
+    if limit:
+        gate_RI, up_RI = gate_RI.clamp(max=limit), up_RI.clamp(-limit, limit)
+    return gate_RI * torch.sigmoid(alpha * gate_RI) * (up_RI + up_offset)
 
 
 def _linear(weight_ENK: Tensor, bias_EN: Tensor | None, expert: int, x_RK: Tensor) -> Tensor:

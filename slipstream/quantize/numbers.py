@@ -137,7 +137,9 @@ def nearest_parts(weight_NK: Tensor, format: WeightFormat, num_rows: int = 1) ->
 
 
 def nearest(weight_NK: Tensor, format: WeightFormat, num_rows: int = 1, scale: Tensor | float = 1.0) -> Tensor:
-    """The weight rounded with its columns scaled, as products read it, in float32."""
+    """The weight, or each of a stack, rounded with its columns scaled, as products read it, in float32."""
+    if weight_NK.ndim == 3:
+        return torch.stack([nearest(each_NK, format, num_rows, scale) for each_NK in weight_NK])
     found_NK, row_scale = torch.empty_like(weight_NK), row_scale_of(weight_NK, format)
     for rows in _slices(weight_NK, num_rows):
         scaled_NK = weight_NK[rows] * scale

@@ -28,7 +28,7 @@ def reach_of(block: Block, graph: Graph, group: Group) -> Reach:
         read, others = _read([node]) & moved, _read([node]) - moved
         if node.op == "add" and read and others - graph.weights.keys():
             results |= read
-        elif read or (node.op == "linear" and node.inputs[1] in group.weights):
+        elif read or _read([node]).intersection(group.weights):
             nodes.append(node)
             moved |= _made(node)
     results |= moved & block.needed

@@ -75,9 +75,11 @@ def choose_formats(
 def _units(
     block: Block, graph: Graph, names: frozenset[str], levels: Sequence[WeightFormat], checkpoint: Checkpoint
 ) -> list[Unit]:
-    found = [group.weights for group in groups_of(block, graph, names)]
-    found += [experts for node in block.nodes if node.op == "experts"
-              and set(experts := tuple(str(name) for name in node.inputs[3:6])) <= names]  # fmt: skip
+    experts = [tuple(str(name) for name in node.inputs[3:6]) for node in block.nodes if node.op == "experts"]
+    of_experts = {name for each in experts for name in each}
+    groups = [group.weights for group in groups_of(block, graph, names)]
+    found = [rest for each in groups if (rest := tuple(name for name in each if name not in of_experts))]
+    found += [each for each in experts if names.issuperset(each)]
     dtype = getattr(torch, checkpoint.dtype)
     return [
         Unit(weights, [
@@ -100,10 +102,12 @@ def _measure(
         is_last = block is stream.blocks[-1]
         rounded: dict[int, Mapping[str, Tensor]] = {}
         for unit in units[block.layer]:
+            for name in unit.weights:
+                check_weight(name, weights[name])
             for format in levels:
                 copy = stream.add_copy(0)
                 begun.append((unit, copy))
-                rounded[copy] = {name: _rounded(name, weights[name], format) for name in unit.weights}
+                rounded[copy] = {name: nearest(weights[name], format) for name in unit.weights}
         base, logits = stream.run(block, weights, 0), stream.graph.outputs[0]
         for unit, copy in begun:
             result = stream.run(block, {**weights, **rounded.get(copy, {})}, copy)
@@ -118,11 +122,6 @@ def _measure(
     for found in units.values():
         for unit in found:
             unit.kl.append(0.0)
-
-
-def _rounded(name: str, weight: Tensor, format: WeightFormat) -> Tensor:
-    check_weight(name, weight)
-    return torch.stack([nearest(each, format) for each in weight]) if weight.ndim == 3 else nearest(weight, format)
 
 
 def _spend(units: Sequence[Unit], budget: float) -> None:

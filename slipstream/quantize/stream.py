@@ -167,8 +167,9 @@ def _call(node: Node, inputs: list[Any], roundings: Mapping[str, Rounding], devi
         inputs = [rounding(inputs[0]), *inputs[1:]]
     elif node.op == "kv_write" and (rounding := roundings.get(str(node.inputs[2]))) is not None:
         inputs = [*_rounded_planes(rounding, inputs), *inputs[2:]]
-    elif node.op == "experts" and (rounding := roundings.get(str(node.inputs[3]))) is not None:
-        return (_rounded_experts(rounding, *inputs, *attributes),)
+    elif node.op == "experts" and not roundings.keys().isdisjoint(node.inputs[3:6]):
+        read, hidden = (roundings.get(str(node.inputs[index]), _as_it_is) for index in (3, 5))
+        return (_rounded_experts(read, hidden, *inputs, *attributes),)
     op = known_ops()[node.op]
     kernel = list(op.candidates(device, torch.float32).values())[-1]  # the newest
     if any(argument.kind == "Tensor[]" for argument in op.arguments):
@@ -184,17 +185,21 @@ def _rounded_planes(rounding: Rounding, inputs: list[Any]) -> list[Tensor | None
     return [None if each is None else next(rounded) for each in inputs[:2]]
 
 
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
 def _rounded_experts(
-    rounding: Rounding, x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, gate_EIH: Tensor, up_EIH: Tensor,
+    read: Rounding, hidden: Rounding, x_TH: Tensor, shares_TK: Tensor, ids_TK: Tensor, gate_EIH: Tensor, up_EIH: Tensor,
     down_EHI: Tensor, gate_bias_EI: Tensor | None, up_bias_EI: Tensor | None, down_bias_EH: Tensor | None,
     alpha: float, limit: float, up_offset: float,
 ) -> Tensor:  # fmt: skip
-    def product(weight_ENK: Tensor, bias_EN: Tensor | None) -> Product:
+    def product(weight_ENK: Tensor, bias_EN: Tensor | None, rounding: Rounding) -> Product:
         return lambda expert, x_RK: functional.linear(
             rounding(x_RK), weight_ENK[expert], None if bias_EN is None else bias_EN[expert]
         )
 
     return run_experts(
-        x_TH, shares_TK, ids_TK, len(gate_EIH), product(gate_EIH, gate_bias_EI), product(up_EIH, up_bias_EI),
-        product(down_EHI, down_bias_EH), alpha, limit, up_offset,
+        x_TH, shares_TK, ids_TK, len(gate_EIH), product(gate_EIH, gate_bias_EI, read),
+        product(up_EIH, up_bias_EI, read), product(down_EHI, down_bias_EH, hidden), alpha, limit, up_offset,
     )  # fmt: skip
