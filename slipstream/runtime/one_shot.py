@@ -45,9 +45,11 @@ class OneShot:
     def __init__(self, name: str, store: dist.Store, rank: int, size: int, device: torch.device) -> None:
         """name: the same on all ranks, and no other group's. Raises RuntimeError without access between the GPUs."""
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # not every machine's NVSwitch has it to give
-        from torch._C._distributed_c10d import _SymmetricMemory
+        from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
 
         _SymmetricMemory.set_group_info(name, rank, size, store)
+        # Where later versions of torch look for the store.
+        _register_process_group(name, dist.ProcessGroup(store, rank, size))  # type: ignore[arg-type]
         self._name, self._rank, self._size, self._device = name, rank, size, device
         self._mine = _SymmetricMemory.empty_strided_p2p((MAX_BYTES,), (1,), torch.uint8, device, name)
         self._shared: Any = _SymmetricMemory.rendezvous(self._mine, name)

@@ -11,6 +11,7 @@ import torch
 from slipstream import LLM, SamplingParams
 from slipstream.checkpoint.random import write_random_model
 from slipstream.errors import SlipstreamError
+from slipstream.kernels.collectives import Ranks
 from slipstream.models import model_file
 from tests.gpu.test_engine import LIMITS, prompts, tokens
 
@@ -25,6 +26,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+def ranks_of(llm: LLM) -> Ranks:
+    assert llm.loop._engine is not None
+    return llm.loop._engine._worker._ranks
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("way", WAYS)
 def test_greedy_tokens_are_those_of_the_cpu(way: str, size: int, tmp_path: Path) -> None:
@@ -34,6 +40,7 @@ def test_greedy_tokens_are_those_of_the_cpu(way: str, size: int, tmp_path: Path)
     with LLM(model, device="cpu", **LIMITS) as llm:
         expected = tokens(llm, asked, sampling)
     with LLM(model, device="cuda", tp_size=size, **LIMITS, **WAYS[way]) as llm:
+        assert ranks_of(llm).shown_rows(torch.empty(1, 64)) is not None, "GPUs see each other's memory"
         assert tokens(llm, asked, sampling) == expected
         assert tokens(llm, asked[:1], sampling[:1]) == expected[:1]
 

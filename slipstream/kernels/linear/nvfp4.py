@@ -17,7 +17,6 @@ from slipstream.kernels.registry import kernel, on_gpu_with_fp8, op
 
 GROUP_SIZE = 16
 LARGEST = 6.0
-MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the lower three bits; the fourth is the sign
 _BETWEEN = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # two magnitudes: there the even number is the nearest
 _FROM = torch.tensor(
     [middle if index % 2 == 0 else float(torch.tensor(middle).nextafter(torch.zeros(()))) for index, middle
@@ -32,9 +31,11 @@ def nearest(numbers: Tensor) -> Tensor:
 
 
 def numbers_of(codes: Tensor) -> Tensor:
-    """E2M1 in float32, of uint8 codes."""
-    signed = torch.tensor([*MAGNITUDES, *(-each for each in MAGNITUDES)], device=codes.device)
-    return signed[codes.int()]
+    """E2M1 in float32, of uint8 codes: computed, as a table cannot be copied to a GPU while a step is recorded."""
+    codes = codes.int()
+    exponent, fraction = codes >> 1 & 3, codes & 1
+    magnitude = torch.where(exponent > 0, fraction + 2 << exponent, 2 * fraction) / 4  # 0, 0.5, 1, 1.5, 2, 3, 4, 6
+    return torch.where(codes > 7, -magnitude, magnitude)
 
 
 def weight(packed: Tensor, scale_NG: Tensor, row_scale_N1: Tensor, num_in: int) -> Tensor:
