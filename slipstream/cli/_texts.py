@@ -24,6 +24,8 @@ def texts_for(
         checkpoint.write_tokenizer(Path(folder))
         encode = Tokenizer.open(Path(folder)).encode
     length = min(length, checkpoint.config.longest_seq_len)
-    return texts.cut(
+    made = texts.cut(
         found, encode, num_calibration=num_calibration, num_held_out=num_held_out, length=length, seed=seed
     )
+    texts.check_vocabulary(made, checkpoint.config.vocab_size, checkpoint.name)
+    return made

@@ -42,7 +42,9 @@ def quantize(
         typer.Option(help="A .txt or .jsonl file of your own.  [default: English and code of Python's own]"),
     ] = None,
     calib_max_seq_length: Annotated[int, typer.Option(min=8, help="Tokens of each of these texts.")] = 512,
-    awq_block_size: Annotated[int, typer.Option(help="Columns that share a scale in 4 bits: 32, 64 or 128.")] = 128,
+    awq_block_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale in int4: 32, 64 or 128.  [default: 128]")
+    ] = None,
     desc_act: Annotated[
         bool, typer.Option("--desc_act", help="Of int4_gptq: columns that meet large activations are rounded first.")
     ] = False,
@@ -81,12 +83,17 @@ def quantize(
         qformat=qformat,
         kv_cache_dtype=kv_cache_dtype,
         kv_skip_layers=_layers(kv_cache_dtype_skip_layers),
-        group_size=awq_block_size,
+        group_size=128 if awq_block_size is None else awq_block_size,
         exclude=(*DEFAULT_EXCLUDE, *(exclude_modules or ())),
         desc_act=desc_act,
         bits=auto_quantize_bits,
         seed=random_seed,
     )
+    if awq_block_size is not None and not settings.method.chooses_groups:
+        raise UsageError(
+            f"--awq_block_size is of int4 formats and w4a8_awq; leave it out with --qformat {qformat}, or give "
+            "int4_awq."
+        )
     used: list[Texts] = []
 
     def texts_of(checkpoint: "Checkpoint") -> "Texts":

@@ -185,6 +185,7 @@ class Quantization:
         calibration = [chunk for chunk in (searched, *others) if uses_text and len(chunk)]
         self._device, self._kv_dtype = device, KV_DTYPES.get(settings.kv_cache_dtype)
         self._kv_skip_layers = settings.kv_skip_layers
+        self._kv_shape = checkpoint.config.kv_planes, checkpoint.config.num_kv_heads
         self._reference = Stream(checkpoint, captured, held_out, device)
         self._stream = Stream(checkpoint, captured, [*held_out, *calibration], device)
         chunks = range(len(held_out), len(held_out) + len(calibration))
@@ -222,7 +223,7 @@ class Quantization:
                 work.save(index, found)
                 found = work.read(index)
             kv_dtype = None if block.layer in self._kv_skip_layers else self._kv_dtype
-            roundings = _roundings(found, block.layer, kv_dtype)
+            roundings = self._roundings(found, block.layer, kv_dtype)
             if is_last:
                 self._judge.last((block, block), weights, reference, roundings)
             else:
@@ -230,14 +231,15 @@ class Quantization:
                 self._judge.after(block)
             yield found
 
-
-def _roundings(found: Quantized, layer: int, kv_dtype: str | None) -> dict[str, Rounding]:
-    roundings = {
-        name: rounding_of(format) for name, format in found.formats.items() if format.kind in QUANTIZES_ACTIVATIONS
-    }
-    if kv_dtype is not None and found.kv_amax_PK is not None:
-        roundings[f"kv.{layer}"] = partial(kv_rounded, scales_PK=kv_scales(found.kv_amax_PK, kv_dtype), dtype=kv_dtype)
-    return roundings
+    def _roundings(self, found: Quantized, layer: int, kv_dtype: str | None) -> dict[str, Rounding]:
+        roundings = {
+            name: rounding_of(format) for name, format in found.formats.items() if format.kind in QUANTIZES_ACTIVATIONS
+        }
+        if kv_dtype is not None:
+            amax_PK = found.kv_amax_PK
+            scales_PK = torch.ones(self._kv_shape) if amax_PK is None else kv_scales(amax_PK, kv_dtype)
+            roundings[f"kv.{layer}"] = partial(kv_rounded, scales_PK=scales_PK, dtype=kv_dtype)
+        return roundings
 
 
 def quantize(
@@ -270,6 +272,7 @@ def quantize(
         raise ModelError(f"{model} is quantized already; give the model that it was made of.")
     _check_skipped(settings, checkpoint.config.num_layers)
     texts = texts_of(checkpoint)
+    _check_kv_cache(settings, checkpoint, texts)
     if qformat.needs_text and not len(texts.calibration):
         raise ModelError(f"qformat {settings.qformat} needs text to calibrate with; give a --calib_size above 0.")
     with torch.inference_mode():
@@ -312,6 +315,16 @@ def _check_skipped(settings: Settings, num_layers: int) -> None:
         raise ModelError(
             f"--kv_cache_dtype_skip_layers names {what}; the model has layers 0 to {num_layers - 1}, and one at least "
             "is kept in 8 bits."
+        )
+
+
+def _check_kv_cache(settings: Settings, checkpoint: Checkpoint, texts: Texts) -> None:
+    if settings.kv_cache_dtype not in KV_DTYPES:
+        checkpoint.kv_cache.chosen(settings.kv_cache_dtype, checkpoint.dtype, checkpoint.name)
+    elif settings.kv_cache_dtype != "fp8" and not len(texts.calibration):
+        raise ModelError(
+            f"A KV cache in {settings.kv_cache_dtype} needs text to calibrate with; give a --calib_size above 0, or "
+            "--kv_cache_dtype fp8, which has scales of 1 without."
         )
 
 

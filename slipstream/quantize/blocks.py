@@ -111,9 +111,9 @@ class BlockQuantizer:
 
     def run(self, block: Block, weights: dict[str, Tensor]) -> Quantized:
         """weights: float32, of the block; they are what it runs with afterwards."""
+        for name, weight in weights.items():
+            check_weight(name, weight)
         mine = [name for name in block.weights if name in self._names]
-        for name in mine:
-            check_weight(name, weights[name])
         watch = Watch(self._names, self._qformat.compensates)
         for chunk in self._chunks:
             watch.begin_chunk()

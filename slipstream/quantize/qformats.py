@@ -25,9 +25,14 @@ class QFormat:
     def uses_text(self) -> bool:
         return self.smooths or self.scales_columns or self.compensates
 
+    @property
+    def chooses_groups(self) -> bool:
+        """Whether weights are in groups of a size that may be chosen."""
+        return self.format is not None and self.format.kind in INTEGERS_OF_4_BITS
+
     def with_group_size(self, group_size: int) -> "QFormat":
         """Of weights in groups; raises ModelError for a size that no kernel has."""
-        if self.format is None or self.format.kind not in INTEGERS_OF_4_BITS:
+        if self.format is None or not self.chooses_groups:
             return self
         if group_size not in GROUP_SIZES:
             raise ModelError(f"groups of {group_size} are not supported; give {', '.join(map(str, GROUP_SIZES))}.")

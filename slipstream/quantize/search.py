@@ -62,7 +62,7 @@ def choose_formats(
     num_weights = sum(math.prod(checkpoint.shapes[name]) for name in names)
     least, most = (sum(unit.num_bytes[at] for unit in every) for at in (0, -1))
     budget = bits / 8 * num_weights
-    if budget < least:
+    if not budget >= least:  # NaN is not, either
         raise ModelError(
             f"--auto_quantize_bits is {bits}, but the smallest format takes {8 * least / num_weights:.2f} bits a "
             f"weight; give {math.ceil(80 * least / num_weights) / 10} to {8 * most / num_weights:.0f}."

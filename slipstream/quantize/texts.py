@@ -87,3 +87,13 @@ def cut(
     ids_SL = torch.tensor(chosen, dtype=torch.int64).view(needed, length)
     digest = hashlib.sha256(ids_SL.numpy().tobytes()).hexdigest()[:16]
     return Texts(ids_SL[num_held_out:], ids_SL[:num_held_out], digest)
+
+
+def check_vocabulary(texts: Texts, vocab_size: int, model: str) -> None:
+    """Raises ModelError for a tokenizer that has more tokens than the model."""
+    largest = max(int(ids.max()) for ids in (texts.calibration, texts.held_out) if ids.numel())
+    if largest >= vocab_size:
+        raise ModelError(
+            f"The tokenizer of {model} gives token {largest}, and the model has tokens 0 to {vocab_size - 1}; give the "
+            "folder a tokenizer.json that fits its config.json."
+        )

@@ -1,10 +1,12 @@
 """slipstream quantize: what it writes, prints and refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from slipstream.checkpoint.random import write_random_model
 from slipstream.models import llama
 from tests.cli.conftest import Call
 from tests.cli.test_migrating import write_model
@@ -67,6 +69,13 @@ def test_the_same_seed_gives_the_same_bytes(call: Call, model: Path, tmp_path: P
         (("--exclude_modules", "layers.7"), "--exclude_modules 'layers.7' fits no weight of this model, such as"),
         (("--export_format", "onnx"), "--export_format is 'onnx'; it must be slipstream or hf."),
         (("--kv_cache_dtype", "int4"), "kv_cache_dtype is 'int4'; for"),
+        (
+            ("--qformat", "full_prec", "--kv_cache_dtype", "int8", "--calib_size", "0"),
+            "A KV cache in int8 needs text to calibrate with; give a --calib_size above 0,",
+        ),
+        (("--qformat", "fp8", "--awq_block_size", "64"), "leave it out with --qformat fp8, or give int4_awq."),
+        (("--auto_quantize_bits", "nan"), "--auto_quantize_bits is nan, but the smallest format takes"),
+        (("--auto_quantize_bits", "2"), "--auto_quantize_bits is 2.0, but the smallest format takes"),
         (("--device", "cuda:9"), "device is 'cuda:9'; this machine has"),
         (("--output_dir", ""), "--output_dir is empty; give a folder"),
         (("--medusa_model_dir", "x"), "drafters keep their dtype"),
@@ -80,6 +89,28 @@ def test_mistakes_end_in_a_sentence(
     assert done.code != 0
     assert sentence in " ".join(done.err.split())
     assert "Traceback" not in done.err and not made.exists()
+
+
+def test_a_folder_that_is_in_use_is_left_alone(call: Call, model: Path, tmp_path: Path) -> None:
+    done = call("quantize", "--model_dir", str(model), "--output_dir", str(model), "--qformat", "int8_wo", *SHORT)
+    assert done.code != 0 and "is the model to quantize itself; give another --output_dir." in " ".join(
+        done.err.split()
+    )
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    done = call("quantize", "--model_dir", str(model), "--output_dir", str(tmp_path / "mine"), "--qformat", "int8_wo")
+    assert done.code != 0 and (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(call: Call, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", llama.TINY | {"vocab_size": 320})
+    write_random_model(tmp_path / "small", llama.TINY | {"vocab_size": 100})
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "small")
+    options = ("--model_dir", str(tmp_path / "small"), "--output_dir", str(tmp_path / "made"), "--qformat", "int8_wo")
+    done = call("quantize", *options, *SHORT)
+    said = " ".join(done.err.split())
+    assert done.code == 2 and "and the model has tokens 0 to 99; give the folder a tokenizer.json that fits" in said
 
 
 @pytest.mark.parametrize(("qformat", "method"), [("int4_awq", "awq"), ("int4_gptq", "gptq")])

@@ -19,6 +19,7 @@ from slipstream.kernels.linear.parts import dense_weight
 from slipstream.models import gemma2, llama, qwen3_moe
 from slipstream.quantize import apply
 from slipstream.quantize.apply import Settings, quantize
+from slipstream.quantize.compare import compare
 from slipstream.quantize.qformats import QFORMATS
 from slipstream.quantize.texts import Texts
 
@@ -220,12 +221,31 @@ def test_what_cannot_be_is_refused(model: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(resolve(model))
     from safetensors.torch import load_file, save_file
 
-    tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / "nan" / "model.safetensors").items()}
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
-    save_file(tensors, tmp_path / "nan" / "model.safetensors")
+    whole = {name: tensor.clone() for name, tensor in load_file(tmp_path / "nan" / "model.safetensors").items()}
     checkpoint.close()
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight has numbers that are NaN"):
-        quantize(tmp_path / "nan", tmp_path / "never", texts_of, Settings(qformat="int8_wo"))
+    broken = [  # a weight that is rounded, and others that what is rounded would meet
+        ("model.layers.1.mlp.up_proj.weight", "layers.1.mlp.up_proj.weight", "int8_wo"),
+        ("model.layers.1.input_layernorm.weight", "layers.1.input_norm.weight", "int4_gptq"),
+        ("model.embed_tokens.weight", "embed.weight", "int4_awq"),
+    ]
+    for theirs, ours, qformat in broken:
+        tensors = {name: tensor.clone() for name, tensor in whole.items()}
+        tensors[theirs].flatten()[3] = torch.nan if qformat != "int4_awq" else torch.inf
+        save_file(tensors, tmp_path / "nan" / "model.safetensors")
+        with pytest.raises(ModelError, match=rf"{ours} has numbers that are NaN or infinite"):
+            quantize(
+                tmp_path / "nan", tmp_path / f"never-{qformat}", texts_of, Settings(qformat=qformat, group_size=32)
+            )
+
+
+def test_a_cache_without_calibration_is_judged_with_the_scales_that_engines_take(model: Path, tmp_path: Path) -> None:
+    settings = Settings(qformat="full_prec", kv_cache_dtype="fp8")
+    texts = texts_of(open_checkpoint(resolve(model)), 0)
+    found = quantize(model, tmp_path / "made", lambda _: texts, settings, dtype="float32").quality
+    made, reference = (open_checkpoint(resolve(path), "float32") for path in (tmp_path / "made", model))
+    assert made.kv_cache.dtype == "float8_e4m3fn" and not made.kv_cache.scales
+    expected = compare(made, reference, texts.held_out, torch.device("cpu"))
+    assert found.kl == pytest.approx(expected.kl) and found.kl > 0
 
 
 def test_what_a_layout_cannot_hold_is_refused_before_anything_is_rounded(tmp_path: Path) -> None:
