@@ -1,13 +1,48 @@
 """What drafters share with the model that they draft for, read from its engine."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from slipstream.engine.folder import Engine
 from slipstream.engine.graph import Node, TensorType
 from slipstream.errors import EngineError
-from slipstream.kernels.linear.panels import panel_weight
+from slipstream.kernels.linear.panels import linear_panels, panel_weight, to_panel_scales, to_panels
+from slipstream.kernels.linear.w8a8 import quantize_w8a8
+
+INPUT_GROUP_SIZE = 32  # columns of what is multiplied in bytes that share a scale
+
+Product = Callable[[Tensor], Tensor]
+
+
+def head_of_tokens(engine: Engine, token_ids_D: Tensor, dtype: torch.dtype, device: torch.device) -> Product:
+    """[..., hidden_size] -> logits of these tokens alone, [..., D]: in bytes on a CPU where the model's own are.
+
+    Raises EngineError where lm_head does.
+    """
+    rows_DH = lm_head(engine)[token_ids_D]
+    kernels = linear_panels.candidates(device, torch.int8)
+    if _head_node(engine).op == "linear_panels" and "native" in kernels:
+        return _product_of_bytes(rows_DH.float(), kernels["native"].function)
+    rows_DH = rows_DH.to(device, dtype)
+    return lambda x: functional.linear(x, rows_DH)
+
+
+def _product_of_bytes(weight_NK: Tensor, multiply: Callable[..., Tensor]) -> Product:
+    packed_NK, scale_N1 = quantize_w8a8.reference(weight_NK, 0.0, 0)
+    panels, scale = to_panels.reference(packed_NK, 8), to_panel_scales.reference(scale_N1, None)
+    quantize = quantize_w8a8.candidates(weight_NK.device, torch.float32)["native"].function
+    num_out, num_in = weight_NK.shape
+
+    def product(x: Tensor) -> Tensor:
+        numbers = quantize(x.reshape(-1, num_in), 0.0, INPUT_GROUP_SIZE)
+        found = multiply(*numbers, panels, scale, None, None, 8, 0, INPUT_GROUP_SIZE, num_out)
+        return found.view(*x.shape[:-1], num_out)
+
+    return product
 
 
 def lm_head(engine: Engine) -> Tensor:
@@ -16,11 +51,7 @@ def lm_head(engine: Engine) -> Tensor:
     Out of a CPU's panels it is written out in float32. Raises EngineError where the engine has it in another packed
     format alone. (Tied to the embedding it is there for that.)
     """
-    graph, manifest = engine.graph, engine.manifest
-    makers = {name: node for node in graph.nodes for name in node.outputs}
-    node = makers[graph.outputs[0]]
-    while not node.op.startswith("linear"):  # what is done to logits afterwards does not change their order
-        node = makers[str(node.inputs[0])]
+    graph, manifest, node = engine.graph, engine.manifest, _head_node(engine)
     if node.op == "linear_panels":
         return _of_panels(engine, node)
     whole = TensorType(
@@ -33,6 +64,14 @@ def lm_head(engine: Engine) -> Tensor:
         f"{engine.path} has its output layer in a packed format or in parts, which no drafter can share; build the "
         "engine without --quantization and with --tp_size 1, or take a drafter with a head of its own."
     )
+
+
+def _head_node(engine: Engine) -> Node:
+    makers = {name: node for node in engine.graph.nodes for name in node.outputs}
+    node = makers[engine.graph.outputs[0]]
+    while not node.op.startswith("linear"):  # what is done to logits afterwards does not change their order
+        node = makers[str(node.inputs[0])]
+    return node
 
 
 def _of_panels(engine: Engine, node: Node) -> Tensor:

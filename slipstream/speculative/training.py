@@ -89,6 +89,10 @@ class SharedHead(nn.Module):
         for name, tensor in (("token_ids_D", token_ids_D), ("places_V", places_V), ("weight_DH", weight_DH)):
             self.register_buffer(name, tensor, persistent=False)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> logits [..., D]"""
+        return functional.linear(x, self.weight_DH)
+
     def labels(self, batch: Batch) -> Tensor:
         """[S, L] of each token of an answer its place here; -1 of others, and where it cannot be drafted."""
         return self.places_V[batch.token_ids].where(batch.is_answer, -1)

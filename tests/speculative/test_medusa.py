@@ -12,7 +12,7 @@ from torch import Tensor
 from slipstream import LLM, SamplingParams
 from slipstream.checkpoint.random import write_random_model
 from slipstream.engine.folder import open_engine
-from slipstream.engine.shared import lm_head
+from slipstream.engine.shared import head_of_tokens, lm_head
 from slipstream.errors import EngineError, ModelError, SlipstreamError, UsageError
 from slipstream.models import gemma2, llama
 from slipstream.speculative.choices import fitting, parents_of
@@ -61,7 +61,10 @@ def test_heads_that_share_the_models_own(model: Path, tmp_path: Path) -> None:
     with LLM(model) as llm:
         engine = open_engine(llm.engine_path)
     assert torch.equal(lm_head(engine), own)
-    found_SNK = load(folder, HIDDEN, VOCAB, torch.float32, CPU, lambda: lm_head(engine)).likeliest(x_SH, 5)
+    heads = load(
+        folder, HIDDEN, VOCAB, torch.float32, CPU, lambda ids: head_of_tokens(engine, ids, torch.float32, CPU)
+    )  # fmt: skip
+    found_SNK = heads.likeliest(x_SH, 5)
     for row, x_H in enumerate(x_SH):
         for head in range(3):
             logits_V = naive(tensors | {f"{head}.1.weight": own}, head, 1, x_H.double())
@@ -82,6 +85,12 @@ def test_where_the_models_head_is(tmp_path: Path) -> None:
     with LLM(alone, quantization="int8") as llm:
         own = load_file(alone / "model.safetensors")["lm_head.weight"]
         torch.testing.assert_close(lm_head(open_engine(llm.engine_path)), own, rtol=0, atol=0.01)
+        x_SBH, token_ids = (
+            torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(0)),
+            torch.arange(100, 3, -2),
+        )
+        product = head_of_tokens(open_engine(llm.engine_path), token_ids, torch.float32, CPU)
+        torch.testing.assert_close(product(x_SBH), x_SBH @ own[token_ids].T, rtol=0, atol=0.1)
     with (
         LLM(alone, quantization="int8", disabled_passes=["pack_panels"]) as llm,
         pytest.raises(EngineError, match=r"packed format.*build the engine"),

@@ -91,7 +91,7 @@ def test_a_head_that_shares_the_models_own(model: Path, tmp_path: Path) -> None:
     del tensors["lm_head.2.weight"]
     save_file(tensors | {"draft_token_ids": token_ids.int()}, folder / "model.safetensors")
     h_SH = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(0))
-    head = load(folder, HIDDEN, VOCAB, torch.float32, CPU, lambda: own_VH)
+    head = load(folder, HIDDEN, VOCAB, torch.float32, CPU, lambda ids: lambda x: x @ own_VH[ids].T)
     found = beam_search(head, lambda ids: embed_VH[ids], h_SH, torch.tensor([7, 8]), width=3, length=4).tolist()
     naive = Naive(folder, embed_VH[token_ids])  # as if these were all tokens there are
     naive.weights["lm_head.2.weight"] = own_VH[token_ids].double()

@@ -16,15 +16,16 @@ Shape suffixes: S sequences, N rows, H hidden size, Z, X and Y as in head.py, B 
 K ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.engine.shared import lm_head
+from slipstream.engine.shared import head_of_tokens
 from slipstream.errors import UsageError
 from slipstream.kernels.attention.paged import kv_write
 from slipstream.kernels.attention.tree import WORD, tree_attention
@@ -93,7 +94,10 @@ class Drafter(LayerDrafter):
         sizes = Sizes(manifest.hidden_size, manifest.vocab_size, manifest.num_layers, target.max_seq_len)
         self._device, self._dtype = target.device, getattr(torch, manifest.dtype)
         folder = head_folder("eagle", options.model, manifest.name)
-        self._head = load(folder, sizes, self._dtype, target.device, lambda: lm_head(target.engine))
+        self._head = load(
+            folder, sizes, self._dtype, target.device,
+            lambda token_ids_D: head_of_tokens(target.engine, token_ids_D, self._dtype, target.device),
+        )  # fmt: skip
         self._config = config = self._head.config
         self._trees = self._make_trees(options)
         self.max_draft_len = self._trees.num_drafts
@@ -248,6 +252,10 @@ class Drafter(LayerDrafter):
 
 
 def _run(op: Op, x: Tensor, *rest: Any) -> Any:
-    """By the newest kernel that runs here."""
-    dtype = x.dtype if x.is_floating_point() else torch.float32
-    return list(op.candidates(x.device, dtype).values())[-1].function(x, *rest)
+    return _newest(op, x.device, x.dtype if x.is_floating_point() else torch.float32)(x, *rest)
+
+
+@cache
+def _newest(op: Op, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    """The newest kernel that runs there."""
+    return list(op.candidates(device, dtype).values())[-1].function

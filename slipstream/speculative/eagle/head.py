@@ -36,7 +36,7 @@ from slipstream.engine.tensor_file import TensorFile
 from slipstream.errors import ModelError
 from slipstream.layers.rope import inverse_frequencies
 from slipstream.schema.model import Options, read_decoder
-from slipstream.speculative.head_file import DRAFT_TOKENS, open_head, read_draft_tokens, read_shaped
+from slipstream.speculative.head_file import DRAFT_TOKENS, Product, open_head, read_draft_tokens, read_shaped
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -45,7 +45,6 @@ NOT_READ = ("t2d", "inv_freq", "lm_head.weight")  # the last of EAGLE 1, whose h
 
 LAST = -1  # of hidden_layers: what the model's head reads
 
-Product = Callable[[Tensor], Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -78,6 +77,7 @@ class Config:
 class Head(ABC):
     config: Config
     weights: Mapping[str, Tensor]
+    shared_head: Product | None = None  # the model's own, for the tokens that are drafted
 
     @property
     def embedding(self) -> Tensor | None:
@@ -144,15 +144,18 @@ class Eagle3(Head):
         return x_NZ, normed_NH if self.config.adds_normed else f_NH
 
     def logits(self, h_NH: Tensor, head: Product) -> Tensor:
-        return self._linear("lm_head", self._norm("norm", h_NH))
+        x_NH = self._norm("norm", h_NH)
+        return self._linear("lm_head", x_NH) if self.shared_head is None else self.shared_head(x_NH)
 
     def token_ids(self, drafted: Tensor) -> Tensor:
         offsets_D = self.weights.get("d2t")
         return drafted if offsets_D is None else drafted + offsets_D[drafted]
 
 
-def load(folder: Path, sizes: Sizes, dtype: torch.dtype, device: torch.device, lm_head: Callable[[], Tensor]) -> Head:
-    """The layer for a model of these sizes; lm_head gives the model's own, [V, H], for a layer that shares it.
+def load(
+    folder: Path, sizes: Sizes, dtype: torch.dtype, device: torch.device, head_of_tokens: Callable[[Tensor], Product]
+) -> Head:
+    """The layer for a model of these sizes; head_of_tokens gives the model's own for some tokens, to be shared.
 
     Raises ModelError for that of another model, and for what is no such folder.
     """
@@ -165,18 +168,20 @@ def load(folder: Path, sizes: Sizes, dtype: torch.dtype, device: torch.device, l
             _check(folder / CONFIG_FILE, "hidden_size", config.hidden_size, sizes.hidden_size)
         shapes, optional = shapes_of(config, sizes, is_third=is_third, is_sharing=is_sharing)
         weights = _read(file, stored, shapes, optional, dtype, device)
+        shared = None
         if is_sharing and (token_ids_D := read_draft_tokens(file, sizes.vocab_size)) is not None:
-            weights |= shared_head(weights.pop(DRAFT_TOKENS), lm_head()[token_ids_D].to(device, dtype))
+            weights["d2t"] = offsets_of(weights.pop(DRAFT_TOKENS))
+            shared = head_of_tokens(token_ids_D)
     if is_third:
         if "d2t" in weights:
             _check_ids(folder, weights["d2t"], sizes.vocab_size)
-        return Eagle3(config, weights)
+        return Eagle3(config, weights, shared)
     return Eagle1(config, weights)
 
 
-def shared_head(token_ids_D: Tensor, rows_DH: Tensor) -> dict[str, Tensor]:
-    """As if it had a head of its own."""
-    return {"lm_head.weight": rows_DH, "d2t": token_ids_D - torch.arange(len(token_ids_D), device=token_ids_D.device)}
+def offsets_of(token_ids_D: Tensor) -> Tensor:
+    """d2t of these tokens."""
+    return token_ids_D - torch.arange(len(token_ids_D), device=token_ids_D.device)
 
 
 def _plain(name: str) -> str:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.kernels.rope import rope_cos_sin
@@ -31,9 +30,9 @@ from slipstream.speculative.eagle.head import (
     WEIGHTS_FILE,
     Eagle3,
     Sizes,
+    offsets_of,
     read_config,
     shapes_of,
-    shared_head,
 )
 from slipstream.speculative.head_file import DRAFT_TOKENS
 from slipstream.speculative.training import Batch, SharedHead, Teacher, later, rotated
@@ -94,7 +93,7 @@ class Student(Base):
 
     def _head(self) -> Eagle3:
         weights = {name: getattr(self, place) for name, place in self._places.items()}
-        return Eagle3(self._config, weights | shared_head(self._shared.token_ids_D, self._shared.weight_DH))
+        return Eagle3(self._config, weights | {"d2t": offsets_of(self._shared.token_ids_D)}, self._shared)
 
     def _chains(self, batch: Batch) -> Iterator[Tensor]:
         """Of each step [S, L, H], the layer's output of the chains that begin at each token."""
@@ -121,7 +120,7 @@ class Student(Base):
         is_label_SL = self._shared.labels(batch) >= 0
         with torch.no_grad():  # what the model held likely at each label
             before_PH = batch.hidden[:, :-1, -self._config.hidden_size :][is_label_SL[:, 1:]]
-            likely_PD = functional.linear(before_PH, self._shared.weight_DH).softmax(1)
+            likely_PD = self._shared(before_PH).softmax(1)
         rows_SL = is_label_SL.flatten().cumsum(0).view_as(is_label_SL) - 1
         total = torch.zeros((), device=rows_SL.device)
         for step, hidden_SLH in enumerate(self._chains(batch)):

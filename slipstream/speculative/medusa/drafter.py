@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slipstream.engine.shared import lm_head
+from slipstream.engine.shared import head_of_tokens
 from slipstream.schema.request import GenerateRequest
 from slipstream.schema.speculative import Speculation
 from slipstream.speculative.choices import Choice, fitting, parents_of, read_choices
@@ -47,10 +47,10 @@ class Drafter(Base):
         super().__init__(speculation, target)
         options = read_options(Options, speculation)
         manifest = target.manifest
-        folder = head_folder("medusa", options.model, manifest.name)
+        folder, dtype = head_folder("medusa", options.model, manifest.name), getattr(torch, manifest.dtype)
         self._heads = load(
-            folder, manifest.hidden_size, manifest.vocab_size, getattr(torch, manifest.dtype), target.device,
-            lambda: lm_head(target.engine),
+            folder, manifest.hidden_size, manifest.vocab_size, dtype, target.device,
+            lambda token_ids_D: head_of_tokens(target.engine, token_ids_D, dtype, target.device),
         )  # fmt: skip
         own = folder / CHOICES_FILE
         given = options.choices or (str(own) if own.is_file() else "")

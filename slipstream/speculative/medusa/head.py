@@ -13,6 +13,7 @@ Shape suffixes: S rows, H hidden size, V vocabulary, D tokens that can be drafte
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from torch.nn import functional
 
 from slipstream.engine.bounded_json import read_json
 from slipstream.errors import ModelError
-from slipstream.speculative.head_file import open_head, read_draft_tokens, read_shaped
+from slipstream.speculative.head_file import Product, open_head, read_draft_tokens, read_shaped
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "medusa_lm_head.safetensors", "medusa_lm_head.pt"
 CHOICES_FILE = "medusa_choices.json"
@@ -32,13 +33,9 @@ Layers = Sequence[tuple[Tensor, Tensor]]  # weight and bias of each
 
 class Heads(NamedTuple):
     layers: Sequence[Layers]  # of each head
-    lm_heads: Sequence[Tensor]  # of each head, or one for all
+    lm_heads: Sequence[Product]  # of each head, or one for all
+    num_tokens: int  # that can be drafted
     token_ids_D: Tensor | None = None  # noqa: N815 - a tensor's name carries its shape; of the shared one's rows
-
-    @property
-    def num_tokens(self) -> int:
-        """That can be drafted."""
-        return len(self.lm_heads[0])
 
     def first(self, count: int) -> "Heads":
         """Only these: a tree of few nodes does not reach the others."""
@@ -48,8 +45,8 @@ class Heads(NamedTuple):
         """[N, S, V], or [N, S, D] of heads that share the model's."""
         x_NSH = torch.stack([_through(layers, x_SH) for layers in self.layers])
         if len(self.lm_heads) == 1:
-            return functional.linear(x_NSH, self.lm_heads[0])
-        return torch.stack([functional.linear(x, head) for x, head in zip(x_NSH, self.lm_heads, strict=True)])
+            return self.lm_heads[0](x_NSH)
+        return torch.stack([head(x) for x, head in zip(x_NSH, self.lm_heads, strict=True)])
 
     def likeliest(self, x_SH: Tensor, count: int) -> Tensor:
         """[S, N, K] token ids, the likeliest first."""
@@ -66,9 +63,9 @@ def _through(layers: Layers, x_SH: Tensor) -> Tensor:
 
 def load(
     folder: Path, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device,
-    lm_head: Callable[[], Tensor],
+    head_of_tokens: Callable[[Tensor], Product],
 ) -> Heads:  # fmt: skip
-    """The heads for a model of these sizes; lm_head gives the model's own, [V, H], for heads that share it.
+    """The heads for a model of these sizes; head_of_tokens gives its own for some tokens, for heads that share it.
 
     Raises ModelError for those of another model, and for what is no such folder.
     """
@@ -94,5 +91,9 @@ def load(
         ]
         token_ids_D = read_draft_tokens(file, vocab_size)
         if token_ids_D is None:
-            return Heads(layers, [read(f"{head}.{num_layers}.weight", vocab_size, hidden_size) for head in heads])
-    return Heads(layers, [lm_head()[token_ids_D].to(device, dtype)], token_ids_D.to(device))
+            own = [
+                partial(functional.linear, weight=read(f"{head}.{num_layers}.weight", vocab_size, hidden_size))
+                for head in heads
+            ]
+            return Heads(layers, own, vocab_size)
+    return Heads(layers, [head_of_tokens(token_ids_D)], len(token_ids_D), token_ids_D.to(device))

@@ -53,7 +53,7 @@ class Student(Base):
     def _logits(self, head: int, x_PH: Tensor) -> Tensor:
         for weight_HH, bias_H in zip(self.weight[head], self.bias[head], strict=True):
             x_PH = x_PH + functional.silu(functional.linear(x_PH, weight_HH, bias_H))
-        return functional.linear(x_PH, self._shared.weight_DH)
+        return self._shared(x_PH)
 
     def _examples(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each head, at the places where a draft may be made: hidden states [P, H] and labels [P].

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slipstream.engine.shared import lm_head
+from slipstream.engine.shared import head_of_tokens
 from slipstream.errors import UsageError
 from slipstream.schema.request import GenerateRequest
 from slipstream.schema.speculative import MAX_DRAFT_LEN, Speculation
@@ -50,10 +50,10 @@ class Drafter(Base):
             )
         self.max_draft_len = min(speculation.max_draft_len or most, most)
         manifest = target.manifest
-        folder = head_folder("redrafter", options.model, manifest.name)
+        folder, dtype = head_folder("redrafter", options.model, manifest.name), getattr(torch, manifest.dtype)
         self._head = load(
-            folder, manifest.hidden_size, manifest.vocab_size, getattr(torch, manifest.dtype),
-            target.device, lambda: lm_head(target.engine),
+            folder, manifest.hidden_size, manifest.vocab_size, dtype, target.device,
+            lambda token_ids_D: head_of_tokens(target.engine, token_ids_D, dtype, target.device),
         )  # fmt: skip
 
     def attach(self, running: Running) -> None:

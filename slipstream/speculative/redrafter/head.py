@@ -19,6 +19,7 @@ Shape suffixes: H hidden size, X exit_dim, V vocabulary, D tokens that can be dr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from torch.nn import functional
 from slipstream.engine.bounded_json import read_json
 from slipstream.errors import ModelError
 from slipstream.schema.model import Options
-from slipstream.speculative.head_file import DRAFT_TOKENS, open_head, read_draft_tokens, read_shaped
+from slipstream.speculative.head_file import DRAFT_TOKENS, Product, open_head, read_draft_tokens, read_shaped
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
 MODEL_TYPE = "recurrent_drafting_drafter"
@@ -40,10 +41,10 @@ Linear = tuple[Tensor, Tensor]  # weight and bias
 class Head:
     input_proj: Linear | None
     layers: Sequence[Linear]
-    output_DX: Tensor  # noqa: N815 - a tensor's name carries its shape
+    output: Product  # [..., X] -> [..., D]
     rnn_w: Tensor | None
     rnn_u: Linear | None
-    token_ids_D: Tensor | None = None  # noqa: N815 - of a shared head's rows
+    token_ids_D: Tensor | None = None  # noqa: N815 - a tensor's name carries its shape; of a shared head's rows
 
     def state(self, e_H: Tensor, s_H: Tensor) -> Tensor:
         """With one more token."""
@@ -58,7 +59,7 @@ class Head:
             x_X = functional.linear(x_X, *self.input_proj)
         for layer in self.layers:
             x_X = x_X + functional.silu(functional.linear(x_X, *layer))
-        return functional.linear(x_X, self.output_DX)
+        return self.output(x_X)
 
     def token_ids(self, drafted: Tensor) -> Tensor:
         """Of the model, for rows of the head."""
@@ -67,9 +68,9 @@ class Head:
 
 def load(
     folder: Path, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device,
-    lm_head: Callable[[], Tensor],
+    head_of_tokens: Callable[[Tensor], Product],
 ) -> Head:  # fmt: skip
-    """The head for a model of these sizes; lm_head gives the model's own, [V, H], for heads that share it.
+    """The head for a model of these sizes; head_of_tokens gives the model's own for some tokens, to be shared.
 
     Raises ModelError for that of another model, and for what is no such folder.
     """
@@ -104,9 +105,9 @@ def load(
         head = Head(
             None if exit_dim == 2 * hidden_size else linear("input_proj", exit_dim, 2 * hidden_size),
             [linear(f"lm_head.{layer}.linear", exit_dim, exit_dim) for layer in range(num_layers)],
-            read(f"lm_head.{num_layers}.weight", vocab_size, exit_dim)
+            partial(functional.linear, weight=read(f"lm_head.{num_layers}.weight", vocab_size, exit_dim))
             if token_ids_D is None
-            else lm_head()[token_ids_D].to(device, dtype),
+            else head_of_tokens(token_ids_D),
             read("rnn_w.weight", hidden_size, hidden_size) if has_rnn else None,
             linear("rnn_u", hidden_size, hidden_size) if has_rnn else None,
             None if token_ids_D is None else token_ids_D.to(device),

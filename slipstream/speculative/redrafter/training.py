@@ -58,7 +58,7 @@ class Student(Base):
         return Head(
             (self.input_proj.weight, self.input_proj.bias),
             list(zip(self.weight, self.bias, strict=True)),
-            self._shared.weight_DH,
+            self._shared,
             self.rnn_w.weight,
             (self.rnn_u.weight, self.rnn_u.bias),
             self._shared.token_ids_D,
