@@ -253,7 +253,7 @@ class BlockQuantizer:
         ) or not format.group_size  # where a row is one group, columns go back to their places
         compensation = inputs.compensation(act_order=act_order) if inputs is not None else None
         if compensation is not None:
-            rounded = gptq(weight_NK, compensation, format)
+            rounded = gptq(weight_NK, compensation, format, self._qformat.rows_per_scale)
             parts = to_parts(rounded.values_NK, rounded.scales, format)
             if rounded.order_K is not None:
                 parts["order"] = rounded.order_K.int()

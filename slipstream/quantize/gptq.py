@@ -3,7 +3,9 @@
 The error of a column is weighed by the inverse of H = 2/n Σ x xᵀ, whose Cholesky factor U (upper) gives each step.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -71,41 +73,46 @@ class Rounded:
     order_K: Tensor | None  # packed column j is column order[j]
 
 
-def gptq(weight_NK: Tensor, compensation: Compensation, format: WeightFormat) -> Rounded:
-    """float32 in; the numbers are those of `format`, whose groups are made in the compensation's order of columns."""
+def gptq(weight_NK: Tensor, compensation: Compensation, format: WeightFormat, num_rows: int = 1) -> Rounded:
+    """float32 in; the numbers are those of `format`, whose groups are made in the compensation's order of columns.
+
+    num_rows: that share a scale.
+    """
     order_K = compensation.order_K
     weight_NK = weight_NK.clone() if order_K is None else weight_NK[:, order_K]
     weight_NK[:, compensation.is_dead_K] = 0
     values_NK = torch.empty_like(weight_NK)
-    row_scale = row_scale_of(weight_NK, format)
-    scales = [] if format.group_size else [find_scales(weight_NK, format)]
+    scales_of = partial(find_scales, format=format, num_rows=num_rows, row_scale=row_scale_of(weight_NK, format))
+    scales = [] if format.group_size else [scales_of(weight_NK)]
     start = 0
     for factor_KK in compensation.factors:
         part_NK, made_NK = (each[:, start : start + len(factor_KK)] for each in (weight_NK, values_NK))
         for first in range(0, len(factor_KK), AT_ONCE):
             columns, rest = slice(first, first + AT_ONCE), slice(first + AT_ONCE, None)
             block_CN = part_NK[:, columns].t().contiguous()
-            errors_CN = _round_block(block_CN, factor_KK[columns, columns], format, scales, row_scale)
+            errors_CN = _round_block(block_CN, factor_KK[columns, columns], format, scales, scales_of)
             made_NK[:, columns] = block_CN.t()
             part_NK[:, rest].addmm_(errors_CN.t(), factor_KK[columns, rest], alpha=-1)
         start += len(factor_KK)
     zeros = [each.zero_NG for each in scales if each.zero_NG is not None]
-    joined = Scales(torch.cat([each.scale_NG for each in scales], 1), torch.cat(zeros, 1) if zeros else None, row_scale)
+    zero_NG = torch.cat(zeros, 1) if zeros else None
+    joined = replace(scales[0], scale_NG=torch.cat([each.scale_NG for each in scales], 1), zero_NG=zero_NG)
     if order_K is not None and not format.group_size:  # no group was made: each goes back to its place
         return Rounded(torch.empty_like(values_NK).index_copy_(1, order_K, values_NK), joined, None)
     return Rounded(values_NK, joined, order_K)
 
 
 def _round_block(
-    block_CN: Tensor, factor_CC: Tensor, format: WeightFormat, scales: list[Scales], row_scale: float
-) -> Tensor:
+    block_CN: Tensor, factor_CC: Tensor, format: WeightFormat, scales: list[Scales],
+    scales_of: Callable[[Tensor], Scales],
+) -> Tensor:  # fmt: skip
     """Leaves its numbers in block_CN, by columns, and returns their errors by the factors [C, N]; adds its groups'
     scales to `scales`."""
     errors_CN = torch.empty_like(block_CN)
     for column, steps_C in enumerate(factor_CC):
         if format.group_size and column % format.group_size == 0:
             group_NC = block_CN[column : column + format.group_size].t()
-            scales.append(find_scales(group_NC, format, row_scale=row_scale))
+            scales.append(scales_of(group_NC))
         weight_N1 = block_CN[column, :, None]
         values_N1 = round_to(weight_N1, scales[-1], format)
         rounded_N1 = (values_N1 - zero_of(scales[-1], format)) * scales[-1].scale_NG

@@ -57,7 +57,8 @@ QFORMATS = {
     ),
     "fp8_block": QFormat(
         title="E4M3 weights in blocks of 128 by 128, E4M3 activations in groups of 128",
-        format=WeightFormat(kind="fp8", group_size=128, input_group_size=128), rows_per_scale=128, needs_text=False,
+        format=WeightFormat(kind="fp8", group_size=128, input_group_size=128), rows_per_scale=128,
+        compensates=True, needs_text=False,
     ),
     "int8": QFormat(
         title="INT8 weights and activations by row", format=WeightFormat(kind="w8a8"), needs_text=False,

@@ -151,6 +151,21 @@ def test_columns_of_one_scale_return_from_their_order() -> None:
     )
 
 
+def test_blocks_make_up_for_errors_too() -> None:
+    """Rows that share a scale share it in each group, whose largest number it maps to 448 when its turn comes."""
+    weight_NK, x_MK = outliers()
+    x_MK = x_MK @ (torch.eye(96) + 0.3 * torch.randn(96, 96, generator=torch.Generator().manual_seed(3)))
+    hessian = Hessian.empty(96, torch.device("cpu"))
+    hessian.add(x_MK)
+    format = WeightFormat(kind="fp8", group_size=32)
+    found = gptq(weight_NK, hessian.compensation(), format, num_rows=16)
+    assert found.scales.scale_NG.shape == (48, 3)
+    assert all(torch.equal(each, each[:1].expand(16, -1)) for each in found.scales.scale_NG.split(16))
+    assert found.values_NK.unflatten(0, (3, 16)).unflatten(2, (3, 32)).abs().amax((1, 3)).min() > 400
+    rounded_NK, nearest_NK = from_values(found.values_NK, found.scales, format), nearest(weight_NK, format, 16)
+    assert result_error(weight_NK, rounded_NK, x_MK) < 0.8 * result_error(weight_NK, nearest_NK, x_MK)
+
+
 def test_gptq_takes_inputs_that_are_always_zero() -> None:
     weight_NK, x_MK = outliers()
     x_MK[:, 7] = 0
