@@ -22,13 +22,13 @@ def awq_scales(x_mean_K: Tensor, ratio: float) -> Tensor:
 
 def clipped_scales(weight_NK: Tensor, x_MK: Tensor, format: WeightFormat) -> Scales:
     """The shrink of each group of each row that leaves its part of W x nearest. x: a sample of rows."""
-    x_MGC, _ = grouped(x_MK, format.group_size)
+    x_MGC = grouped(x_MK, format.group_size)
     best_NG = torch.full((len(weight_NK), x_MGC.shape[1]), torch.inf, device=weight_NK.device)
     shrink_NG = torch.ones_like(best_NG)
     for shrink in SHRINKS:
         scales = find_scales(weight_NK, format, shrink=shrink)
         error_NK = from_values(round_to(weight_NK, scales, format), scales, format) - weight_NK
-        error_NGC, _ = grouped(error_NK, format.group_size)
+        error_NGC = grouped(error_NK, format.group_size)
         loss_NG = torch.einsum("mgc,ngc->mng", x_MGC, error_NGC).square_().mean(0)
         is_better = loss_NG < best_NG
         best_NG = torch.where(is_better, loss_NG, best_NG)

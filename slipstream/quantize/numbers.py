@@ -41,11 +41,11 @@ def find_scales(
     shrink: a share of that range, [N, G] or a number; what lies outside is cut off.  num_rows: that share a scale.
     row_scale: of NVFP4, where this is a part of a weight; 0: found here.
     """
-    groups_NGC, is_column = grouped(weight_NK, format.group_size)
+    groups_NGC = grouped(weight_NK, format.group_size)
     lowest, largest = _RANGES[format.kind]
     if format.has_zeros:
-        low_NG = groups_NGC.masked_fill(~is_column, torch.inf).amin(2).clamp_max(0) * shrink
-        high_NG = groups_NGC.masked_fill(~is_column, -torch.inf).amax(2).clamp_min(0) * shrink
+        low_NG = groups_NGC.amin(2).clamp_max(0) * shrink  # 0 is among them, so that padding changes nothing
+        high_NG = groups_NGC.amax(2).clamp_min(0) * shrink
         scale_NG = _stored((high_NG - low_NG).clamp_min(SMALLEST_AMAX) / (largest - lowest), format)
         zero_NG = (lowest - low_NG / scale_NG).round().clamp(lowest, largest)
         return Scales(scale_NG, zero_NG)
@@ -165,13 +165,11 @@ def _stored(scale_NG: Tensor, format: WeightFormat) -> Tensor:
     return scale_NG.to(getattr(torch, format.scale_dtype)).float().clamp_min(torch.finfo(torch.float16).tiny)
 
 
-def grouped(weight_NK: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """[N, G, columns of a group], and which of these there are."""
+def grouped(weight_NK: Tensor, group_size: int) -> Tensor:
+    """[N, G, columns of a group]; what the last group lacks is 0."""
     num_columns = weight_NK.shape[1]
     size = group_size or num_columns
-    padding = -num_columns % size
-    is_column = functional.pad(torch.ones(num_columns, dtype=torch.bool, device=weight_NK.device), (0, padding))
-    return functional.pad(weight_NK, (0, padding)).unflatten(1, (-1, size)), is_column.unflatten(0, (-1, size))
+    return functional.pad(weight_NK, (0, -num_columns % size)).unflatten(1, (-1, size))
 
 
 def _over_rows(amax_NG: Tensor, num_rows: int) -> Tensor:
