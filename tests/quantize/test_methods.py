@@ -198,6 +198,26 @@ def test_awq_scales_and_clips() -> None:
     assert error_of(awq.awq_scales(mean_K, best), "clipped") <= errors[best] * 1.001
 
 
+@pytest.mark.parametrize("name", ["w4a16 zeros", "w4a16"])
+def test_ranges_are_cut_off_where_that_is_best(name: str) -> None:
+    """Each group's of each row by itself: the best of all shares of its range, in float64."""
+    weight_NK, x_MK = outliers(num_rows=12)
+    weight_NK[:, [1, 40, 70]] *= 4  # a range that is wide for one column
+    format = FORMATS[name]
+    found = awq.clipped_scales(weight_NK, x_MK, format)
+    losses, scales = [], []
+    for shrink in awq.SHRINKS:
+        each = find_scales(weight_NK, format, shrink=shrink)
+        error_NK = from_values(round_to(weight_NK, each, format), each, format).double() - weight_NK
+        parts = zip(error_NK.split(32, 1), x_MK.double().split(32, 1), strict=True)
+        losses.append(torch.stack([(error @ x.t()).square().sum(1) for error, x in parts], 1))
+        scales.append(each.scale_NG)
+    best_NG = torch.stack(losses).argmin(0)
+    expected_NG = torch.stack(scales).gather(0, best_NG[None])[0]
+    torch.testing.assert_close(found.scale_NG, expected_NG, rtol=0, atol=0)
+    assert len(best_NG.unique()) > 3  # of the ten
+
+
 def test_smoothquant_moves_outliers_into_the_weight() -> None:
     weight_NK, x_MK = outliers()
     x_amax_K, weight_amax_K = x_MK.abs().amax(0), weight_NK.abs().amax(0)
