@@ -91,8 +91,8 @@ class LLM:
         model: a Hugging Face folder, a .gguf file, a checkpoint or engine folder, a Hub id, or "smollm2".
         dtype: float32, bfloat16, float16; "auto" is float32 on a CPU and the model's own on a GPU, and for a GGUF file
         on a CPU with native kernels the file's own numbers of 4 and 8 bits (quantization "gguf").
-        kv_cache_dtype: fp8, int8, the dtype, or bfloat16 under float32; "auto" is what the model says of its KV cache,
-            else the dtype.
+        kv_cache_dtype: fp8, int8, the dtype, or bfloat16 or float16 under float32; "auto" is what the model says of its
+            KV cache, else float16 on a CPU with a quantization that rounds activations, else the dtype.
         quantization: fp8, fp8_block, int8, int8_wo, int4_wo or nvfp4 rounds weights as they are read; slipstream
         quantize makes better ones, with calibration. gguf rounds activations alone, on a CPU.
         tp_size: processes that share each layer (docs/parallelism.md), on as many GPUs or on the cores of a CPU.

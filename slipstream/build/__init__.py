@@ -16,7 +16,7 @@ from slipstream import __version__
 from slipstream.build.capture import capture
 from slipstream.build.cuts import Cut, Reader, cut_reader
 from slipstream.build.extensions import load_passes
-from slipstream.build.kv_cache import kv_scales, scales_of
+from slipstream.build.kv_cache import chosen_cache, kv_scales, scales_of
 from slipstream.build.pipeline import Pass, PassReport, run_pipeline
 from slipstream.build.shard import Shard
 from slipstream.build.stages import Stage, stages_of
@@ -31,7 +31,7 @@ from slipstream.errors import BuildError
 from slipstream.kernels.registry import known_ops
 from slipstream.progress import Progress, Stopwatch
 from slipstream.quantize.on_load import quantized_on_load
-from slipstream.schema.build import KV_DTYPES_OF, MAX_BATCH_SIZE, MAX_RANKS, MAX_TOKENS_PER_BLOCK, PLUGINS, BuildConfig
+from slipstream.schema.build import MAX_BATCH_SIZE, MAX_RANKS, MAX_TOKENS_PER_BLOCK, PLUGINS, BuildConfig
 from slipstream.schema.mapping import Mapping
 from slipstream.schema.model import DecoderConfig
 
@@ -97,8 +97,6 @@ def plan_build(
     """The first half of a build: capture, rewrite, plan the memory. Reads no weight but to find equal ones."""
     watch = Stopwatch()
     limits, extra = resolve_limits(config, checkpoint), load_passes(config.extra_passes)
-    narrower = KV_DTYPES_OF.get(checkpoint.dtype, ())
-    cache = checkpoint.kv_cache.chosen(config.kv_cache_dtype, checkpoint.dtype, checkpoint.name, narrower)
     for name in config.disabled_plugins:
         if name not in PLUGINS:
             raise BuildError(f"no plugin to disable is called {name!r}; the plugins are {', '.join(PLUGINS)}.")
@@ -115,6 +113,7 @@ def plan_build(
     if config.quantization is not None:
         checkpoint = quantized_on_load(checkpoint, graph, config.quantization)
     graph.formats, graph.equal = checkpoint.formats, checkpoint.equal_weights()
+    cache = chosen_cache(checkpoint, graph, config)
     graph.kv_dtypes = {f"kv.{layer}": cache.dtype for layer in cache.layers(decoder.num_layers)}
     captured_json, ops_captured = graph.to_json(), graph.count_ops()
     watch.lap("capture")

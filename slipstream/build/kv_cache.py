@@ -9,12 +9,36 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from slipstream.checkpoint.folder import Checkpoint
 from slipstream.checkpoint.kv_cache import KVCache
 from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.errors import BuildError
 from slipstream.kernels.registry import known_ops
-from slipstream.schema.build import KV_DTYPES
+from slipstream.schema.build import KV_DTYPES, KV_DTYPES_OF, BuildConfig
+from slipstream.schema.format import QUANTIZES_ACTIVATIONS
 from slipstream.schema.model import DecoderConfig
+
+
+def chosen_cache(checkpoint: Checkpoint, graph: Graph, config: BuildConfig) -> KVCache:
+    """How keys and values are kept: as asked; for auto as the model says, else float16 on a CPU where the build itself
+    has products round what they read to 8 bits (benchmarks/2026-11-22-cpu-attention.md), else in the engine's dtype.
+
+    A published format is left to compute what its tools do. Raises ModelError.
+    """
+    narrower = KV_DTYPES_OF.get(checkpoint.dtype, ())
+    found = checkpoint.kv_cache.chosen(config.kv_cache_dtype, checkpoint.dtype, checkpoint.name, narrower)
+    rounds = config.quantization and any(each.kind in QUANTIZES_ACTIVATIONS for each in graph.formats.values())
+    is_free = config.kv_cache_dtype == "auto" and not found.dtype and graph.is_for_cpu and "float16" in narrower
+    if rounds and is_free:
+        caches = {name for name in graph.inputs if name.startswith("kv.")}
+        if all(_takes_scales(node) for node in graph.nodes if caches.intersection(filter(None, node.inputs))):
+            return KVCache("float16")
+    return found
+
+
+def _takes_scales(node: Node) -> bool:
+    """Whether an op reads caches in fewer bits; a user's own may not."""
+    return any(argument.name == "kv_scales" for argument in known_ops()[node.op].tensor_arguments)
 
 
 def kv_scales(cache: KVCache, config: DecoderConfig) -> dict[str, Tensor]:
@@ -48,7 +72,7 @@ def _with_scales(node: Node, caches: Collection[str], weights: Collection[str]) 
     if cache is None:
         return node
     names = [argument.name for argument in known_ops()[node.op].tensor_arguments]
-    if "kv_scales" not in names:
+    if not _takes_scales(node):
         raise BuildError(
             f"the op {node.op} reads KV caches and takes no kv_scales; build with the kv_cache_dtype of the engine."
         )

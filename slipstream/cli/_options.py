@@ -23,8 +23,8 @@ Dtype = Annotated[
 KvCacheDtype = Annotated[
     str,
     typer.Option(
-        help="How keys and values are kept: fp8, int8, the --dtype, or bfloat16 under float32. auto: as the "
-        "model says, else the --dtype."
+        help="How keys and values are kept: fp8, int8, the --dtype, or bfloat16 or float16 under float32. auto: as the "
+        "model says, else float16 on a CPU with a --quantization of activations, else the --dtype."
     ),
 ]
 Quantization = Annotated[

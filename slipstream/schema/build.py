@@ -7,7 +7,7 @@ from slipstream.schema.kv import KVGroup
 
 DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = {"fp8": "float8_e4m3fn", "int8": "int8"}  # of a KV cache in 8 bits, by their names in the field
-KV_DTYPES_OF = {"float32": ("bfloat16",)}  # of a KV cache in 16 bits, in an engine that computes in more
+KV_DTYPES_OF = {"float32": ("bfloat16", "float16")}  # of a KV cache in 16 bits, in an engine that computes in more
 MAX_BATCH_SIZE = 1 << 16  # a slot of sampling state each
 MAX_TOKENS_PER_BLOCK = 1 << 16  # attention reads whole blocks
 MAX_RANKS = 1024
@@ -34,7 +34,7 @@ PLUGINS = {
 class BuildConfig:
     dtype: str = "auto"  # auto: the fastest safe one for the device
     kv_cache_dtype: str = (
-        "auto"  # of KV_DTYPES or KV_DTYPES_OF, or the engine's dtype; auto: what the model says, else the engine's
+        "auto"  # of KV_DTYPES or KV_DTYPES_OF, or the engine's dtype; auto: what the model says, else build/kv_cache.py
     )
     quantization: str | None = None  # a qformat that needs no texts: weights are rounded as they are read
     max_batch_size: int = 64  # sequences in one step

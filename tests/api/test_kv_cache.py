@@ -127,18 +127,36 @@ def test_every_model_keeps_its_cache_in_8_bits(model_type: str, tmp_path: Path) 
     assert 0 < (found - exact).abs().median() < 0.2
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])  # two planes, and one
-def test_a_model_keeps_its_cache_in_bfloat16(model_type: str, tmp_path: Path) -> None:
+def test_a_model_keeps_its_cache_in_16_bits(model_type: str, dtype: str, tmp_path: Path) -> None:
     """Half of float32's bytes, and no scales; scores a little away from those of float32."""
     model = write_random_model(tmp_path / "model", model_file(model_type).TINY, seed=2)
     limits = SIZES | {"max_num_tokens": 64, "dtype": "float32"}
     with LLM(model, **limits) as llm:
         wide, exact = llm.manifest, scores(llm, PROMPT[:30])
-    with LLM(model, **limits, kv_cache_dtype="bfloat16") as llm:
+    with LLM(model, **limits, kv_cache_dtype=dtype) as llm:
         narrow, found = llm.manifest, scores(llm, PROMPT[:30])
-    assert narrow.kv_cache_dtype == "bfloat16"
+    assert narrow.kv_cache_dtype == dtype
     assert narrow.kv_block_bytes(narrow.kv_groups) * 2 == wide.kv_block_bytes(wide.kv_groups)
     assert 0 < (found - exact).abs().median() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"quantization": "int8"}, "float16"),
+        ({"quantization": "int8", "kv_cache_dtype": "float32"}, "float32"),
+        ({"quantization": "int8_wo"}, "float32"),
+        ({}, "float32"),
+    ],
+    ids=str,
+)
+def test_activations_of_8_bits_come_with_a_cache_in_float16(
+    tiny_model: Path, options: dict[str, str], expected: str
+) -> None:
+    with LLM(tiny_model, **SIZES, dtype="float32", **options) as llm:
+        assert llm.manifest.kv_cache_dtype == expected
 
 
 @every_format

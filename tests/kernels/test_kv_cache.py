@@ -141,12 +141,35 @@ def test_float32_is_stored_as_the_nearest_bfloat16(name: str) -> None:
         torch.testing.assert_close(stored, numbers.bfloat16().expand(2, -1, -1), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ["kv_write", "rope_kv_write"])
+def test_float32_is_stored_as_the_nearest_float16(name: str) -> None:
+    """NaN stays, and what is larger than any float16 is stored as the largest."""
+    x = (
+        torch.randn(64, KV_HEADS * HEAD_DIM, generator=torch.Generator().manual_seed(SEED))
+        * 10.0 ** torch.arange(-9, 7).repeat(KV_HEADS * HEAD_DIM // 16 + 1)[: KV_HEADS * HEAD_DIM]
+    )
+    x[0, :4] = torch.tensor([1e30, -1e30, 65519.9, -0.0])
+    x[1] = 1 + 2.0**-11 * torch.arange(x.shape[1])  # ties
+    if name == "kv_write":
+        x[0, 4] = math.nan
+    unturned = torch.ones(len(x), HEAD_DIM // 2), torch.zeros(len(x), HEAD_DIM // 2)
+    for kernel in known_ops()[name].candidates(CPU, torch.float32).values():
+        kv = torch.zeros(2, 20, BLOCK_SIZE, KV_HEADS, HEAD_DIM, dtype=torch.float16)
+        query = (torch.ones(len(x), 32),) if name == "rope_kv_write" else ()
+        angles = unturned if name == "rope_kv_write" else ()
+        kernel.function(*query, x, x, *angles, kv, torch.arange(len(x)), None)
+        stored = kv.flatten(1, 2)[:, : len(x)].flatten(2)
+        expected = x.clamp(-65504, 65504).half().expand(2, -1, -1)
+        torch.testing.assert_close(stored, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", ["attention", "streaming_attention"])
 @pytest.mark.parametrize("chunks", [CHUNKS, ONE_EACH], ids=["all kinds", "generation"])
-def test_float32_queries_meet_a_cache_in_bfloat16(op: str, chunks: list[tuple[int, int]]) -> None:
+def test_float32_queries_meet_a_cache_in_16_bits(op: str, chunks: list[tuple[int, int]], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(SEED)
     wide, starts, lens, tables, _ = paged(torch.float32, chunks)
-    kv = (wide / 60).bfloat16()
+    kv = (wide / 60).to(dtype)
     q, sink_q = torch.randn(2, int(starts[-1]), 4 * HEAD_DIM, generator=generator)
     rest = (starts, lens, tables)
     exact: tuple[Any, ...]

@@ -1,7 +1,7 @@
 """A layer's KV cache: one tensor kv_PNBKD, P planes (keys and values), N blocks of B tokens, K heads, D numbers a head.
 
-It is kept in the engine's dtype, for float32 also in bfloat16, or in 8 bits with a float32 scale for each plane and
-head, kv_scales [P, K]:
+It is kept in the engine's dtype, for float32 also in bfloat16 or float16, or in 8 bits with a float32 scale for each
+plane and head, kv_scales [P, K]:
 
     stored = round(number / scale), number = stored · scale
 
@@ -32,8 +32,15 @@ def need_cache(kv_PNBKD: Tensor, kv_scales_PK: Tensor | None) -> None:
 def need_query(q_TX: Tensor, kv_PNBKD: Tensor, kv_scales_PK: Tensor | None) -> None:
     """That a query of this dtype may meet what such a cache holds."""
     need_cache(kv_PNBKD, kv_scales_PK)
-    known = (q_TX.dtype, *LARGEST, *([torch.bfloat16] if q_TX.dtype == torch.float32 else []))
+    known = (q_TX.dtype, *LARGEST, *([torch.bfloat16, torch.float16] if q_TX.dtype == torch.float32 else []))
     need(kv_PNBKD.dtype in known, f"kv must be {q_TX.dtype}, or a narrower dtype that goes with it")
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As a cache without scales keeps them."""
+    if dtype == torch.float16 != x.dtype:
+        x = x.clamp(-65504, 65504)
+    return x.to(dtype)
 
 
 def to_stored(x_TKD: Tensor, scale_K: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.kernels.attention.cache import need_cache, need_query, to_numbers, to_stored
+from slipstream.kernels.attention.cache import narrowed, need_cache, need_query, to_numbers, to_stored
 from slipstream.kernels.cpu.library import native
 from slipstream.kernels.fits import need, need_floats, need_heads, need_shape
 from slipstream.kernels.registry import kernel, on_gpu, op
@@ -42,7 +42,7 @@ def kv_write(
         assert x_TY is not None
         x_TKD = x_TY.unflatten(1, heads)
         if kv_scales_PK is None:
-            page_SKD.index_copy_(0, slots_T, x_TKD.to(kv_PNBKD.dtype))
+            page_SKD.index_copy_(0, slots_T, narrowed(x_TKD, kv_PNBKD.dtype))
         else:  # as bytes: torch copies no E4M3 by index
             stored_TKD = to_stored(x_TKD, kv_scales_PK[plane], kv_PNBKD.dtype)
             page_SKD.view(torch.int8).index_copy_(0, slots_T, stored_TKD.view(torch.int8))

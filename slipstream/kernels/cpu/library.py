@@ -24,7 +24,7 @@ _INDICES = (
 )  # fmt: skip
 _DTYPES = {  # of arguments by name, in any op
     **dict.fromkeys(_INDICES, ("int64",)),
-    "kv": ("float32", "bfloat16", "int8", "float8_e4m3fn"),
+    "kv": ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn"),
     "scale": ("float32", "bfloat16", "float16"),
     "order": (),  # act-order is left to torch
 }

@@ -31,21 +31,7 @@ inline Sixteen load_sixteen(const float* from) {
 }
 
 inline Sixteen load_halves(const uint16_t* from) {
-#if defined(__AVX512F__)
-  return {{reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))))}};
-#elif defined(__F16C__)
-  return Sixteen::of([&](int i) {
-    return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + i)));
-  });
-#else
-  float wide[PANEL];
-  for (int lane = 0; lane < PANEL; ++lane) {
-    _Float16 half;
-    std::memcpy(&half, from + lane, 2);
-    wide[lane] = static_cast<float>(half);
-  }
-  return load_sixteen(wide);
-#endif
+  return Sixteen::of([&](int i) { return widen_halves(from + i * LANES); });
 }
 
 inline void store_sixteen(float* to, const Sixteen& v, int64_t count) {

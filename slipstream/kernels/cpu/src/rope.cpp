@@ -37,6 +37,10 @@ void write_row(const float* x, const Tensor& kv, int64_t plane, int64_t slot, co
     for (int64_t i = 0; i < size; ++i) reinterpret_cast<uint16_t*>(kv.data)[place + i] = float_to_bfloat16(x[i]);
     return;
   }
+  if (kv.dtype == FLOAT16) {
+    to_float16(x, size, reinterpret_cast<uint16_t*>(kv.data) + place);
+    return;
+  }
   if (scales == nullptr) {
     std::memcpy(reinterpret_cast<float*>(kv.data) + place, x, size * sizeof(float));
     return;

@@ -63,6 +63,17 @@ inline uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// The nearest, magnitudes beyond the largest of float16 as that. NaN stays.
+inline void to_float16(const float* x, int64_t count, uint16_t* to) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    const int64_t some = count - i < LANES ? count - i : LANES;
+    const Floats v = load_up_to(x + i, some);
+    uint16_t halves[LANES];
+    narrow_halves(larger(splat(-65504.0f), smaller(splat(65504.0f), v)), halves);
+    std::memcpy(to + i, halves, some * 2);
+  }
+}
+
 // Nearest, ties to even, magnitudes beyond 448 as 448.
 inline uint8_t float_to_float8(float value) {
   uint32_t bits;

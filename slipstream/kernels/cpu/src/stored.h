@@ -8,6 +8,9 @@ namespace slipstream {
 struct BrainFloat {
   uint16_t bits;  // the higher half of a float
 };
+struct Half {
+  uint16_t bits;
+};
 struct Float8 {
   int8_t bits;  // E4M3
 };
@@ -15,6 +18,8 @@ struct Float8 {
 inline Floats widened(const float* from) { return load(from); }
 inline Floats widened(const int8_t* from) { return __builtin_convertvector(widen(from), Floats); }
 inline Floats widened(const BrainFloat* from) { return reinterpret_cast<Floats>(widen(&from->bits) << 16); }
+
+inline Floats widened(const Half* from) { return widen_halves(&from->bits); }
 
 // Its bits as those of a float are the number times 2^-120.
 inline Floats widened(const Float8* from) {
@@ -35,6 +40,7 @@ template <class Function>
 void with_stored(int32_t dtype, Function&& function) {
   switch (dtype) {
     case BFLOAT16: return function(BrainFloat{});
+    case FLOAT16: return function(Half{});
     case FLOAT8: return function(Float8{});
     case INT8: return function(int8_t{});
     default: return function(float{});

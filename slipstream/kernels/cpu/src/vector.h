@@ -81,6 +81,38 @@ inline void narrow(Ints from, int8_t* to) {
 #endif
 }
 
+// LANES numbers in float16 as floats, and back: the nearest, ties to even.
+inline Floats widen_halves(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__)
+  return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  Floats wide;
+  for (int lane = 0; lane < LANES; ++lane) {
+    _Float16 half;
+    std::memcpy(&half, from + lane, 2);
+    wide[lane] = static_cast<float>(half);
+  }
+  return wide;
+#endif
+}
+
+inline void narrow_halves(Floats from, uint16_t* to) {
+#if defined(__AVX512F__)
+  const __m256i halves = _mm512_cvtps_ph(reinterpret_cast<__m512>(from), _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+#elif defined(__F16C__)
+  const __m128i halves = _mm256_cvtps_ph(reinterpret_cast<__m256>(from), _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
+#else
+  for (int lane = 0; lane < LANES; ++lane) {
+    const _Float16 half = static_cast<_Float16>(from[lane]);
+    std::memcpy(to + lane, &half, 2);
+  }
+#endif
+}
+
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats magnitude(Floats a) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(a) & 0x7fffffff); }
