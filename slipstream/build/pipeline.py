@@ -13,6 +13,7 @@ from slipstream.build.passes import (
     fuse_add_norm,
     fuse_gate_up,
     fuse_norm_quant,
+    fuse_panels_act,
     fuse_qkv,
     fuse_reduce_norm,
     fuse_rope_kv_write,
@@ -60,6 +61,7 @@ LOWERING: tuple[Pass, ...] = (
     # what ranks add up is read where it is normed
     fuse_reduce_norm.PASS,
     pack_panels.PASS,
+    fuse_panels_act.PASS,
 )
 
 CLEAN_UP: tuple[Pass, ...] = (

@@ -38,6 +38,7 @@ _MADE_BY_LOWERING = {
     "gelu_quantize",
     "layer_norm_quantize",
     "linear_panels",
+    "linear_panels_silu_and_mul_quantize",
     "reduce_add_rms_norm",
     "reduce_add_rms_norm_quantize",
     "rms_norm_quantize",

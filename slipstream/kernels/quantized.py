@@ -12,6 +12,7 @@ from slipstream.kernels import activation, norm
 from slipstream.kernels.cpu.library import native
 from slipstream.kernels.linear import fp8, w8a8
 from slipstream.kernels.linear.groups import quantized_shapes
+from slipstream.kernels.linear.panels import ROWS, linear_panels
 from slipstream.kernels.registry import kernel, on_gpu_with_fp8, op
 
 if TYPE_CHECKING:
@@ -128,6 +129,33 @@ def silu_and_mul_quantize(
 ) -> tuple[Tensor, Tensor]:
     """silu_and_mul(x), and its scales float32 [T, G]."""
     return quantize_by_reference(activation.silu_and_mul.reference(x_TI2), input_scale, input_group_size, dtype)
+
+
+def _panels_silu_shapes(
+    x_MK: Tensor, x_scale_MG: Tensor, panels: Tensor, scale: Tensor, shift: Tensor | None, bias_N: Tensor | None,
+    bits: int, group_size: int, input_group_size: int, num_out: int, output_group_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    product = linear_panels.shapes(
+        x_MK, x_scale_MG, panels, scale, shift, bias_N, bits, group_size, input_group_size, num_out
+    )
+    return _gated_shapes(product, 0.0, output_group_size, "int8")
+
+
+@op(
+    "linear_panels_silu_and_mul_quantize(Tensor x, Tensor x_scale, Tensor panels, Tensor scale, Tensor? shift, "
+    "Tensor? bias, int bits, int group_size, int input_group_size, int num_out, int output_group_size) -> "
+    "(Tensor, Tensor)",
+    shapes=_panels_silu_shapes,
+)
+def linear_panels_silu_and_mul_quantize(
+    x_MK: Tensor, x_scale_MG: Tensor, panels: Tensor, scale: Tensor, shift: Tensor | None, bias_N: Tensor | None,
+    bits: int, group_size: int, input_group_size: int, num_out: int, output_group_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """silu_and_mul(linear_panels(x)) in int8, and its scales float32 [T, G]."""
+    product = linear_panels.reference(
+        x_MK, x_scale_MG, panels, scale, shift, bias_N, bits, group_size, input_group_size, num_out
+    )
+    return silu_and_mul_quantize.reference(product, 0.0, output_group_size, "int8")
 
 
 def _gated_gelu_shapes(
@@ -263,3 +291,18 @@ for each in (
     gelu_and_mul_quantize, gelu_quantize,
 ):  # fmt: skip
     native(each, lambda kinds, how: how["dtype"] == "int8")
+
+
+def has_whole_panels(num_out: int, group_size: int) -> bool:
+    """Whether each group of the result, and its part of the gate, is some panels of the weight."""
+    return group_size > 0 and group_size % ROWS == 0 and num_out % (2 * group_size) == 0
+
+
+native(
+    linear_panels_silu_and_mul_quantize,
+    lambda kinds, how: has_whole_panels(how["num_out"], how["output_group_size"]),
+    x=("int8",),
+    panels=("uint8",),
+    scale=("float32", "float16"),
+    shift=("float32", "float16"),
+)

@@ -19,7 +19,7 @@ PLUGINS = {
     "gemm": ("linear", "linear_fp8*"),
     "fp8_rowwise_gemm": ("linear_fp8",),
     "weight_only_quant_matmul": ("linear_w[48]a16",),
-    "smooth_quant_gemm": ("linear_w8a8", "linear_panels"),
+    "smooth_quant_gemm": ("linear_w8a8", "linear_panels*"),
     "lookup": ("embedding",),
     "rmsnorm": ("*rms_norm*",),
     "layernorm": ("*layer_norm*",),

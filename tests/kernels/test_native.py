@@ -28,6 +28,7 @@ from slipstream.kernels.linear.w4a16 import linear_w4a16
 from slipstream.kernels.linear.w8a8 import quantize_w8a8
 from slipstream.kernels.linear.w8a16 import linear_w8a16
 from slipstream.kernels.norm import rms_norm
+from slipstream.kernels.quantized import linear_panels_silu_and_mul_quantize, silu_and_mul_quantize
 from slipstream.kernels.registry import Op
 from tests.kernels.test_ops import attention_inputs, naive_attention, streaming_inputs, tree_inputs
 from tests.seed import SEED
@@ -117,6 +118,29 @@ def test_products_of_bytes_of_awkward_shapes(
         expected = dequantize(numbers, x_scale, None, x_group_size).double() @ weight.t() + bias
         size = expected.abs().max().item()
         torch.testing.assert_close(found.double(), expected, atol=1e-5 * size, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_gate_and_up_in_one_kernel_are_those_of_two(level: str, generator: torch.Generator) -> None:
+    """To the last bit, for few rows and for many more than are put beside each other at once."""
+    for num_rows, (bits, has_shift), size in itertools.product(
+        (1, 3, 9, 65, 200), ((4, True), (4, False), (8, False)), (16, 32, 96)
+    ):
+        x = torch.randn(num_rows, 100, generator=generator)
+        numbers, x_scale = native(quantize_w8a8, x, 0.0, 32)
+        packed = torch.randint(256, (192, 100 if bits == 8 else 50), generator=generator)
+        packed = packed.to(torch.uint8) if bits == 4 else (packed - 128).to(torch.int8)
+        scale, shift = torch.rand(2, 192, 4, generator=generator).half() / 100
+        stored = (
+            panels.to_panels.reference(packed, bits), panels.to_panel_scales.reference(scale, None),
+            panels.to_panel_scales.reference(shift, None) if has_shift else None,
+            torch.randn(192, generator=generator) if num_rows % 2 else None,
+        )  # fmt: skip
+        how = bits, 32, 32, 192
+        product = native(linear_panels, numbers, x_scale, *stored, *how)
+        expected = native(silu_and_mul_quantize, product, 0.0, size, "int8")
+        found = native(linear_panels_silu_and_mul_quantize, numbers, x_scale, *stored, *how, size)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_the_largest_numbers_of_8_bits_are_multiplied_exactly(level: str) -> None:

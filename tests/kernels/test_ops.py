@@ -720,6 +720,25 @@ def gated_quantize_inputs(
     return torch.cat([gate, x / activation(gate)], 1).float(), how
 
 
+def panels_silu_inputs(generator: torch.Generator, num_tokens: int) -> tuple[Any, ...]:
+    """Up is a column of x, and the gate so large that its SiLU is the gate: whole numbers, of which one is 127."""
+    x = torch.randint(-127, 128, (num_tokens, 40), generator=generator, dtype=torch.int8)
+    x[:, [0, 16]] = 127
+    bits = 4 if num_tokens % 2 else 8
+    up = torch.eye(32, 40, dtype=torch.int64) + 2 ** (bits - 1)
+    weight = torch.cat([torch.full((32, 40), 2 ** (bits - 1)), up])
+    packed = w4a16.pack(weight.to(torch.uint8)) if bits == 4 else (weight - 128).to(torch.int8)
+    scales = naive_panel_scales(powers_of_two(generator, 1, 1).expand(64, 5), None)
+    bias = torch.cat([torch.full((32,), 64.0), torch.zeros(32)])
+    rest = naive_panels(packed, bits), scales.float(), None, bias, bits, 8, 0, 64, 16
+    return x, powers_of_two(generator, num_tokens, 1), *rest
+
+
+def naive_panels_silu(*arguments: Any) -> list[Tensor]:
+    product = naive_linear_panels(*arguments[:-1])
+    return naive_quantize_to(naive_silu(product[:, :32]) * product[:, 32:], 0.0, arguments[-1], "int8")
+
+
 def gelu_quantize_inputs(generator: torch.Generator, num_tokens: int) -> tuple[Any, ...]:
     """A scale found before, and x where GELU of it, found by bisection, is a value to quantize: 0 and more."""
     _, (_, _, dtype) = to_quantize(generator, num_tokens)
@@ -948,6 +967,7 @@ CASES: dict[str, Case] = {
         ),
         lambda x, approximate, *how: naive_quantize_to(naive_gelu(x[:, :24], approximate) * x[:, 24:], *how),
     ),
+    "linear_panels_silu_and_mul_quantize": Case(panels_silu_inputs, naive_panels_silu),
     "gelu_quantize": Case(
         gelu_quantize_inputs, lambda x, approximate, *how: naive_quantize_to(naive_gelu(x, approximate), *how)
     ),

@@ -7,8 +7,6 @@ using namespace slipstream;
 
 namespace {
 
-inline Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
-
 inline Floats gelu_tanh(Floats x) {
   return x / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x)));  // x/2 · (1 + tanh(u)) = x / (1 + e^-2u)
 }
@@ -55,7 +53,7 @@ void gelu(const Tensor& x, bool is_gated, bool is_approximate, const Tensor& y, 
 }
 
 void silu(const Tensor& x, bool is_gated, const Tensor& y, const Tensor* scales, const Attribute* quantization) {
-  activate(x, is_gated, y, scales, quantization, 0.4, [](Floats v) { return silu(v); });
+  activate(x, is_gated, y, scales, quantization, 0.4, [](Floats v) { return slipstream::silu(v); });
 }
 
 template <class Function>

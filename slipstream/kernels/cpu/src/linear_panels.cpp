@@ -1,6 +1,8 @@
-// linear_panels: weights of 8 or 4 bits in panels (bytes.h), with activations of 8 bits, a scale a row of these.
+// linear_panels: weights of 8 or 4 bits in panels (bytes.h), with activations of 8 bits, a scale a row or group of these.
+// linear_panels_silu_and_mul_quantize: two of them, of which nothing but what the next product reads is written.
 #include "bytes.h"
 #include "linear.h"
+#include "rows.h"
 
 using namespace slipstream;
 
@@ -62,6 +64,9 @@ struct Product {
   int64_t first_row, num_rows;  // those of x that lie there
   const Tensor &panels, &scale, *shift, *bias, &y;
   int64_t w_every;  // groups for each scale of the weight
+  int64_t first_panel;  // whose columns are the first of y
+
+  float* result(int64_t m, int64_t panel) const { return y.row<float>(first_row + m) + (panel - first_panel) * PANEL; }
 };
 
 inline Sixteen of_group(const Tensor& each, int64_t panel, int64_t place) {
@@ -106,11 +111,11 @@ inline void add_products(Sums (&sums)[M][N], const int32_t* x, const uint8_t* co
 }
 
 inline void finish(const Product& p, int64_t m, int64_t panel, const Sixteen& value) {
-  const int64_t first = panel * PANEL, count = p.y.sizes[1] - first;
+  const int64_t first = panel * PANEL, count = p.y.sizes[1] - (panel - p.first_panel) * PANEL;
   float room[PANEL] = {};
   if (p.bias != nullptr) std::memcpy(room, p.bias->row<float>(0) + first, (count < PANEL ? count : PANEL) * sizeof(float));
   const Sixteen bias = load_sixteen(room);
-  store_sixteen(p.y.row<float>(p.first_row + m) + first, Sixteen::of([&](int i) { return value.part[i] + bias.part[i]; }), count);
+  store_sixteen(p.result(m, panel), Sixteen::of([&](int i) { return value.part[i] + bias.part[i]; }), count);
 }
 
 // y[m0 + m][16 of each panel]. `panels`: of rows n0 of the weight, as bytes or as nibbles.
@@ -121,7 +126,7 @@ void tile(const Product& p, const uint8_t* const* panels, int64_t m0, int64_t n0
   for (int n = 0; n < N; ++n) w[n] = panels[n];
   Sixteen totals[M][N] = {};
   for (int m = 0; m < M; ++m)  // where the sums will go: 12 KB apart, in no cache, and a store waits for its line
-    for (int n = 0; n < N; ++n) __builtin_prefetch(p.y.row<float>(p.first_row + m0 + m) + (n0 + n) * PANEL, 1);
+    for (int n = 0; n < N; ++n) __builtin_prefetch(p.result(m0 + m, n0 + n), 1);
   int64_t scale_place = 0, uses = 0;  // of the weight's scales
   for (int64_t left = p.x.num_bytes; left > 0; left -= p.x.group_bytes) {
     const int64_t bytes = left < p.x.group_bytes ? left : p.x.group_bytes;
@@ -218,10 +223,11 @@ void multiply(const Product& p, int64_t first, int64_t end) {
   else multiply<BITS, Scales::ROW>(p, first, end);
 }
 
-}  // namespace
-
-SLIPSTREAM_KERNEL(linear_panels) {
-  const Tensor &x = *in[0], &x_scale = *in[1], &panels = *in[2], *shift = in[4], &y = *out[0];
+// The product that both kernels' inputs and attributes describe, some rows of x at a time. function(product): a weight's worth
+// of work on these, with y's columns left to it.
+template <class Function>
+void with_rows(const Tensor* const* in, const Attribute* attributes, const Tensor& y, Function&& function) {
+  const Tensor &x = *in[0], &x_scale = *in[1], &panels = *in[2], *shift = in[4];
   const int64_t num_rows = x.sizes[0];
   if (num_rows == 0) return;
   const bool is_w4 = attributes[0].integer == 4;
@@ -239,10 +245,50 @@ SLIPSTREAM_KERNEL(linear_panels) {
         rows.fill(rows.tile(m), first_row + m, count - m < ROWS_M ? count - m : ROWS_M, x, x_scale, groups_in(x_size),
                   is_w4 ? (shift != nullptr ? 0 : 8) : 128);
     });
-    const Product p{rows, first_row, count, panels, *in[3], shift, in[5], y, groups_in(w_size)};
-    parallel_weight(panels.sizes[0], panels.sizes[1], count, [&](int64_t first, int64_t end) {
-      if (is_w4) multiply<4>(p, first, end);
-      else multiply<8>(p, first, end);
-    });
+    function(Product{rows, first_row, count, panels, *in[3], shift, in[5], y, groups_in(w_size), 0}, is_w4);
   }
+}
+
+void multiply(const Product& p, bool is_w4, int64_t first, int64_t end) {
+  if (is_w4) multiply<4>(p, first, end);
+  else multiply<8>(p, first, end);
+}
+
+// silu(gate) · up, in 8 bits, of the columns of one group. room: [rows, 2 · size], gate and up beside each other.
+void activate_group(const Product& p, const float* room, int64_t size, int64_t group, const Tensor& numbers, const Tensor& scales) {
+  float* const activated = scratch_of<float>(0, size);
+  for (int64_t m = 0; m < p.num_rows; ++m) {
+    const float *gate = room + m * 2 * size, *up = gate + size;
+    for (int64_t i = 0; i < size; i += LANES) store(activated + i, silu(load(gate + i)) * load(up + i));
+    quantize_row(activated, size, 0, 0, numbers.row<int8_t>(p.first_row + m) + group * size,
+                 scales.row<float>(p.first_row + m) + group);
+  }
+}
+
+}  // namespace
+
+SLIPSTREAM_KERNEL(linear_panels) {
+  with_rows(in, attributes, *out[0], [](const Product& p, bool is_w4) {
+    parallel_weight(p.panels.sizes[0], p.panels.sizes[1], p.num_rows,
+                    [&](int64_t first, int64_t end) { multiply(p, is_w4, first, end); });
+  });
+}
+
+SLIPSTREAM_KERNEL(linear_panels_silu_and_mul_quantize) {
+  const int64_t size = attributes[4].integer, num_panels = size / PANEL;  // of a group: so many columns of the gate
+  const int64_t num_groups = out[0]->sizes[1] / size;
+  with_rows(in, attributes, *out[0], [&](const Product& rows, bool is_w4) {
+    parallel_weight(num_groups, 2 * num_panels * rows.panels.sizes[1], rows.num_rows, [&](int64_t first, int64_t end) {
+      float* const room = scratch_of<float>(3, rows.num_rows * 2 * size);
+      for (int64_t group = first; group < end; ++group) {
+        for (int half = 0; half < 2; ++half) {
+          const int64_t panel = (group + half * num_groups) * num_panels;
+          const Tensor columns{reinterpret_cast<char*>(room + half * size), {rows.num_rows, size}, 2 * size, FLOAT32, 2};
+          multiply(Product{rows.x, 0, rows.num_rows, rows.panels, rows.scale, rows.shift, rows.bias, columns, rows.w_every, panel},
+                   is_w4, panel, panel + num_panels);
+        }
+        activate_group(rows, room, size, group, *out[0], *out[1]);
+      }
+    });
+  });
 }

@@ -187,6 +187,8 @@ inline Floats hyperbolic_tangent(Floats x) {
   return size < 0.625f ? near : (x < 0.0f ? -far : far);
 }
 
+inline Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
+
 #if defined(__AVX512F__)
 #define SLIPSTREAM_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define SLIPSTREAM_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
