@@ -38,9 +38,7 @@ from slipstream.speculative.head_file import DRAFT_TOKENS
 from slipstream.speculative.training import Batch, SharedHead, Teacher, later, rotated
 from slipstream.speculative.training import Student as Base
 
-LATER_COUNTS_LESS = (
-    0.8  # of each step's loss, as in the paper's code: its draft is verified where all before it were right
-)
+LATER_COUNTS_LESS = 0.8  # a step's loss than the last one's, as in the paper's code: all before it must have been right
 OF_LAYER = ("self_attn.", "mlp.", "input_layernorm.", "hidden_norm.", "post_attention_layernorm.")
 
 
