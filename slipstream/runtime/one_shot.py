@@ -56,8 +56,8 @@ class OneShot:
         from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
 
         _SymmetricMemory.set_group_info(name, rank, size, store)
-        # Where later versions of torch look for the store.
-        _register_process_group(name, dist.ProcessGroup(store, rank, size))  # type: ignore[arg-type]
+        self._group = dist.ProcessGroup(store, rank, size)  # kept: later versions of torch find the store by its name
+        _register_process_group(name, self._group)  # type: ignore[arg-type]
         self._name, self._rank, self._size, self._device = name, rank, size, device
         self._mine = _SymmetricMemory.empty_strided_p2p((MAX_BYTES,), (1,), torch.uint8, device, name)
         self._shared: Any = _SymmetricMemory.rendezvous(self._mine, name)
