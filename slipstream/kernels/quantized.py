@@ -261,10 +261,8 @@ def gelu_and_mul_quantize_triton(
 ) -> tuple[Tensor, Tensor]:
     from slipstream.kernels.triton import rows
 
-    name, how = (
-        "gelu_tanh" if approximate else "gelu",
-        how_on_gpu(input_scale, input_group_size, dtype, is_batch_invariant),
-    )
+    name = "gelu_tanh" if approximate else "gelu"
+    how = how_on_gpu(input_scale, input_group_size, dtype, is_batch_invariant)
     return rows.activate(x_TI2, name, is_gated=True, how=how)
 
 
@@ -279,10 +277,8 @@ def gelu_quantize_triton(
 ) -> tuple[Tensor, Tensor]:
     from slipstream.kernels.triton import rows
 
-    name, how = (
-        "gelu_tanh" if approximate else "gelu",
-        how_on_gpu(input_scale, input_group_size, dtype, is_batch_invariant),
-    )
+    name = "gelu_tanh" if approximate else "gelu"
+    how = how_on_gpu(input_scale, input_group_size, dtype, is_batch_invariant)
     return rows.activate(x_TI, name, is_gated=False, how=how)
 
 

@@ -1,13 +1,12 @@
 """An EAGLE-3 layer that is trained: its chains are those of its equations, it learns, and what it saves drafts."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from slipstream import LLM, SamplingParams
+from slipstream import LLM
 from slipstream.checkpoint.random import write_random_model
 from slipstream.distill import train
 from slipstream.engine.folder import open_engine
@@ -15,7 +14,7 @@ from slipstream.models import llama
 from slipstream.speculative.eagle.training import LATER_COUNTS_LESS, Options, Student
 from slipstream.speculative.training import Batch, Teacher
 from tests.cli.conftest import Call, call  # noqa: F401
-from tests.distill.planted import write_planted_model
+from tests.distill.planted import assert_it_learns_and_drafts, write_planted_model
 from tests.speculative.naive_eagle import NaiveEagle
 
 
@@ -67,25 +66,7 @@ PLANTED = (
 
 
 def test_it_learns_and_drafts(tmp_path: Path, call: Call) -> None:  # noqa: F811
-    model, acceptance = write_planted_model(tmp_path / "planted"), []
-    for learning_rate, num_epochs in (("1e-9", 1), ("0.01", 12)):
-        folder = tmp_path / learning_rate
-        ended = call(
-            "train-drafter", "--method", "eagle", "--model", model, "--output_dir", folder, *PLANTED,
-            "--learning_rate", learning_rate, "--num_epochs", num_epochs,
-        )  # fmt: skip
-        assert ended.code == 0, ended.err
-        acceptance.append(json.loads((folder / "config.json").read_text())["held_out_acceptance"])
-    assert len(acceptance[1]) == 5
-    assert all(after > before + 0.3 for before, after in zip(*acceptance, strict=True))
-
-    prompts, asked = [[3], [17, 4], [39]], SamplingParams(max_tokens=60, temperature=0)
-    with LLM(model) as llm:
-        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, asked)]
-    speculative = {"method": "eagle", "model": str(folder), "adaptive": False}
-    with LLM(model, speculative=speculative, max_batch_size=4) as llm:
-        assert [output.outputs[0].token_ids for output in llm.generate(prompts, asked)] == expected
-        assert 1 + sum(llm.stats.num_accepted_tokens) / llm.stats.num_drafts > 4
+    assert_it_learns_and_drafts(call, tmp_path, "eagle", PLANTED, num_epochs=(1, 12), least_tokens=4)
 
 
 class Killed(BaseException):

@@ -1,12 +1,11 @@
 """A ReDrafter head that is trained: its loss is that of its definition, it learns, and what it saves drafts."""
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from slipstream import LLM, SamplingParams
+from slipstream import LLM
 from slipstream.checkpoint.random import write_random_model
 from slipstream.engine.folder import open_engine
 from slipstream.models import llama
@@ -14,7 +13,7 @@ from slipstream.speculative.redrafter.drafter import Options as Drafting
 from slipstream.speculative.redrafter.training import Options, Student
 from slipstream.speculative.training import Batch, Teacher
 from tests.cli.conftest import Call, call  # noqa: F401
-from tests.distill.planted import write_planted_model
+from tests.distill.planted import assert_it_learns_and_drafts
 
 
 def test_the_loss_is_of_each_token_after_the_right_ones(tmp_path: Path) -> None:
@@ -48,23 +47,7 @@ def test_the_loss_is_of_each_token_after_the_right_ones(tmp_path: Path) -> None:
 
 
 def test_it_learns_and_drafts(tmp_path: Path, call: Call) -> None:  # noqa: F811
-    model, acceptance = write_planted_model(tmp_path / "planted"), []
-    for learning_rate in ("1e-9", "0.01"):
-        folder = tmp_path / learning_rate
-        ended = call(
-            "train-drafter", "--method", "redrafter", "--model", model, "--output_dir", folder, "--num_layers", 1,
-            "--num_texts", 64, "--max_output_len", 24, "--num_epochs", 30, "--batch_size", 12,
-            "--draft_vocab_size", 64, "--learning_rate", learning_rate,
-        )  # fmt: skip
-        assert ended.code == 0, ended.err
-        acceptance.append(json.loads((folder / "config.json").read_text())["held_out_acceptance"])
-    assert len(acceptance[1]) == 5
-    assert all(after > before + 0.3 for before, after in zip(*acceptance, strict=True))
-
-    prompts, asked = [[3], [17, 4], [39]], SamplingParams(max_tokens=60, temperature=0)
-    with LLM(model) as llm:
-        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, asked)]
-    speculative = {"method": "redrafter", "model": str(folder), "adaptive": False}
-    with LLM(model, speculative=speculative, max_batch_size=4) as llm:
-        assert [output.outputs[0].token_ids for output in llm.generate(prompts, asked)] == expected
-        assert 1 + sum(llm.stats.num_accepted_tokens) / llm.stats.num_drafts > 3.5
+    flags = (
+        "--num_layers", 1, "--num_texts", 64, "--max_output_len", 24, "--batch_size", 12, "--draft_vocab_size", 64,
+    )  # fmt: skip
+    assert_it_learns_and_drafts(call, tmp_path, "redrafter", flags, num_epochs=(30, 30), least_tokens=3.5)
