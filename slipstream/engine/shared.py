@@ -15,7 +15,7 @@ from slipstream.kernels.linear.w8a8 import quantize_w8a8
 
 INPUT_GROUP_SIZE = 32  # columns of what is multiplied in bytes that share a scale
 
-Product = Callable[[Tensor], Tensor]  # by a matrix; before the last dimension any others
+Product = Callable[[Tensor], Tensor]
 
 
 def head_of_tokens(engine: Engine, token_ids_D: Tensor, dtype: torch.dtype, device: torch.device) -> Product:

@@ -3,12 +3,15 @@
 Heads that ship are in slipstream/speculative/<method>/heads/<name of the model>.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
 from slipstream.engine.tensor_file import TensorFile
 from slipstream.errors import ModelError, UsageError
+
+Product = Callable[[Tensor], Tensor]  # by a matrix; before the last dimension any others
 
 DRAFT_TOKENS = "draft_token_ids"  # [D]: the tokens that a head drafts, where it shares these rows of the model's own
 

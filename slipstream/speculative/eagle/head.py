@@ -32,12 +32,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.engine.bounded_json import read_json
-from slipstream.engine.shared import Product
 from slipstream.engine.tensor_file import TensorFile
 from slipstream.errors import ModelError
 from slipstream.layers.rope import inverse_frequencies
 from slipstream.schema.model import Options, read_decoder
-from slipstream.speculative.head_file import DRAFT_TOKENS, open_head, read_draft_tokens, read_shaped
+from slipstream.speculative.head_file import DRAFT_TOKENS, Product, open_head, read_draft_tokens, read_shaped
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"

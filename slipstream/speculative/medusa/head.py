@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.engine.bounded_json import read_json
-from slipstream.engine.shared import Product
 from slipstream.errors import ModelError
-from slipstream.speculative.head_file import open_head, read_draft_tokens, read_shaped
+from slipstream.speculative.head_file import Product, open_head, read_draft_tokens, read_shaped
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "medusa_lm_head.safetensors", "medusa_lm_head.pt"
 CHOICES_FILE = "medusa_choices.json"

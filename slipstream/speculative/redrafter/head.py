@@ -27,10 +27,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.engine.bounded_json import read_json
-from slipstream.engine.shared import Product
 from slipstream.errors import ModelError
 from slipstream.schema.model import Options
-from slipstream.speculative.head_file import DRAFT_TOKENS, open_head, read_draft_tokens, read_shaped
+from slipstream.speculative.head_file import DRAFT_TOKENS, Product, open_head, read_draft_tokens, read_shaped
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
 MODEL_TYPE = "recurrent_drafting_drafter"
