@@ -43,10 +43,8 @@ def said(offline: Any, prompt: str) -> str:
 
 
 def text_of(message: Any) -> str:
-    (block,) = message.content
-    assert block.type == "text"
-    text: str = block.text
-    return text
+    assert all(block.type == "text" for block in message.content)
+    return "".join(block.text for block in message.content)  # no block where the first token is the last
 
 
 def test_a_message_is_what_the_engine_says_offline(client: anthropic.Anthropic, offline: Any) -> None:
