@@ -86,7 +86,7 @@ class Host:
         fill_inputs(plan, counts, is_chosen, self._tables, sizes, self._numbers[: sizes.num_numbers])
 
     def _commit(self, plan: StepPlan) -> None:
-        result = StepResult(tuple(SequenceResult(token_id=7) for _ in plan.sequences))
+        result = StepResult(tuple(SequenceResult((7,)) for _ in plan.sequences))
         self.watch.time("commit", self._scheduler.commit, plan, result)
 
 
