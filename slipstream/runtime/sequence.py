@@ -6,6 +6,7 @@ from typing import Any
 
 from slipstream.runtime.kv import BlockTable
 from slipstream.schema.request import FinishReason, GenerateRequest, Pooling, TokenLogprobs
+from slipstream.schema.step import SequenceResult, SequenceStep
 
 Rank = tuple[int, int]  # (priority, arrival); lower goes first. No two sequences have the same.
 
@@ -94,3 +95,39 @@ class Sequence:
     def needs_every_row(self) -> bool:
         """Whether the rows of the prompt have to be computed, and none may come from the prefix tree."""
         return self.wants_prompt_logprobs or self.request.pooling is Pooling.MEAN
+
+    def take_in(self, step: SequenceStep, outcome: SequenceResult) -> tuple[int, ...]:
+        """A step has computed its tokens. Returns those that it adds to the known ones."""
+        self.num_pending -= step.sample
+        if self.finish_reason is not None:  # aborted meanwhile, or at its end with what the step before sampled
+            token_ids: tuple[int, ...] = ()
+        else:
+            if outcome.prompt_logprobs and self.wants_prompt_logprobs:
+                self.prompt_logprobs.extend(outcome.prompt_logprobs)
+            token_ids = self._up_to_a_stop(outcome.token_ids)
+        self.token_ids += token_ids
+        # Of one that was aborted before, the token that the step began with was never taken in.
+        num_computed = step.start + len(step.token_ids) + max(0, len(token_ids) - 1)
+        self.num_computed = min(num_computed, len(self.token_ids))
+        if step.num_drafts:
+            self.num_planned, self.is_verifying = self.num_computed, False
+        return token_ids
+
+    def _up_to_a_stop(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Without what was accepted after a token that ends the sequence."""
+        for index, token_id in enumerate(token_ids, 1):
+            if token_id in self.stop_ids:
+                return token_ids[:index]
+        return token_ids
+
+    def reason_to_end(self) -> FinishReason | None:
+        """Why it ends with its last token. (min_tokens is the sampler's: it does not offer a stop.)"""
+        if self.token_ids[-1] in self.stop_ids:
+            return FinishReason.STOP
+        # The sequence limit needs no look: admission held prompt and max_tokens together to max_seq_len.
+        return FinishReason.LENGTH if len(self.token_ids) >= self.max_known else None
+
+    def start_over(self) -> None:
+        """Its blocks are gone: all that is known is to be computed again, or found."""
+        self.num_computed = self.num_planned = self.num_drafts = 0
+        self.prompt_logprobs.clear()

@@ -78,7 +78,8 @@ ON_TOP = ("bench", "cli")  # nobody imports these, except cli the bench, and __m
 # What a module stands on: more than its folder's row says would be a second place for the same decision.
 ONLY_STANDARD_LIBRARY = ("errors", "schema/*", "__init__")
 NO_TORCH = (
-    "runtime/scheduler", "runtime/queue", "runtime/sequence", "runtime/beam", "runtime/kv/*",
+    "runtime/scheduler", "runtime/queue", "runtime/running", "runtime/sequence", "runtime/admission",
+    "runtime/drafting", "runtime/draft_control", "runtime/outline", "runtime/beam", "runtime/kv/*",
     "api/requests", "api/handles", "api/answers", "serve/[!e]*",  # a server's front; its engine is another process
 )  # fmt: skip
 ONLY_HERE = {

@@ -1,0 +1,64 @@
+"""Drafting: how many drafts the sequences of a step are asked for, and what became of those that were verified."""
+
+from slipstream.runtime.draft_control import DraftControl, Observed
+from slipstream.schema.build import RuntimeConfig
+from slipstream.schema.step import SequenceStep, StepPlan, StepResult
+
+
+class Drafting:
+    """One for a scheduler. Each sequence is asked for the most there may be, or for as many as pay (is_adaptive)."""
+
+    def __init__(self, config: RuntimeConfig) -> None:
+        self._max_draft_len = config.max_draft_len
+        self._control: DraftControl | None = None
+        if config.is_adaptive and config.max_draft_len:
+            self._control = DraftControl(config.max_draft_len, config.max_batch_size, config.draft_shape)
+        self.num_verifications = 0
+        self.num_draft_tokens = 0
+        self.num_accepted = [0] * config.max_draft_len  # by place in the draft
+
+    @property
+    def can_plan_ahead(self) -> bool:
+        """Drafts begin with a step whose start is known."""
+        return self._control is None or self._control.is_idle
+
+    def start(self, slot: int) -> None:
+        """A sequence enters."""
+        if self._control is not None:
+            self._control.start(slot)
+
+    def stop(self, slot: int) -> None:
+        if self._control is not None:
+            self._control.stop(slot)
+
+    def asked_of(self, steps: list[SequenceStep]) -> tuple[SequenceStep, ...]:
+        """The steps, each with the drafts that its sequence is asked for."""
+        if not self._max_draft_len:
+            return tuple(steps)
+        slots = [step.slot for step in steps if step.sample]
+        asked = iter([self._max_draft_len] * len(slots) if self._control is None else self._control.ask(slots))
+        return tuple(step._replace(max_drafts=next(asked)) if step.sample else step for step in steps)
+
+    def observe(self, plan: StepPlan, result: StepResult, seconds: float | None) -> None:
+        """A step is over, and took so long."""
+        if self._control is None:
+            return
+        is_decoding = all(step.sample and len(step.token_ids) == 1 for step in plan.sequences)
+        drafts = [
+            Observed(step.slot, step.num_drafts, outcome.accepted, step.max_drafts, outcome.num_drafts)
+            for step, outcome in zip(plan.sequences, result.sequences, strict=True)
+        ]
+        self._control.observe(drafts, seconds if is_decoding else None)
+
+    def count(self, num_drafts: int, num_accepted: int) -> None:
+        """A sequence's drafts were verified."""
+        self.num_verifications += 1
+        self.num_draft_tokens += num_drafts
+        for place in range(num_accepted):
+            self.num_accepted[place] += 1
+
+    def num_asked(self, num_running: int) -> int:
+        """Drafts that the running sequences are asked for."""
+        if self._control is None:
+            return num_running * self._max_draft_len
+        return sum(self._control.draft_lens)
