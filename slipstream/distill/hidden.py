@@ -6,7 +6,6 @@ Shape suffixes: T tokens of a step, L of a text, F numbers of each: all of its h
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +16,6 @@ from slipstream.engine.folder import Engine
 from slipstream.engine.tensor_file import TensorFile, write_tensor_file
 from slipstream.progress import Progress
 from slipstream.runtime.kv import BlockTable, KVCacheManager
-from slipstream.runtime.worker.hidden import with_hidden
 from slipstream.runtime.worker.memory import count_blocks
 from slipstream.runtime.worker.worker import Worker
 from slipstream.schema.step import SequenceStep, StepPlan
@@ -34,8 +32,7 @@ class HiddenStates:
         """layers: as Drafter.reads_hidden names them. longest: tokens of a text."""
         manifest = engine.manifest
         self._max_num_tokens, groups = manifest.max_num_tokens, manifest.kv_groups
-        engine = replace(engine, graph=with_hidden(engine.graph, layers))
-        self._worker = Worker(engine, choices, groups, TEXTS_A_FILE, device)
+        self._worker = Worker(engine, choices, groups, TEXTS_A_FILE, device, reads_hidden=layers)
         left = self._worker.memory_left(manifest.max_num_tokens)
         at_once = longest + manifest.max_num_tokens + TEXTS_A_FILE * manifest.tokens_per_block
         num_blocks = count_blocks(manifest, groups, device, left, fraction=0.9, max_tokens=at_once)

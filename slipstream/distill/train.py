@@ -34,7 +34,7 @@ from slipstream.engine.folder import Engine, open_engine
 from slipstream.engine.tensor_file import TensorFile, write_tensor_file
 from slipstream.errors import EngineError, UsageError
 from slipstream.progress import Progress
-from slipstream.runtime.worker.hidden import embedding_of
+from slipstream.runtime.worker.ends import embedding_of
 from slipstream.runtime.worker.weights import load_weights
 from slipstream.speculative.training import Batch, Student, Teacher, student_of
 
@@ -139,7 +139,7 @@ def _quick_products(device: torch.device) -> Iterator[None]:
 
 def _embedding(engine: Engine, device: torch.device) -> Callable[[Tensor], Tensor]:
     weights = load_weights(engine.weights, list(engine.graph.weights), device)
-    return embedding_of(engine.graph, weights, tuned_choices(engine, device), device)
+    return embedding_of(engine, weights, tuned_choices(engine, device), device)
 
 
 def _options(kind: type[Student], settings: Settings) -> Any:

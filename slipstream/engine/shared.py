@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.engine.folder import Engine
+from slipstream.engine.folder import Engine, open_engine
 from slipstream.engine.graph import Node, TensorType
 from slipstream.errors import EngineError
 from slipstream.kernels.linear.panels import linear_panels, panel_weight, to_panel_scales, to_panels
@@ -15,10 +15,10 @@ from slipstream.kernels.linear.w8a8 import quantize_w8a8
 
 INPUT_GROUP_SIZE = 32  # columns of what is multiplied in bytes that share a scale
 
-Product = Callable[[Tensor], Tensor]
 
-
-def head_of_tokens(engine: Engine, token_ids_D: Tensor, dtype: torch.dtype, device: torch.device) -> Product:
+def head_of_tokens(
+    engine: Engine, token_ids_D: Tensor, dtype: torch.dtype, device: torch.device
+) -> Callable[[Tensor], Tensor]:
     """[..., hidden_size] -> logits of these tokens alone, [..., D]: in bytes on a CPU where the model's own are.
 
     Raises EngineError where lm_head does.
@@ -31,7 +31,7 @@ def head_of_tokens(engine: Engine, token_ids_D: Tensor, dtype: torch.dtype, devi
     return lambda x: functional.linear(x, rows_DH)
 
 
-def _product_of_bytes(weight_NK: Tensor, multiply: Callable[..., Tensor]) -> Product:
+def _product_of_bytes(weight_NK: Tensor, multiply: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
     packed_NK, scale_N1 = quantize_w8a8.reference(weight_NK, 0.0, 0)
     panels, scale = to_panels.reference(packed_NK, 8), to_panel_scales.reference(scale_N1, None)
     quantize = quantize_w8a8.candidates(weight_NK.device, torch.float32)["native"].function
@@ -48,21 +48,28 @@ def _product_of_bytes(weight_NK: Tensor, multiply: Callable[..., Tensor]) -> Pro
 def lm_head(engine: Engine) -> Tensor:
     """The matrix that makes logits of hidden states, [vocab_size, hidden_size], a view of the engine's file.
 
-    Out of a CPU's panels it is written out in float32. Raises EngineError where the engine has it in another packed
-    format alone. (Tied to the embedding it is there for that.)
+    Out of a CPU's panels it is written out in float32; of several ranks it is put together. Raises EngineError where
+    the engine has it in another packed format alone. (Tied to the embedding it is there for that.)
     """
+    if engine.graph.types[_head_node(engine).outputs[0]].shape[1] == engine.manifest.vocab_size:
+        return _rows(engine)
+    ranks = range(engine.manifest.tp_size)  # those of the last stage
+    return torch.cat([_rows(engine if rank == engine.rank else open_engine(engine.path, rank)) for rank in ranks])
+
+
+def _rows(engine: Engine) -> Tensor:
+    """Those of the head that the engine's rank has."""
     graph, manifest, node = engine.graph, engine.manifest, _head_node(engine)
     if node.op == "linear_panels":
         return _of_panels(engine, node)
-    whole = TensorType(
-        (manifest.vocab_size, manifest.hidden_size), manifest.dtype
-    )  # the numbers of a packed one are none
+    num_rows = graph.types[node.outputs[0]].shape[1]
+    whole = TensorType((num_rows, manifest.hidden_size), manifest.dtype)  # the numbers of a packed one are none
     for name in _names_of_weight(node):
         if graph.weights.get(name) == whole:
             return engine.weights.read(name)
     raise EngineError(
-        f"{engine.path} has its output layer in a packed format or in parts, which no drafter can share; build the "
-        "engine without --quantization and with --tp_size 1, or take a drafter with a head of its own."
+        f"{engine.path} has its output layer in a packed format, which no drafter can share; build the engine without "
+        "--quantization, or take a drafter with a head of its own."
     )
 
 
@@ -77,8 +84,8 @@ def _head_node(engine: Engine) -> Node:
 def _of_panels(engine: Engine, node: Node) -> Tensor:
     panels, scale, shift = (None if name is None else engine.weights.read(name) for name in node.inputs[2:5])
     how: Any = node.attributes
-    sizes = engine.manifest.vocab_size, engine.manifest.hidden_size
     assert panels is not None and scale is not None
+    sizes = how["num_out"], engine.manifest.hidden_size
     return panel_weight(panels, scale, shift, how["bits"], how["group_size"], *sizes)
 
 

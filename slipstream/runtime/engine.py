@@ -208,11 +208,6 @@ def start_engine(
             raise EngineError(
                 f"{speculation.method} drafts from hidden states, which this engine does not give; build it again."
             )
-        if manifest.num_ranks > 1 and (drafter.can_branch or drafter.reads_ends):
-            raise CapacityError(
-                f"speculative names {speculation.method}, which needs an engine of one rank so far; build it with "
-                "--tp_size 1 and --pp_size 1, or take the method ngram or draft_model."
-            )
     max_draft_len, draft_shape = 0, DraftShape.CHAIN
     if drafter is not None:
         max_draft_len, draft_shape = drafter.max_draft_len, _shape_of(drafter)
@@ -230,6 +225,8 @@ def start_engine(
         sink_token_length=sink_token_length,
         deterministic=deterministic,
         max_draft_len=max_draft_len,
+        drafts_branch=drafter is not None and drafter.can_branch,
+        reads_hidden=() if drafter is None else drafter.reads_hidden,
     )
     group: RankGroup | None = None
     check_ranks(manifest.num_ranks, device)

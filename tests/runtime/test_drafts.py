@@ -50,7 +50,7 @@ def trees(draw: st.DrawFn) -> Draft:
 @given(st.lists(trees(), min_size=1, max_size=4), st.data())
 def test_rows_are_told_where_they_stand_in_their_trees(drafts: list[Draft], data: st.DataObject) -> None:
     drafter, num = Given(), len(drafts)
-    books = Drafts(drafter, VOCAB, num, CPU, lambda slot: ())
+    books = Drafts(drafter, VOCAB, num, CPU, lambda slot: (), max_len=drafter.max_draft_len, can_branch=True)
     slots = data.draw(st.permutations(range(num)))
     for slot in slots:
         books.add(slot, make_request(str(slot)), ())

@@ -44,11 +44,14 @@ class Drafts:
         num_slots: int,
         device: torch.device,
         texts: Callable[[int], Sequence[int]],
+        *,
+        max_len: int = 0,
+        can_branch: bool = False,
     ) -> None:
-        """texts: of each slot the tokens that are known on the host."""
+        """texts: of each slot the tokens that are known on the host. max_len, can_branch: of the drafter, also where
+        another rank has it."""
         self._drafter, self._vocab_size, self._device, self._texts = drafter, vocab_size, device, texts
-        self.max_len = 0 if drafter is None else drafter.max_draft_len
-        self.can_branch = drafter is not None and drafter.can_branch
+        self.max_len, self.can_branch = max_len, can_branch
         self.num_mask_words = -(-(1 + self.max_len) // WORD)
 
         def zeros(*shape: int) -> Tensor:
@@ -94,10 +97,6 @@ class Drafts:
     def remove(self, slot: int) -> None:
         if self._drafter is not None:
             self._drafter.stop(slot)
-
-    @property
-    def reads_hidden(self) -> tuple[int, ...]:
-        return () if self._drafter is None else self._drafter.reads_hidden
 
     @property
     def reads_ends(self) -> bool:

@@ -1,44 +1,58 @@
-"""Hidden states for drafters, out of the graph that runs anyway; and its two ends, as functions of their own.
+"""Hidden states for drafters, out of the graph that runs anyway.
 
 step.token_ids ── embedding ── layer 0 ── … ── layer n ── last norm ── head ── logits
                           layer_input(0)  layer_input(n)           LAST
+
+The first rank drafts, alone; what layers of earlier stages read comes to it through the stages.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from slipstream.engine.choices import Choices
-from slipstream.engine.graph import Graph
+from slipstream.engine.folder import Engine
+from slipstream.engine.graph import Attribute, Graph, Node, TensorType
 from slipstream.errors import EngineError
-from slipstream.runtime.worker.graphs import compile_graph
 from slipstream.speculative.drafter import LAST
 
-TOKEN_IDS, LOGIT_ROWS = "step.token_ids", "step.logit_rows"
+
+def with_hidden(graph: Graph, layers: Sequence[int], engine: Engine) -> Graph:
+    """The engine's graph that gives these hidden states too, after the logits and what the head reads.
+
+    In a stage before the last one it sends on those that are there by then, after all that it sends anyway.
+    """
+    first, stop = engine.manifest.layers
+    names = {layer: f"layers.{layer}.input" for layer in layers if 0 <= layer < first}
+    kind = _kind(engine)
+    how: dict[str, Attribute] = {"num_columns": engine.manifest.hidden_size, "dtype": kind.dtype}
+    received = [Node("receive", ("step.positions",), (name,), how) for name in names.values()]
+    types = graph.types | dict.fromkeys(names.values(), kind)
+    for layer in layers:
+        if layer >= first and (layer < stop or engine.is_last_stage):
+            names[layer] = layer_input(engine, layer)
+    place = max((place for place, node in enumerate(graph.nodes, 1) if node.op == "receive"), default=0)
+    nodes = [*graph.nodes[:place], *received, *graph.nodes[place:]]
+    if engine.is_last_stage:
+        asked = [graph.outputs[1] if layer == LAST else names[layer] for layer in layers]
+        return replace(graph, nodes=nodes, types=types, outputs=(*graph.outputs[:2], *asked))
+    sent = {f"{name}.sent": name for name in names.values()}
+    nodes += [Node("send", (name,), (output,)) for output, name in sent.items()]
+    return replace(graph, nodes=nodes, types=types | dict.fromkeys(sent, kind), outputs=(*graph.outputs, *sent))
 
 
-def with_hidden(graph: Graph, layers: Sequence[int]) -> Graph:
-    """The graph that gives these hidden states too, after the logits and what the head reads."""
-    names = [graph.outputs[1] if layer == LAST else layer_input(graph, layer) for layer in layers]
-    return replace(graph, outputs=(*graph.outputs[:2], *names))
-
-
-def layer_input(graph: Graph, layer: int) -> str:
+def layer_input(engine: Engine, layer: int) -> str:
     """The residual stream before a layer: what its attention is made of, and is then added to.
 
     Raises EngineError where the graph has no such value.
     """
-    cache = f"kv.{layer}"
+    graph, kind, cache = engine.graph, _kind(engine), f"kv.{layer}"
     above = {name for node in graph.nodes if cache in node.inputs for name in node.inputs}
     for node in reversed(graph.nodes):
         if above.intersection(node.outputs):
             above.update(node.inputs, node.outputs)
-    kind, below = graph.types[graph.outputs[1]], set[str]()
+    below = set[str]()
     for node in graph.nodes:
         if cache in node.inputs or below.intersection(filter(None, node.inputs)):
-            if node.op.startswith("add"):
+            if node.op.startswith(("add", "reduce_add")):
                 for name in filter(None, node.inputs):
                     if name in above and name not in below and graph.types.get(name) == kind:
                         return name
@@ -49,44 +63,5 @@ def layer_input(graph: Graph, layer: int) -> str:
     )
 
 
-def embedding_of(
-    graph: Graph, weights: dict[str, Tensor], choices: Choices, device: torch.device
-) -> Callable[[Tensor], Tensor]:
-    """token ids [N] -> what the first layer reads, [N, hidden_size]."""
-    run = _part(graph, layer_input(graph, 0), (TOKEN_IDS,), weights, choices, device)
-    return lambda token_ids_N: run({TOKEN_IDS: token_ids_N})
-
-
-def head_of(
-    graph: Graph, weights: dict[str, Tensor], choices: Choices, device: torch.device
-) -> Callable[[Tensor], Tensor]:
-    """What the head reads, [N, hidden_size] -> logits [N, vocab_size]."""
-    logits, hidden = graph.outputs[:2]
-    run = _part(graph, logits, (hidden, LOGIT_ROWS), weights, choices, device)
-    return lambda x_NH: run({hidden: x_NH, LOGIT_ROWS: torch.arange(len(x_NH), device=device)})
-
-
-def _part(
-    graph: Graph, output: str, inputs: Sequence[str], weights: dict[str, Tensor], choices: Choices, device: torch.device
-) -> Callable[[dict[str, Tensor]], Tensor]:
-    """What makes one value of others, compiled."""
-    needed, nodes = {output}, []
-    for node in reversed(graph.nodes):
-        if needed.difference(inputs).intersection(node.outputs):
-            nodes.append(node)
-            needed.update(filter(None, node.inputs))
-    unknown = sorted(name for name in needed.intersection(graph.inputs) if name not in inputs)
-    if unknown:
-        raise EngineError(
-            f"this method drafts with the model's own embedding and head, which in this model read {unknown[0]} too; "
-            "take another speculative method."
-        )
-    part = replace(
-        graph,
-        inputs={name: graph.types.get(name) or graph.inputs[name] for name in inputs},
-        weights={name: kind for name, kind in graph.weights.items() if name in needed},
-        nodes=nodes[::-1],
-        outputs=(output,),
-    )
-    run = compile_graph(part, {name: weights[name] for name in part.weights}, choices, device).run
-    return lambda values: run(values)[0]
+def _kind(engine: Engine) -> TensorType:
+    return TensorType(("T", engine.manifest.hidden_size), engine.manifest.dtype)

@@ -30,7 +30,10 @@ class StartOptions:
     max_attention_window_size: Sequence[int]
     sink_token_length: int
     deterministic: bool
+    # of the drafter
     max_draft_len: int
+    drafts_branch: bool
+    reads_hidden: Sequence[int]
 
     def groups(self, windows: Sequence[int]) -> tuple[KVGroup, ...]:
         narrowed = narrow(windows, self.max_attention_window_size, self.max_seq_len)
@@ -64,6 +67,7 @@ def open_worker(
     worker = Worker(
         folder, choices, groups, options.max_batch_size, device,
         guidance=guidance, drafter=drafter, max_draft_len=options.max_draft_len,
+        drafts_branch=options.drafts_branch, reads_hidden=options.reads_hidden,
         is_deterministic=options.deterministic, ranks=ranks, announce=announce,
     )  # fmt: skip
     left = worker.memory_left(options.max_num_tokens)

@@ -15,10 +15,11 @@ from slipstream.kernels.collectives import ALONE, Ranks
 from slipstream.runtime.guidance import Guidance
 from slipstream.runtime.transfer import on_device
 from slipstream.runtime.worker.drafts import Drafts
+from slipstream.runtime.worker.ends import embedding_of, head_of
 from slipstream.runtime.worker.graphs import compile_graph
 from slipstream.runtime.worker.groups import with_groups, with_trees
 from slipstream.runtime.worker.handover import HandedKV, Saving
-from slipstream.runtime.worker.hidden import embedding_of, head_of, with_hidden
+from slipstream.runtime.worker.hidden import with_hidden
 from slipstream.runtime.worker.inputs import make_inputs, rows_wanted
 from slipstream.runtime.worker.memory import allocate_kv, free_memory, keep_freed_memory, left_by_plan, peak_memory
 from slipstream.runtime.worker.pool import Pooler, Vectors
@@ -72,13 +73,16 @@ class Worker:
         guidance: Guidance | None = None,
         drafter: Drafter | None = None,
         max_draft_len: int = 0,
+        drafts_branch: bool = False,
+        reads_hidden: Sequence[int] = (),
         is_deterministic: bool = False,
         ranks: Ranks = ALONE,
         announce: Announce | None = None,
     ) -> None:
         """Weights are loaded; before the first step comes allocate_kv.
 
-        max_draft_len: of the drafter, which only the first rank has. announce: tells the other ranks of a step.
+        max_draft_len, drafts_branch, reads_hidden: of the drafter, which only the first rank has. announce: tells the
+        other ranks of a step.
         """
         manifest = engine.manifest
         self._device, self._manifest, self._groups = device, manifest, groups
@@ -86,12 +90,15 @@ class Worker:
         self._sampler = Sampler(
             manifest.vocab_size, max_batch_size, device, guidance=guidance, is_batch_invariant=is_deterministic
         )
-        self._drafts = Drafts(drafter, manifest.vocab_size, max_batch_size, device, self._sampler.token_ids)
+        self._drafts = Drafts(
+            drafter, manifest.vocab_size, max_batch_size, device, self._sampler.token_ids,
+            max_len=max_draft_len, can_branch=drafts_branch,
+        )  # fmt: skip
         graph = with_groups(engine.graph, groups)  # may refuse: before anything is loaded
-        if self._drafts.can_branch:
+        if drafts_branch:
             graph = with_trees(graph, self._drafts.num_mask_words)
-        if self._drafts.reads_hidden:
-            graph = with_hidden(graph, self._drafts.reads_hidden)
+        if reads_hidden and not manifest.mapping.place(engine.rank):  # the first rank, or on the way to it
+            graph = with_hidden(graph, reads_hidden, engine)
         # In the call that computes the logits; on a GPU choosing is two kernels anyway.
         self._gives_greedy = device.type == "cpu" and engine.is_last_stage and manifest.logits == "selected"
         if self._gives_greedy:
@@ -105,9 +112,10 @@ class Worker:
         self._graph, self._is_last_stage = compiled.run, engine.is_last_stage
         # With several stages the plan knows all tokens but drafts, and nobody waits for the first rank.
         self._copies_tokens = ranks.size > 1 and (manifest.pp_size == 1 or max_draft_len > 0)
+        self._copies_trees = ranks.size > 1 and drafts_branch
         if self._drafts.reads_ends:
             group = min(range(len(groups)), key=lambda index: (groups[index].window != 0, -groups[index].window))
-            embed, head = (part(engine.graph, weights, choices, device) for part in (embedding_of, head_of))
+            embed, head = (part(engine, weights, choices, device) for part in (embedding_of, head_of))
             self._drafts.attach(Running(embed, head, groups[group].window), group)
         self._drafter_kv: list[Tensor] = []
         self._pooler = Pooler()
@@ -220,7 +228,7 @@ class Worker:
         positions = [each.start + len(each.token_ids) for each in sampling]
         drafted = self._drafts.verified_by(sampling)
         draw = self._sampler.draw(slots, positions, sampled_RV, chosen_R, drafted)
-        if drafted is not None and drafted.is_branching:
+        if drafted is not None and (drafted.is_branching or self._copies_trees):
             self._compact(sampling, draw.accepted)
         vectors = self._pooler.pool(plan, hidden_TH)
         hidden_SF = None
@@ -263,6 +271,9 @@ class Worker:
         if plan.copies:
             self._copy(plan.copies)
         self._run_sized(plan, logit_counts, [False] * len(plan.sequences))
+        sampling = [each for each in plan.sequences if each.sample]
+        if self._copies_trees and any(each.num_drafts for each in sampling):
+            self._compact(sampling)
 
     def _change_slots(self, plan: StepPlan) -> None:
         for slot in plan.freed_slots:
@@ -323,6 +334,9 @@ class Worker:
         tree = self._drafts.fill(inputs)
         if self._copies_tokens:
             self._ranks.copy_first(inputs["step.token_ids"])  # which knows them
+        if self._copies_trees:
+            self._ranks.copy_first(inputs["step.positions"])
+            self._ranks.copy_first(tree["step.tree_masks"])
         logits_RV, *hidden_TH = self._graph(inputs | tree | self._kv_inputs)
         greedy_R = hidden_TH.pop() if self._gives_greedy else None
         if not self._is_last_stage:  # it has sent what it made
@@ -341,18 +355,28 @@ class Worker:
         for pages_PNBKD in self._caches():
             pages_PNBKD[:, targets_C] = pages_PNBKD[:, sources_C]
 
-    def _compact(self, steps: Sequence[SequenceStep], accepted: Accepted) -> None:
-        """The accepted nodes of each tree move to the places after its root, where those of a chain are."""
-        num_nodes, size = accepted.path.shape[1], self._tables.tokens_per_block
+    def _compact(self, steps: Sequence[SequenceStep], accepted: Accepted | None = None) -> None:
+        """The accepted nodes of each tree move to the places after its root, where those of a chain are.
+
+        accepted: what the first rank knows, and tells the others.
+        """
+        num_nodes, size = 1 + max(step.num_drafts for step in steps), self._tables.tokens_per_block
+        if accepted is None:
+            counts_and_path = torch.empty(len(steps), 1 + num_nodes, dtype=torch.int64, device=self._device)
+        else:
+            counts_and_path = torch.cat((accepted.counts[:, None], accepted.path), 1)
+        if self._copies_trees:
+            self._ranks.copy_first(counts_and_path)
+        counts_S1, path_SM = counts_and_path.split([1, num_nodes], 1)
         slots = np.array([step.slot for step in steps])[:, None]
         roots = np.array([step.start + len(step.token_ids) - 1 for step in steps])[:, None]
         ends = roots + np.array([step.num_drafts for step in steps])[:, None]
         places_SM = np.minimum(roots + np.arange(num_nodes), ends)
-        is_moved_SM = torch.arange(num_nodes, device=self._device) < accepted.counts[:, None]
+        is_moved_SM = torch.arange(num_nodes, device=self._device) < counts_S1
         for index, group in enumerate(self._groups):
             blocks_SM = self._tables.block_of(index, slots, places_SM // size)
             targets_SM = on_device((blocks_SM * size + places_SM % size).tolist(), torch.int64, self._device)
-            sources_SM = targets_SM.gather(1, accepted.path)
+            sources_SM = targets_SM.gather(1, path_SM)
             targets_C, sources_C = targets_SM.where(is_moved_SM, sources_SM).flatten(), sources_SM.flatten()
             if self._device.type == "cpu":  # to look which is which waits for nothing here
                 is_other_C = targets_C != sources_C
