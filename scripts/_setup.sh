@@ -93,7 +93,7 @@ install_everything() {
     local spec=$ROOT what="Slipstream and its libraries (about 45 MB)" alone=$DEFAULT_MODEL
     if [ "$1" != none ]; then
         spec="${ROOT}[$1]"
-        what="Slipstream, its libraries and the test tools (about 350 MB)"
+        what="Slipstream, its libraries and the test tools (about 430 MB)"
         alone="$DEFAULT_MODEL $TGI_CLIENT"
     fi
     choose_torch

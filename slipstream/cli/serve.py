@@ -5,7 +5,7 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -221,7 +221,7 @@ def serve(
         ssl_certfile=None if ssl_certfile is None else str(ssl_certfile),
         ssl_keyfile=None if ssl_keyfile is None else str(ssl_keyfile),
     )
-    run_server(llm_options, serve_config, partial(_say_ready, replicas, prefill_replicas), on_ray=ray)
+    run_server(llm_options, serve_config, partial(_say_ready, sys.stdout, replicas, prefill_replicas), on_ray=ray)
 
 
 def _check_key_pair(certfile: Path | None, keyfile: Path | None) -> None:
@@ -257,7 +257,7 @@ def _check_otlp(endpoint: str | None) -> None:
         ) from None
 
 
-def _say_ready(num_replicas: int, num_prefilling: int, engine: "Ready", url: str) -> None:
+def _say_ready(out: TextIO, num_replicas: int, num_prefilling: int, engine: "Ready", url: str) -> None:
     each = f"{num_replicas} replicas, each " if num_replicas > 1 else ""
     if num_prefilling:
         each = f"{num_replicas} decode and {num_prefilling} prefill engines, each "
@@ -269,5 +269,6 @@ def _say_ready(num_replicas: int, num_prefilling: int, engine: "Ready", url: str
         f"KV cache {human_bytes(memory['kv_cache'])} ({runtime.num_blocks} blocks, {num_tokens} tokens); "
         f"at most {runtime.max_batch_size} sequences and {runtime.max_num_tokens} tokens a step, "
         f"{runtime.max_seq_len} tokens a sequence.",
+        file=out,
         flush=True,
     )

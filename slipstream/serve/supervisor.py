@@ -10,7 +10,7 @@ import socket
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -61,7 +61,11 @@ def run_server(options: Mapping[str, Any], config: ServeConfig, on_ready: OnRead
     on_ray: engines run on the nodes of a Ray cluster, fronts here.
     Raises UsageError for an address that cannot be had, StartFailed where the engine does not come up.
     """
-    with _listen(config, "--port", config.port) as listener, _with_grpc_port(config) as config:
+    with (
+        _listen(config, "--port", config.port) as listener,
+        _with_grpc_port(config) as config,
+        redirect_stdout(sys.stderr),  # what Ray prints of its nodes is for people, and stdout for programs
+    ):
         engines = RayEngines.connect(options, config.replicas) if on_ray else LocalEngines()
         try:
             asyncio.run(_run(Supervisor(options, config, engines, listener, on_ready)))

@@ -54,9 +54,7 @@ class Server:
         return [pid for engine in self._pids("engine_process") for pid in self._pids("rank_process", of=engine)]
 
     def _pids(self, module: str, of: int | None = None) -> list[int]:
-        pid = of or self.process.pid
-        children = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in _children(task)]
-        return [child for child in children if module in Path(f"/proc/{child}/cmdline").read_text()]
+        return [child for child in _children(of or self.process.pid) if module in words_of(child)]
 
     def health(self) -> httpx.Response:
         return httpx.get(f"{self.url}/health", timeout=5)
@@ -69,8 +67,28 @@ class Server:
         return httpx.post(f"{self.url}{path}", json=body, timeout=30, **more)
 
 
-def _children(task: Path) -> list[int]:
-    return [int(pid) for pid in (task / "children").read_text().split()]
+def _children(pid: int) -> list[int]:
+    """None of a process that has ended; threads end at any time."""
+    tasks = Path("/proc").glob(f"{pid}/task/*/children")
+    return [int(child) for task in tasks for child in _text(task).split()]
+
+
+def words_of(pid: int) -> str:
+    """Its command line, empty once it has ended."""
+    return _text(Path(f"/proc/{pid}/cmdline"))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes below this one."""
+    children = _children(pid)
+    return [*children, *(below for child in children for below in descendants(child))]
 
 
 @contextmanager
@@ -78,10 +96,10 @@ def serving(model: object, *arguments: object, stderr: IO[str] | None = None, **
     """A server that is ready; it is ended by SIGTERM, and then has to be gone with exit code 0."""
     process = start(model, *arguments, stderr=stderr, **environment)
     assert process.stdout is not None
-    ready_line = process.stdout.readline()
-    found = re.search(r" at (https?://\S+) ", ready_line)
-    assert found, f"no ready line but {ready_line!r}; stderr: {process.communicate(timeout=START_SECONDS)[1]}"
     try:
+        ready_line = process.stdout.readline()
+        found = re.search(r" at (https?://\S+) ", ready_line)
+        assert found, f"no ready line but {ready_line!r}; the reason is on stderr"
         yield Server(process, found[1], ready_line)
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)

@@ -19,7 +19,7 @@ from slipstream.schema.launch import Launch
 from slipstream.serve import ray_engines
 from slipstream.serve.messages import EngineSetup
 from slipstream.serve.ray_engines import Place, RayEngines, cores_each, rank_environments
-from tests.serve.conftest import START_SECONDS, Server, eventually, serving
+from tests.serve.conftest import START_SECONDS, Server, descendants, eventually, serving, words_of
 from tests.serve.test_replicas import ENDLESS, Reader, running, statuses
 
 LOST_SECONDS = 30.0  # within which requests of a lost node end: Ray notices after some 3
@@ -58,11 +58,19 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'slipstream[ray]'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # other tests' memory is no reason to end ours
+        cluster = Cluster()
+        yield cluster
+        started = {pid for pid in descendants(os.getpid()) if is_of_ray(pid)}
+        cluster.close()
+        eventually(lambda: not any(is_of_ray(pid) for pid in started), seconds=60)
 
-    cluster = Cluster()
-    yield cluster
-    cluster.close()
+
+def is_of_ray(pid: int) -> bool:
+    """It lives, and is Ray's."""
+    words = words_of(pid)
+    return "/ray/" in words or words.startswith("ray::")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +97,7 @@ def test_ranks_on_two_nodes_serve_and_are_placed_again(cluster: Cluster, two_ran
         eventually(lambda: all(reader.has_failed for reader in readers), seconds=LOST_SECONDS)
         error = json.loads(readers[0].ending[0].removeprefix("data: "))["error"]["message"]
         assert "the engine process ended (" in error or "rank 1" in error
-        assert server.health().status_code == 503
+        eventually(lambda: server.health().status_code == 503, seconds=LOST_SECONDS)
         cluster.add()
         eventually(lambda: statuses(server) == ["ok"], seconds=START_SECONDS)
         assert answer(server) == before
@@ -121,7 +129,7 @@ def test_a_node_that_says_nothing_is_lost(
     setup = EngineSetup(options, 0, 1, 8, None, 120.0, None, None)
 
     async def stop_it(engines: RayEngines) -> str:
-        engine = await engines.start(setup)
+        engine = await asyncio.wait_for(engines.start(setup), START_SECONDS)
         pid = await engine._seats[0].__ray_call__.remote(lambda seat: os.getpid())
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -159,7 +167,6 @@ def test_ranks_of_a_node_see_each_others_gpus() -> None:
 
 
 def test_a_cluster_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'slipstream[ray]'")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(UsageError, match=r"There is no Ray cluster to run on .*; see to RAY_ADDRESS"):
         RayEngines.connect({"device": "cpu"}, 1)
