@@ -150,7 +150,8 @@ def test_launch_refuses_what_could_never_work(
         assert done.code == 2, done
         return done.err
 
-    assert "--world_size is 2" in error("--model_repo", repo, "--world_size", 2)
+    wrong = error("--model_repo", repo, "--world_size", 2)
+    assert "--world_size is 2, but" in wrong and "has one rank; give --world_size 1" in wrong
     assert "holds no model" in error("--model_repo", tmp_path / "empty")
     assert "--tritonserver is" in error("--model_repo", repo, "--tritonserver", tmp_path / "nothing")
     program = tmp_path / "tritonserver"

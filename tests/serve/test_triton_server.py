@@ -20,7 +20,10 @@ import pytest
 
 import slipstream.cli
 from slipstream import LLM, SamplingParams
-from tests.serve.conftest import eventually, write_engine
+from slipstream.build import build
+from slipstream.checkpoint import open_checkpoint, resolve
+from slipstream.schema.build import BuildConfig
+from tests.serve.conftest import eventually, words_of, write_engine
 from tests.serve.triton_server import TritonServer, needs_server, serving, start
 
 pytestmark = needs_server
@@ -374,6 +377,25 @@ def test_it_stops_cleanly_once_a_stream_has_ended(repository: Path, offline: LLM
         assert server.process.wait(timeout=20) == 0, server.log.read_text()[-2000:]
         assert not any(Path(f"/proc/{pid}").exists() for pid in below)
         assert not list(Path("/dev/shm").glob(f"slipstream_{server.process.pid}_*"))
+
+
+def test_an_engine_of_two_ranks(engine: Path, offline: LLM, tmp_path: Path) -> None:
+    """The model starts the second one, over gloo here; without it the server ends, as where a model dies."""
+    ranks, repository = tmp_path / "ranks", tmp_path / "repository"
+    checkpoint = open_checkpoint(resolve(engine.with_name("talker")), "float32")
+    build(checkpoint, ranks, BuildConfig(tp_size=2, max_batch_size=8, max_num_tokens=64))
+    checkpoint.close()
+    call("triton", "init", "--model_repo", repository, "--engine_dir", ranks)
+    one = start(repository)
+    assert one.process.wait(timeout=60) == 2
+    assert "has 2 ranks; give --world_size 2" in one.log.read_text()
+    with serving(repository, "--world_size", 2) as server:
+        assert server.text("ensemble", text_input=PROMPT, max_tokens=40) == said(offline, PROMPT, 40)
+        [rank] = [pid for pid in server.children() if "rank_process" in words_of(pid)]
+        os.kill(rank, signal.SIGKILL)
+        assert server.process.wait(timeout=60) == 2
+        assert not Path(f"/proc/{rank}").exists()
+    assert "rank 1 has ended, by signal 9" in server.log.read_text()
 
 
 def test_a_start_that_fails_says_why(repository: Path, tmp_path: Path) -> None:

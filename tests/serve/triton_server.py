@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from slipstream.serve.triton.server import IN_WHEEL, WORKING_PYTHON
+from tests.serve.conftest import descendants
 
 PROGRAM = Path(sys.prefix) / "triton-server" / IN_WHEEL
 CAN_RUN = sys.platform == "linux" and sys.version_info[:2] == WORKING_PYTHON
@@ -40,15 +41,9 @@ class TritonServer:
         lines = httpx.get(f"http://{self.metrics}/metrics", timeout=5).text.splitlines()
         return next(float(line.split()[-1]) for line in lines if line.startswith(f"slipstream:{name} "))
 
-    def children(self, parent: int | None = None) -> list[int]:
+    def children(self) -> list[int]:
         """All processes below the launcher."""
-        parent = self.process.pid if parent is None else parent
-        direct = [int(pid) for task in Path(f"/proc/{parent}/task").iterdir() for pid in _words(task / "children")]
-        return [*direct, *(below for pid in direct for below in self.children(pid))]
-
-
-def _words(path: Path) -> list[str]:
-    return path.read_text().split()
+        return descendants(self.process.pid)
 
 
 def free_ports(count: int) -> list[int]:

@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from slipstream.errors import UsageError
-
 Port = Annotated[int, typer.Option(min=1, max=65535)]
 
 
 def launch(
     model_repo: Annotated[Path, typer.Option(help="Folder that `slipstream triton init` wrote.")],
-    world_size: Annotated[int, typer.Option(min=1, help="Devices that the engine was built for.")] = 1,
+    world_size: Annotated[
+        int, typer.Option(min=1, help="Ranks of the engine: --tp_size times --pp_size of its build.")
+    ] = 1,
     tritonserver: Annotated[
         Path | None, typer.Option(help="The server program.  [default: on PATH, or in the nvidia-pytriton wheel]")
     ] = None,
@@ -35,13 +35,9 @@ def launch(
     from slipstream.serve.triton.launch import LaunchConfig
     from slipstream.serve.triton.launch import launch as run
 
-    if world_size > 1:
-        raise UsageError(
-            f"--world_size is {world_size}, but Triton runs engines of one rank so far; give 1, or slipstream serve."
-        )
     config = LaunchConfig(
-        model_repository=model_repo, tritonserver=tritonserver, host=host, http_port=http_port, grpc_port=grpc_port,
-        metrics_port=metrics_port, log_file=log_file if log else None, beside_others=force,
+        model_repository=model_repo, world_size=world_size, tritonserver=tritonserver, host=host, http_port=http_port,
+        grpc_port=grpc_port, metrics_port=metrics_port, log_file=log_file if log else None, beside_others=force,
     )  # fmt: skip
 
     def say_ready(seconds: float) -> None:

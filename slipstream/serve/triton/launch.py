@@ -34,6 +34,7 @@ class LaunchFailed(SlipstreamError):
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
     model_repository: Path
+    world_size: int = 1  # ranks of its engine
     tritonserver: Path | None = None
     host: str = "127.0.0.1"
     http_port: int = 8000
@@ -50,6 +51,7 @@ def launch(config: LaunchConfig, on_ready: Callable[[float], None]) -> None:
     the server or one of its models ends by itself.
     """
     _check_repository(config.model_repository)
+    _check_ranks(config)
     program = find_server(config.tritonserver)
     _check_alone(config)
     for port in (config.http_port, config.grpc_port, config.metrics_port):
@@ -83,6 +85,24 @@ def _check_repository(repository: Path) -> None:
         raise UsageError(
             f"postprocessing_instance_count is {instances[1]}, which puts the pieces of streamed texts out of order; "
             "give 1, or decoupled_mode:False."
+        )
+
+
+def _check_ranks(config: LaunchConfig) -> None:
+    """The model `tensorrt_llm` starts the other ranks itself, as many as the engine has."""
+    from slipstream.api.replicas import num_ranks
+
+    text = _text(config.model_repository / "tensorrt_llm/config.pbtxt")
+    found = re.search(r'"engine_dir"[^"]*"((?:[^"\\]|\\.)*)"', text)
+    if not found:
+        return
+    engine = re.sub(r"\\(.)", r"\1", found[1])
+    count = num_ranks({"model": engine, "tp_size": None, "pp_size": None})
+    if count != config.world_size:
+        ranks = "one rank" if count == 1 else f"{count} ranks"
+        raise UsageError(
+            f"--world_size is {config.world_size}, but {engine} has {ranks}; give --world_size {count}, or build it "
+            "with another --tp_size."
         )
 
 
