@@ -8,7 +8,6 @@ opened as it is. One thread steps the engine; any number of callers add requests
 """
 
 import contextlib
-import gc
 import itertools
 import queue
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any, Self, overload
 from slipstream.api.answers import AnswerReader
 from slipstream.api.drafting import open_draft_engine
 from slipstream.api.embeddings import EmbeddingOutput, embedding_of
+from slipstream.api.frozen import Frozen
 from slipstream.api.handles import Handle, make_handle
 from slipstream.api.options import check_options
 from slipstream.api.outputs import CompletionOutput, RequestOutput, ScoreOutput
@@ -211,8 +211,8 @@ class LLM:
             self.manifest.hidden_size if self._folder.has_hidden_states else 0,
         )
         self.request_maker = RequestMaker(facts, opened, chat_template)
-        gc.freeze()  # what is there now stays: to look through it again and again took 200 ms that all requests waited
         self.loop = EngineLoop(engine)
+        self._frozen = Frozen()
         self._ids = itertools.count()
         self.startup_seconds = watch.seconds
 
@@ -414,7 +414,7 @@ class LLM:
         """Abort what runs, and free weights and KV cache. Closing twice does nothing."""
         self.loop.close()
         self._folder.close()
-        gc.unfreeze()
+        self._frozen.release()
 
     def __enter__(self) -> Self:
         return self
