@@ -3,8 +3,10 @@
     with LLM("smollm2") as llm:
         print(llm.generate("The capital of France is").outputs[0].text)
 
-llm.py holds the class, requests.py makes what the engine takes of what a caller gives, handles.py holds what becomes of
-it, outputs.py what a caller gets. All but llm.py are the server's, too, and import no torch.
+llm.py holds the class. building.py finds or builds the engine that it opens, and options.py checks what it was given.
+requests.py makes what the engine takes of what a caller gives, calls.py sends it and waits, handles.py holds what
+becomes of it, outputs.py what a caller gets. What a server's front has of these (requests, handles, answers) imports no
+torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -2,36 +2,29 @@
 
 import torch
 
-from slipstream.build.cache import cached_engine, tuned_choices
+from slipstream.api.building import BuildOptions, engine_path
+from slipstream.build.cache import tuned_choices
 from slipstream.checkpoint import resolve
 from slipstream.engine.choices import Choices
-from slipstream.engine.folder import TOKENIZER_FOLDER, Engine, open_engine
+from slipstream.engine.folder import Engine, open_engine
 from slipstream.engine.manifest import Manifest
 from slipstream.errors import UsageError
-from slipstream.progress import progress_bar
-from slipstream.schema.build import BuildConfig
 from slipstream.schema.speculative import Speculation
 from slipstream.text.tokenizer import Tokenizer
 
 
 def open_draft_engine(
-    speculation: Speculation, config: BuildConfig, device: torch.device, target: Manifest, tokenizer: Tokenizer | None,
-    *, show_progress: bool,
+    speculation: Speculation, options: BuildOptions, device: torch.device, target: Manifest,
+    tokenizer: Tokenizer | None, *, show_progress: bool,
 ) -> tuple[Engine, Choices] | None:  # fmt: skip
-    """None where the method drafts without a model. config: how one that is no engine yet is built.
+    """None where the method drafts without a model. options: how one that is no engine yet is built.
 
     tokenizer: the target's. Raises UsageError where the draft model has another vocabulary.
     """
     model = speculation.options.get("model")
     if speculation.method != "draft_model" or not isinstance(model, str):
         return None  # without a model's name the drafter says what it lacks
-    source = resolve(model)
-    if source.kind == "engine":
-        path = source.path
-    else:
-        with progress_bar(show_progress) as progress:
-            path = cached_engine(source, config, device, progress)
-    engine = open_engine(path)
+    engine = open_engine(engine_path(resolve(model), options, device, show_progress=show_progress))
     if engine.manifest.num_ranks > 1:
         raise UsageError(
             f"The draft model {model} was built for {engine.manifest.num_ranks} ranks, but one drafts for all; build "
@@ -43,8 +36,8 @@ def open_draft_engine(
 
 def _check_vocabulary(model: str, draft: Engine, target: Manifest, tokenizer: Tokenizer | None) -> None:
     advice = "drafts need one vocabulary, so take a smaller model of the same family, or the method ngram"
-    folder = draft.path / TOKENIZER_FOLDER
-    if tokenizer is None or not folder.is_dir() or not any(folder.iterdir()):
+    folder = draft.tokenizer_folder
+    if tokenizer is None or folder is None:
         if draft.manifest.vocab_size != target.vocab_size:
             raise UsageError(
                 f"The draft model {model} has {draft.manifest.vocab_size} tokens and the model {target.vocab_size}; "

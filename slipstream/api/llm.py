@@ -8,37 +8,35 @@ opened as it is. One thread steps the engine; any number of callers add requests
 """
 
 import contextlib
-import itertools
-import queue
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
 from slipstream.api.answers import AnswerReader
+from slipstream.api.building import BuildOptions, engine_path
+from slipstream.api.calls import Call, Calls
 from slipstream.api.drafting import open_draft_engine
 from slipstream.api.embeddings import EmbeddingOutput, embedding_of
 from slipstream.api.frozen import Frozen
-from slipstream.api.handles import Handle, make_handle
-from slipstream.api.options import check_options
-from slipstream.api.outputs import CompletionOutput, RequestOutput, ScoreOutput
+from slipstream.api.options import check_limits, check_options, choice
+from slipstream.api.outputs import RequestOutput, ScoreOutput
 from slipstream.api.requests import Message, ModelFacts, Prompt, RequestMaker, default_sampling
-from slipstream.build.cache import cached_engine, device_for, tuned_choices
+from slipstream.build.cache import device_for, tuned_choices
 from slipstream.build.extensions import import_plugin
 from slipstream.checkpoint import OwnModel, resolve
-from slipstream.engine.folder import TOKENIZER_FOLDER, open_engine
-from slipstream.errors import CapacityError, EngineError, RequestError, UsageError
-from slipstream.progress import Stopwatch, progress_bar
+from slipstream.engine.folder import open_engine
+from slipstream.errors import RequestError, UsageError
+from slipstream.progress import Stopwatch
 from slipstream.runtime.engine import start_engine
 from slipstream.runtime.loop import EngineLoop
 from slipstream.runtime.meeting import check_ranks
 from slipstream.runtime.rank_process import follow
 from slipstream.runtime.worker.memory import check_kv_size
-from slipstream.schema.build import BuildConfig, CapacityPolicy, QueuePolicy
+from slipstream.schema.build import CapacityPolicy, QueuePolicy
 from slipstream.schema.launch import Launch
-from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, Pooling, TokenEvent
+from slipstream.schema.request import EngineStats, Pooling
 from slipstream.schema.sampling import SamplingParams
 from slipstream.schema.speculative import Speculation
 from slipstream.text.tokenizer import Tokenizer
@@ -92,7 +90,7 @@ class LLM:
         dtype: float32, bfloat16, float16; "auto" is float32 on a CPU and the model's own on a GPU, and for a GGUF file
         on a CPU with native kernels the file's own numbers of 4 and 8 bits (quantization "gguf").
         kv_cache_dtype: fp8, int8, the dtype, or bfloat16 or float16 under float32; "auto" is what the model says of its
-            KV cache, else float16 on a CPU with a quantization that rounds activations, else the dtype.
+        KV cache, else float16 on a CPU with a quantization that rounds activations, else the dtype.
         quantization: fp8, fp8_block, int8, int8_wo, int4_wo or nvfp4 rounds weights as they are read; slipstream
         quantize makes better ones, with calibration. gguf rounds activations alone, on a CPU.
         tp_size: processes that share each layer (docs/parallelism.md), on as many GPUs or on the cores of a CPU.
@@ -136,51 +134,37 @@ class LLM:
                 "leave it out."
             )
         speculation = None if speculative is None else Speculation.read(speculative)
-        capacity = _choice(CapacityPolicy, "capacity_scheduler_policy", capacity_scheduler_policy)
-        order = _choice(QueuePolicy, "queue_policy", queue_policy)
+        capacity_policy = choice(CapacityPolicy, "capacity_scheduler_policy", capacity_scheduler_policy)
+        order = choice(QueuePolicy, "queue_policy", queue_policy)
         limits = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "max_seq_len": max_seq_len}
-        _check_limits(limits)
+        check_limits(limits)
         check_kv_size(kv_cache_free_memory_fraction, kv_cache_max_tokens, kv_cache_max_bytes)
         for module in plugins:
             import_plugin(module)
         source = resolve(model, None if model_cls_file is None else OwnModel(Path(model_cls_file), model_cls_name))
-        sizes = {"tp_size": tp_size, "pp_size": pp_size, "moe_ep_size": moe_ep_size}
-        config = _build_config(dtype, kv_cache_dtype, quantization, disabled_passes, extra_passes, limits, sizes)
-        if source.kind == "engine":
-            path = _given_engine(source.path, disabled_passes, extra_passes, quantization)
-        else:
-            check_ranks(config.tp_size * config.pp_size, where)
-            with progress_bar(show_progress) as progress:
-                path = cached_engine(
-                    source, config, where, progress, at_most=None if sink_token_length else max_seq_len
-                )
-        self.engine_path = path
+        build = BuildOptions(
+            dtype=dtype, kv_cache_dtype=kv_cache_dtype, quantization=quantization,
+            disabled_passes=tuple(disabled_passes), extra_passes=tuple(extra_passes),
+            max_batch_size=max_batch_size, max_num_tokens=max_num_tokens,
+            tp_size=tp_size, pp_size=pp_size, moe_ep_size=moe_ep_size,
+        )  # fmt: skip
+        if source.kind != "engine":
+            check_ranks(build.config.tp_size * build.config.pp_size, where)
+        at_most = None if sink_token_length else max_seq_len
+        self.engine_path = engine_path(source, build, where, at_most=at_most, show_progress=show_progress)
         watch.lap("find or build the engine")
-        self._folder = open_engine(path)
+        self._folder = open_engine(self.engine_path)
         self.manifest = self._folder.manifest
-        if dtype not in ("auto", self.manifest.dtype):  # of an engine that was given: what is built here obeys
-            raise EngineError(
-                f"dtype is {dtype!r}, but {path} was built in {self.manifest.dtype}; leave it out or build again."
-            )
-        if kv_cache_dtype not in ("auto", self.manifest.kv_cache_dtype):
-            raise EngineError(
-                f"kv_cache_dtype is {kv_cache_dtype!r}, but the KV cache of {path} was built in "
-                f"{self.manifest.kv_cache_dtype}; leave it out or build again."
-            )
-        for name, size in sizes.items():
-            built = getattr(self.manifest, name)
-            if size not in (None, built):
-                raise EngineError(f"{name} is {size}, but {path} was built for {built}; leave it out or build again.")
+        build.check_opened(self.engine_path, self.manifest)
         choices = tuned_choices(self._folder, where)
         watch.lap("open the engine")
-        self.tokenizer_folder = _tokenizer_folder(path, tokenizer)
+        self.tokenizer_folder = self._folder.tokenizer_folder if tokenizer is None else Path(tokenizer)
         opened = None if self.tokenizer_folder is None else Tokenizer.open(self.tokenizer_folder)
         watch.lap("open the tokenizer")
         draft_engine = None
         if speculation is not None:
-            config = _build_config(dtype, "auto", None, (), (), limits)
             draft_engine = open_draft_engine(
-                speculation, config, where, self.manifest, opened, show_progress=show_progress
+                speculation, build.of_draft_model(), where, self.manifest, opened, show_progress=show_progress
             )
             watch.lap("find or build the draft model")
         engine = start_engine(
@@ -190,7 +174,7 @@ class LLM:
             kv_cache_free_memory_fraction=kv_cache_free_memory_fraction,
             max_attention_window_size=_windows(max_attention_window_size),
             sink_token_length=sink_token_length,
-            capacity_policy=capacity,
+            capacity_policy=capacity_policy,
             queue_policy=order,
             enable_block_reuse=enable_block_reuse,
             enable_chunked_prefill=enable_chunked_prefill,
@@ -213,7 +197,7 @@ class LLM:
         self.request_maker = RequestMaker(facts, opened, chat_template)
         self.loop = EngineLoop(engine)
         self._frozen = Frozen()
-        self._ids = itertools.count()
+        self._calls = Calls(self.loop, self.request_maker)
         self.startup_seconds = watch.seconds
 
     # --- generating ---
@@ -247,8 +231,8 @@ class LLM:
         show_progress: a bar on stderr that counts the prompts done, where stderr is a terminal.
         """
         if _is_one_prompt(prompts):
-            (output,) = self._run([prompts], [self._params(sampling_params)], priority, cache_salt, show_progress)  # type: ignore[list-item]
-            return _raise_error(output)
+            call = Call(prompts, self._params(sampling_params), priority, cache_salt)  # type: ignore[arg-type]
+            return _raise_error(*self._calls.run([call], show_progress))
         if isinstance(sampling_params, Sequence):
             if len(sampling_params) != len(prompts):
                 raise RequestError(
@@ -257,7 +241,8 @@ class LLM:
             params = [self._params(each) for each in sampling_params]
         else:
             params = [self._params(sampling_params)] * len(prompts)
-        return self._run(list(prompts), params, priority, cache_salt, show_progress)  # type: ignore[arg-type]
+        calls = [Call(*each, priority, cache_salt) for each in zip(prompts, params, strict=True)]  # type: ignore[arg-type]
+        return self._calls.run(calls, show_progress)
 
     def chat(
         self,
@@ -275,9 +260,7 @@ class LLM:
         {"type": "function", "function": {"name": "…"}}. Each output's `content`, `reasoning` and `tool_calls` are what
         its `text` says. Raises RequestError for tools where the template shows no format that is read here.
         """
-        reader = AnswerReader(answer_format(self.request_maker.chat_template), tools, tool_choice)
-        prompt = self.chat_prompt(messages, tools=reader.tools, **template_values)
-        sampling = reader.sampling(self._params(sampling_params), prompt, self.tokenizer)
+        reader, prompt, sampling = self._chat(messages, sampling_params, tools, tool_choice, template_values)
         return reader.read(self.generate(prompt, sampling, cache_salt=cache_salt))
 
     def stream(
@@ -289,15 +272,11 @@ class LLM:
         cache_salt: str = "",
     ) -> Iterator[RequestOutput]:
         """Yield the output as it grows; `outputs[i].text_diff` is what is new. Leaving the loop aborts the request."""
-        events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
-        handle = self._start(prompt, self._params(sampling_params), priority, cache_salt, events.put)
-        try:
-            while not handle.finished:
-                handle.push(events.get())
+        call = Call(prompt, self._params(sampling_params), priority, cache_salt)
+        with contextlib.closing(self._calls.follow(call)) as steps:
+            for handle in steps:
                 if handle.has_news or handle.finished:
                     yield _raise_error(handle.output())
-        finally:
-            handle.abort()
 
     async def generate_async(
         self,
@@ -308,8 +287,8 @@ class LLM:
         cache_salt: str = "",
     ) -> RequestOutput:
         """Like generate() for one prompt, from a coroutine; cancelling it aborts the request."""
-        params = self._params(sampling_params)
-        return _raise_error(await self._last_output(prompt, params, priority, cache_salt))
+        call = Call(prompt, self._params(sampling_params), priority, cache_salt)
+        return _raise_error(await self._calls.run_async(call))
 
     async def stream_async(
         self,
@@ -320,8 +299,8 @@ class LLM:
         cache_salt: str = "",
     ) -> AsyncIterator[RequestOutput]:
         """Like stream(), from a coroutine."""
-        params = self._params(sampling_params)
-        async with contextlib.aclosing(self._follow(prompt, params, priority, cache_salt)) as steps:
+        call = Call(prompt, self._params(sampling_params), priority, cache_salt)
+        async with contextlib.aclosing(self._calls.follow_async(call)) as steps:
             async for handle in steps:
                 if handle.has_news or handle.finished:
                     yield _raise_error(handle.output())
@@ -337,9 +316,7 @@ class LLM:
         **template_values: Any,
     ) -> RequestOutput:
         """Like chat(), from a coroutine."""
-        reader = AnswerReader(answer_format(self.request_maker.chat_template), tools, tool_choice)
-        prompt = self.chat_prompt(messages, tools=reader.tools, **template_values)
-        sampling = reader.sampling(self._params(sampling_params), prompt, self.tokenizer)
+        reader, prompt, sampling = self._chat(messages, sampling_params, tools, tool_choice, template_values)
         return reader.read(await self.generate_async(prompt, sampling, cache_salt=cache_salt))
 
     async def score_async(self, prompt: Prompt) -> ScoreOutput:
@@ -369,10 +346,10 @@ class LLM:
         dimensions: only so many of a vector's first numbers, for a model trained for it (arXiv:2205.13147).
         Raises RequestError where one of them cannot be run.
         """
-        is_one, kind = _is_one_prompt(prompts), _choice(Pooling, "pooling", pooling)
+        is_one, kind = _is_one_prompt(prompts), choice(Pooling, "pooling", pooling)
         self.request_maker.check_embedding(dimensions)
         texts: list[Any] = [prompts] if is_one else list(prompts)
-        outputs = self._run(texts, [kind] * len(texts), priority, cache_salt, show_progress)
+        outputs = self._calls.run([Call(text, kind, priority, cache_salt) for text in texts], show_progress)
         vectors = [_embedding(_raise_error(output), dimensions) for output in outputs]
         return vectors[0] if is_one else vectors
 
@@ -386,9 +363,9 @@ class LLM:
         cache_salt: str = "",
     ) -> EmbeddingOutput:
         """Like embed() for one prompt, from a coroutine; cancelling it aborts the request."""
-        kind = _choice(Pooling, "pooling", pooling)
+        kind = choice(Pooling, "pooling", pooling)
         self.request_maker.check_embedding(dimensions)
-        output = await self._last_output(prompt, kind, priority, cache_salt)
+        output = await self._calls.run_async(Call(prompt, kind, priority, cache_salt))
         return _embedding(_raise_error(output), dimensions)
 
     # --- what it is ---
@@ -422,94 +399,18 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    # --- requests ---
-
-    def _run(
+    def _chat(
         self,
-        prompts: list[Prompt],
-        params: Sequence[SamplingParams | Pooling],
-        priority: int,
-        cache_salt: str,
-        show_progress: bool,
-    ) -> list[RequestOutput]:
-        events: queue.SimpleQueue[tuple[int, TokenEvent]] = queue.SimpleQueue()
-        handles: dict[int, Handle] = {}
-        outputs: dict[int, RequestOutput] = {}
-        try:
-            for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-
-                def sink(event: TokenEvent, index: int = index) -> None:
-                    events.put((index, event))
-
-                try:
-                    handles[index] = self._start(prompt, wanted, priority, cache_salt, sink)
-                except RequestError as error:
-                    outputs[index] = _refused(prompt, str(error))
-            with progress_bar(show_progress) as progress:
-                while len(outputs) < len(prompts):
-                    index, event = events.get()
-                    handle = handles[index]
-                    handle.push(event)
-                    if handle.finished and index not in outputs:
-                        outputs[index] = handle.output()
-                        progress("generate", len(outputs), len(prompts))
-        finally:
-            for handle in handles.values():
-                handle.abort()
-        return [outputs[index] for index in range(len(prompts))]
-
-    async def _last_output(
-        self, prompt: Prompt, params: SamplingParams | Pooling, priority: int, cache_salt: str
-    ) -> RequestOutput:
-        async with contextlib.aclosing(self._follow(prompt, params, priority, cache_salt)) as steps:
-            async for handle in steps:
-                if handle.finished:
-                    return handle.output()
-        raise AssertionError("a request ended without its last event")
-
-    async def _follow(
-        self, prompt: Prompt, params: SamplingParams | Pooling, priority: int, cache_salt: str
-    ) -> AsyncGenerator[Handle, None]:
-        """Start a request and yield its handle after each of its events; closed early, it aborts the request."""
-        import asyncio
-
-        here = asyncio.get_running_loop()
-        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-
-        def sink(event: TokenEvent) -> None:
-            here.call_soon_threadsafe(events.put_nowait, event)
-
-        handle = self._start(prompt, params, priority, cache_salt, sink)
-        try:
-            while not handle.finished:
-                handle.push(await events.get())
-                yield handle
-        finally:
-            handle.abort()
-
-    def _start(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | Pooling,
-        priority: int,
-        cache_salt: str,
-        sink: Callable[[TokenEvent], None],
-    ) -> Handle:
-        """Validate at the edge, once, and hand the request to the engine."""
-        text = prompt if isinstance(prompt, str) else None
-        request = self._request(prompt, params, priority, cache_salt)
-        handle = make_handle(self.loop, self.request_maker.optional_tokenizer, text, request, sink)
-        handle.start()
-        return handle
-
-    def _request(
-        self, prompt: Prompt, params: SamplingParams | Pooling, priority: int, cache_salt: str
-    ) -> GenerateRequest:
-        maker, request_id = self.request_maker, str(next(self._ids))
-        token_ids = maker.encode(prompt)
-        if isinstance(params, Pooling):
-            return maker.pooling_request(request_id, token_ids, params, priority, cache_salt)
-        return maker.request(request_id, token_ids, params, priority, cache_salt)
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        tool_choice: str | Mapping[str, Any],
+        template_values: Mapping[str, Any],
+    ) -> tuple[AnswerReader, list[int], SamplingParams]:
+        """What reads the answer to a conversation, its prompt, and what is asked for."""
+        reader = AnswerReader(answer_format(self.request_maker.chat_template), tools, tool_choice)
+        prompt = self.chat_prompt(messages, tools=reader.tools, **template_values)
+        return reader, prompt, reader.sampling(self._params(sampling_params), prompt, self.tokenizer)
 
     def _params(self, sampling_params: Any) -> SamplingParams:
         """Those of one request. Raises RequestError for what is no SamplingParams."""
@@ -520,69 +421,8 @@ class LLM:
         return sampling_params
 
 
-def _check_limits(limits: Mapping[str, int | None]) -> None:
-    """What no engine could be built for, before one is; each engine knows how high they may be."""
-    for name, limit in limits.items():
-        if limit is not None and (type(limit) is not int or limit < 1):
-            raise CapacityError(f"{name} is {limit!r}; it must be a whole number of at least 1.")
-
-
 def _windows(asked: int | Sequence[int] | None) -> Sequence[int]:
     return () if asked is None else (asked,) if isinstance(asked, int) else asked
-
-
-def _given_engine(
-    path: Path, disabled_passes: Sequence[str], extra_passes: Sequence[str], quantization: str | None
-) -> Path:
-    if quantization is not None:
-        raise EngineError(
-            f"{path} is built already, so its weights cannot be rounded to {quantization}; leave quantization out, or "
-            "give the model."
-        )
-    if disabled_passes or extra_passes:
-        raise EngineError(f"{path} is built already, so its passes cannot be changed; leave them out or build again.")
-    return path
-
-
-def _build_config(
-    dtype: str,
-    kv_cache_dtype: str,
-    quantization: str | None,
-    disabled_passes: Sequence[str],
-    extra_passes: Sequence[str],
-    limits: Mapping[str, int | None],
-    sizes: Mapping[str, int | None] = {},
-) -> BuildConfig:
-    """Only limits above the default ones make another engine; a run may always stay below what was built."""
-    default = BuildConfig(
-        dtype=dtype,
-        kv_cache_dtype=kv_cache_dtype,
-        quantization=quantization,
-        disabled_passes=tuple(disabled_passes),
-        extra_passes=tuple(extra_passes),
-    )
-    return replace(
-        default,
-        tp_size=sizes.get("tp_size") or 1,
-        pp_size=sizes.get("pp_size") or 1,
-        moe_ep_size=sizes.get("moe_ep_size") or 1,
-        max_batch_size=max(default.max_batch_size, limits["max_batch_size"] or 0),
-        max_num_tokens=max(default.max_num_tokens, limits["max_num_tokens"] or 0, limits["max_batch_size"] or 0),
-    )
-
-
-def _choice(kind: Any, name: str, value: str) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        raise RequestError(f"{name} is {value!r}; it must be one of {', '.join(kind)}.") from None
-
-
-def _tokenizer_folder(engine_path: Path, given: str | Path | None) -> Path | None:
-    if given is not None:
-        return Path(given)
-    folder = engine_path / TOKENIZER_FOLDER
-    return folder if folder.is_dir() and any(folder.iterdir()) else None
 
 
 def _is_one_prompt(prompts: Any) -> bool:
@@ -591,13 +431,6 @@ def _is_one_prompt(prompts: Any) -> bool:
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise RequestError(f"The prompt is {prompts!r}; it must be a string, token ids, or a list of those.")
     return len(prompts) > 0 and all(isinstance(each, Integral) for each in prompts)
-
-
-def _refused(prompt: Any, error: str) -> RequestOutput:
-    text = prompt if isinstance(prompt, str) else None
-    token_ids = list(prompt) if isinstance(prompt, Iterable) and text is None else []
-    failed = CompletionOutput(0, "", [], finish_reason=str(FinishReason.ERROR))
-    return RequestOutput("", text, token_ids, [failed], finished=True, error=error)
 
 
 def _raise_error(output: RequestOutput) -> RequestOutput:

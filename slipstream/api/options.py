@@ -2,9 +2,12 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from enum import StrEnum
+from typing import Any, TypeVar
 
-from slipstream.errors import UsageError
+from slipstream.errors import CapacityError, RequestError, UsageError
+
+Choice = TypeVar("Choice", bound=StrEnum)
 
 
 def check_options(values: Mapping[str, Any]) -> None:
@@ -13,6 +16,21 @@ def check_options(values: Mapping[str, Any]) -> None:
         is_right, kind = _KINDS[name]
         if not is_right(value):
             raise UsageError(f"{name} is {value!r}; it must be {kind}.")
+
+
+def check_limits(limits: Mapping[str, int | None]) -> None:
+    """What no engine could be built for, before one is; each engine knows how high they may be."""
+    for name, limit in limits.items():
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise CapacityError(f"{name} is {limit!r}; it must be a whole number of at least 1.")
+
+
+def choice(kind: type[Choice], name: str, value: str) -> Choice:
+    """The member of that value. Raises RequestError with those there are."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise RequestError(f"{name} is {value!r}; it must be one of {', '.join(kind)}.") from None
 
 
 def _is_switch(value: Any) -> bool:

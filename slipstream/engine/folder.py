@@ -50,6 +50,12 @@ class Engine:
         """Whether a step gives them beside the logits; engines of older builds do not."""
         return len(self.graph.outputs) == 2
 
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """None where the model came without a tokenizer."""
+        folder = self.path / TOKENIZER_FOLDER
+        return folder if folder.is_dir() and any(folder.iterdir()) else None
+
     def captured(self) -> Graph:
         """The graph as it was before the passes. Raises EngineError where it cannot be read."""
         return graph_from_json(self.weights.metadata.get("captured", "null"))

@@ -285,7 +285,7 @@ def test_limits_no_engine_could_have_are_refused_before_the_build(
 
 
 def forbid_builds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slipstream.api.llm.cached_engine", lambda *args, **more: pytest.fail("it was built"))
+    monkeypatch.setattr("slipstream.api.building.cached_engine", lambda *args, **more: pytest.fail("it was built"))
 
 
 @pytest.mark.parametrize(

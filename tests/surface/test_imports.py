@@ -80,7 +80,8 @@ ONLY_STANDARD_LIBRARY = ("errors", "schema/*", "__init__")
 NO_TORCH = (
     "runtime/scheduler", "runtime/queue", "runtime/running", "runtime/sequence", "runtime/admission",
     "runtime/drafting", "runtime/draft_control", "runtime/outline", "runtime/beam", "runtime/kv/*",
-    "api/requests", "api/handles", "api/answers", "serve/[!e]*",  # a server's front; its engine is another process
+    "api/calls", "api/requests", "api/handles", "api/answers",
+    "serve/[!e]*",  # a server's front; its engine is another process
 )  # fmt: skip
 ONLY_HERE = {
     "asyncio": ("serve/*", "api/*"),
