@@ -54,3 +54,8 @@ class RankError(SlipstreamError):
 
 class UsageError(SlipstreamError):
     """A command line combines flags in a way that means nothing."""
+
+
+def in_words(error: BaseException) -> str:
+    """What went wrong: a sentence of ours, or of others' errors the kind as well."""
+    return str(error) if isinstance(error, SlipstreamError) else f"{type(error).__name__}: {error}"

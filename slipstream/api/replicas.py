@@ -43,8 +43,7 @@ def num_ranks(options: Mapping[str, Any]) -> int:
     """Of the engine that LLM(...) will open."""
     source = resolve(options["model"])
     if source.kind == "engine":
-        path = Path(source.path)
-        return Manifest.from_dict(read_json(path / "config.json"), str(path)).num_ranks
+        return Manifest.from_dict(read_json(source.path / "config.json"), str(source.path)).num_ranks
     return (options["tp_size"] or 1) * (options["pp_size"] or 1)
 
 

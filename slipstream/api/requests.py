@@ -96,7 +96,7 @@ class RequestMaker:
                 f"The prompt has {len(token_ids)} tokens and a sequence holds {longest}; "
                 f"shorten it to {longest - 1} or raise max_seq_len."
             )
-        _check_place(priority, cache_salt)
+        _check_priority_and_salt(priority, cache_salt)
         if sampling.stop:
             _ = self.tokenizer  # without one there is no text to find a stop string in: say so
         for token_id in sampling.stop_token_ids:
@@ -124,7 +124,7 @@ class RequestMaker:
             raise RequestError(
                 f"The text has {len(token_ids)} tokens and a sequence holds {self.facts.max_seq_len}; shorten it."
             )
-        _check_place(priority, cache_salt)
+        _check_priority_and_salt(priority, cache_salt)
         return GenerateRequest(
             request_id, token_ids, _NOTHING_SAMPLED, seed=0, max_tokens=1, priority=priority, cache_salt=cache_salt,
             pooling=pooling,
@@ -164,7 +164,7 @@ def default_sampling(generation: Mapping[str, Any]) -> SamplingParams:
     return SamplingParams(**values)
 
 
-def _check_place(priority: Any, cache_salt: Any) -> None:
+def _check_priority_and_salt(priority: Any, cache_salt: Any) -> None:
     if type(priority) is not int or abs(priority) > LARGEST_INTEGER:
         raise RequestError(f"priority is {priority!r}; it must be a whole number of at most {LARGEST_INTEGER}.")
     if not isinstance(cache_salt, str) or has_lone_surrogate(cache_salt):

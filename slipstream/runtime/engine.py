@@ -10,7 +10,7 @@ import torch
 from slipstream.engine.choices import Choices
 from slipstream.engine.folder import Engine as EngineFolder
 from slipstream.engine.manifest import Manifest
-from slipstream.errors import CapacityError, EngineError, RankError, RequestError, SlipstreamError
+from slipstream.errors import CapacityError, EngineError, RankError, RequestError, in_words
 from slipstream.runtime.guidance import Guidance
 from slipstream.runtime.meeting import check_ranks
 from slipstream.runtime.rank_group import RankGroup
@@ -128,8 +128,7 @@ class Engine:
             assert oldest.flight is not None
             result = self._worker.collect(oldest.flight)
         except Exception as error:  # whatever a kernel raises ends this step's requests, and no others
-            why = str(error) if isinstance(error, SlipstreamError) else f"{type(error).__name__}: {error}"
-            return self._scheduler.fail_step(oldest.plan, f"the step failed: {why}")
+            return self._scheduler.fail_step(oldest.plan, f"the step failed: {in_words(error)}")
         began_at, self._last_collected = max(oldest.began_at, self._last_collected), time.perf_counter()
         return self._scheduler.commit(oldest.plan, result, self._last_collected - began_at)
 

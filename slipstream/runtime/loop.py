@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from slipstream.errors import SlipstreamError
+from slipstream.errors import SlipstreamError, in_words
 from slipstream.runtime.engine import Engine
 from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, RequestState, TokenEvent
 
@@ -109,8 +109,7 @@ class EngineLoop:
                 for event in events:
                     self._deliver(self._engine, event)
         except BaseException as failure:  # a defect of ours: say so to everyone rather than let them wait
-            why = str(failure) if isinstance(failure, SlipstreamError) else f"{type(failure).__name__}: {failure}"
-            reason, error = FinishReason.ERROR, f"the engine stopped: {why}"
+            reason, error = FinishReason.ERROR, f"the engine stopped: {in_words(failure)}"
             raise
         finally:
             with self._wake:

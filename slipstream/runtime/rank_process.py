@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from slipstream.engine.choices import Choices
 from slipstream.engine.folder import open_engine
-from slipstream.errors import SlipstreamError
+from slipstream.errors import SlipstreamError, in_words
 from slipstream.runtime.meeting import Line, knock, open_store
 from slipstream.runtime.rank_group import BEAT_SECONDS, plan_from_json
 from slipstream.runtime.ranks import ProcessRanks
@@ -46,11 +46,10 @@ def follow(launch: Launch) -> NoReturn:
         threading.Thread(target=_beat, args=(line,), daemon=True).start()
         try:
             _serve(line, setup, store, launch)
-        except SlipstreamError as error:
-            _say(line, {"error": str(error)})
-            sys.exit(1)
         except Exception as error:
-            _say(line, {"error": f"{type(error).__name__}: {error}"})
+            _say(line, {"error": in_words(error)})
+            if isinstance(error, SlipstreamError):
+                sys.exit(1)
             raise
     os._exit(0)  # the first rank has gone or is done; nothing here is worth the time of an orderly end
 

@@ -1,8 +1,7 @@
 """Scheduler: which tokens the next step computes, and what its result means for each request.
 
     while scheduler.has_work:
-        plan = scheduler.plan()              # what to compute
-        result = worker.execute(plan)
+        plan = scheduler.plan()                   # what to compute: worker.begin, launch and collect make its result
         events = scheduler.commit(plan, result)   # or fail_step(plan, error)
 
 There is one token counter and there are no phases: a sequence has tokens known and tokens computed, and a step closes

@@ -54,12 +54,12 @@ class Drafts:
         self.max_len, self.can_branch = max_len, can_branch
         self.num_mask_words = -(-(1 + self.max_len) // WORD)
 
-        def zeros(*shape: int) -> Tensor:
+        def of_slots(*shape: int) -> Tensor:
             return torch.zeros((num_slots, *shape), dtype=torch.int64, device=device)
 
-        self._token_ids, self._parents = zeros(self.max_len), zeros(self.max_len)
+        self._token_ids, self._parents = of_slots(self.max_len), of_slots(self.max_len)
         # Of drafts that may branch, and their roots: how far a node is from the root, and what is above it.
-        self._depths, self._masks = zeros(1 + self.max_len), zeros(1 + self.max_len, self.num_mask_words)
+        self._depths, self._masks = of_slots(1 + self.max_len), of_slots(1 + self.max_len, self.num_mask_words)
         self._is_taking = [False] * num_slots
         self._is_branching = [False] * num_slots
         self._layer = drafter if isinstance(drafter, LayerDrafter) else None
