@@ -3,16 +3,21 @@
 Heads that ship are in slipstream/speculative/<method>/heads/<name of the model>.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from slipstream.checkpoint.trtllm import heads, is_tensorrt_llm
+from slipstream.engine.bounded_json import read_json
 from slipstream.engine.tensor_file import TensorFile
 from slipstream.errors import ModelError, UsageError
 
 Product = Callable[[Tensor], Tensor]  # by a matrix; before the last dimension any others
 
+CONFIG_FILE = "config.json"
 DRAFT_TOKENS = "draft_token_ids"  # [D]: the tokens that a head drafts, where it shares these rows of the model's own
 
 
@@ -34,8 +39,37 @@ def head_folder(method: str, given: str, model: str) -> Path:
     return there[model]
 
 
-def open_head(folder: Path, weights_file: str, pickled_file: str, what: str) -> TensorFile:
-    """`what` the folder should be, for the message. Raises ModelError where weights_file is not there."""
+class HeadFile(Protocol):
+    """A TensorFile, or what is read like one."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+@contextmanager
+def open_head(
+    folder: Path, method: str, weights_file: str, pickled_file: str, what: str
+) -> Iterator[tuple[dict[str, Any], HeadFile]]:
+    """Its config.json and its tensors, as they are published; a TensorRT-LLM folder that holds the head beside its
+    model gives the same. `what` the folder should be, for the message. Raises ModelError where it is not.
+    """
+    values = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    if is_tensorrt_llm(folder, values):
+        config, tensors = heads.open_head(folder, values, method)
+        with tensors:
+            yield config, tensors
+        return
+    with _open_published(folder, weights_file, pickled_file, what) as file:
+        yield read_json(folder / CONFIG_FILE), file
+
+
+def _open_published(folder: Path, weights_file: str, pickled_file: str, what: str) -> TensorFile:
     if (folder / weights_file).is_file():
         return TensorFile.open(folder / weights_file)
     if (folder / pickled_file).is_file():
@@ -46,7 +80,7 @@ def open_head(folder: Path, weights_file: str, pickled_file: str, what: str) -> 
     raise ModelError(f"{folder} has no {weights_file}; name a folder of {what}.")
 
 
-def read_shaped(file: TensorFile, name: str, shape: tuple[int, ...]) -> Tensor:
+def read_shaped(file: HeadFile, name: str, shape: tuple[int, ...]) -> Tensor:
     """Raises ModelError for a tensor that is not there, or is that of a head for another model."""
     if name not in file.names():
         raise ModelError(f"{file.path} lacks {name}, which its config.json asks for; name a folder of a whole head.")
@@ -58,7 +92,7 @@ def read_shaped(file: TensorFile, name: str, shape: tuple[int, ...]) -> Tensor:
     return file.read(name)
 
 
-def read_draft_tokens(file: TensorFile, vocab_size: int) -> Tensor | None:
+def read_draft_tokens(file: HeadFile, vocab_size: int) -> Tensor | None:
     """[D] token ids; None for a head that has a product of its own for all tokens."""
     if DRAFT_TOKENS not in file.names():
         return None

@@ -223,3 +223,85 @@ SPECIAL: dict[str, Callable[[Any], dict[str, Any]]] = {
         "rotary_pct": config.rope_parameters["partial_rotary_factor"],
     },
 }  # fmt: skip
+
+
+def add_head(folder: Path, head: Path, method: str, tp_size: int) -> Path:
+    """To a folder of a model the head that convert_checkpoint.py of examples/{medusa,redrafter,eagle} writes there."""
+    config, theirs = json.loads((head / "config.json").read_text()), dict[str, Tensor]()
+    weights = load_file(head / ("medusa_lm_head.safetensors" if method == "medusa" else "model.safetensors"))
+    written = json.loads((folder / "config.json").read_text())
+    more = HEADS[method](config, weights, theirs)
+    (folder / "config.json").write_text(json.dumps(written | more))
+    for rank in range(tp_size):
+        shares = {name: head_share(name, tensor, config, rank, tp_size) for name, tensor in theirs.items()}
+        file = folder / f"rank{rank}.safetensors"
+        save_file(load_file(file) | {name: share.contiguous() for name, share in shares.items()}, file)
+    return folder
+
+
+def head_share(name: str, tensor: Tensor, config: dict[str, Any], rank: int, tp_size: int) -> Tensor:
+    if name.endswith(("attention.dense.weight", "mlp.proj.weight")):
+        return tensor.chunk(tp_size, 1)[rank]
+    if name.endswith("attention.qkv.weight"):
+        heads = [config["num_attention_heads"], *[config["num_key_value_heads"]] * 2]
+        parts = tensor.split([count * config["head_dim"] for count in heads])
+        return torch.cat([part.chunk(tp_size)[rank] for part in parts])
+    return tensor if name.endswith(("vocab_embedding.weight", "layernorm.weight")) else tensor.chunk(tp_size)[rank]
+
+
+def medusa_head(config: dict[str, Any], weights: Tensors, theirs: Tensors) -> dict[str, Any]:
+    num_layers, heads = config["medusa_num_layers"], 1 + max(int(name.split(".")[0]) for name in weights)
+    for head in range(heads):
+        for layer in range(num_layers):
+            for part in ("weight", "bias"):
+                own = f"{head}.{layer}.linear.{part}"
+                theirs[f"medusa_heads.{head}.medusa_layers.{layer}.linear.{part}"] = weights[own]
+        theirs[f"medusa_heads.{head}.lm_head.weight"] = weights[f"{head}.{num_layers}.weight"]
+    return {"architecture": "MedusaForCausalLM", "num_medusa_heads": heads, "num_medusa_layers": num_layers,
+            "max_draft_len": 63}  # fmt: skip
+
+
+def redrafter_head(config: dict[str, Any], weights: Tensors, theirs: Tensors) -> dict[str, Any]:
+    for name, tensor in weights.items():
+        if name == f"lm_head.{config['num_draft_layers']}.weight":
+            name = "lm_head.weight"
+        elif name.startswith("lm_head."):
+            name = name.replace("lm_head.", "layers.")
+        theirs[f"drafter.{name}"] = tensor
+    return {"architecture": "ReDrafterForCausalLM", "base_model_architecture": "LlamaForCausalLM",
+            "redrafter_num_layers": config["num_draft_layers"], "redrafter_hidden_size": config["hidden_size"],
+            "redrafter_exit_dim": config["exit_dim"], "redrafter_is_rnn": config["rnn"], "redrafter_num_beams": 5,
+            "redrafter_draft_len_per_beam": 5, "redrafter_greedy_search": True}  # fmt: skip
+
+
+def eagle_head(config: dict[str, Any], weights: Tensors, theirs: Tensors) -> dict[str, Any]:
+    qkv = torch.cat([weights[f"layers.0.self_attn.{part}_proj.weight"] for part in "qkv"])
+    words = {
+        "fc.weight": "fc.weight", "fc.bias": "fc.bias", "vocab_embedding.weight": "embed_tokens.weight",
+        "layers.0.post_layernorm.weight": "layers.0.post_attention_layernorm.weight",
+        "layers.0.attention.dense.weight": "layers.0.self_attn.o_proj.weight",
+        "layers.0.mlp.fc.weight": "layers.0.mlp.gate_proj.weight",
+        "layers.0.mlp.gate.weight": "layers.0.mlp.up_proj.weight",
+        "layers.0.mlp.proj.weight": "layers.0.mlp.down_proj.weight",
+    }  # fmt: skip
+    for net in range(4):  # a copy of the layer for each level of a tree
+        for name, own in words.items():
+            theirs[f"eagle_nets.{net}.drafter.{name}"] = weights[own].clone()
+        theirs[f"eagle_nets.{net}.drafter.layers.0.attention.qkv.weight"] = qkv.clone()
+        theirs[f"eagle_nets.{net}.lm_head.weight"] = torch.zeros(config["vocab_size"], config["hidden_size"])
+    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size",
+             "vocab_size", "head_dim")  # fmt: skip
+    net_config = {name: config[name] for name in names} | {
+        "architecture": "LlamaForCausalLM", "dtype": "float32", "logits_dtype": "float32", "norm_epsilon": 1e-6,
+        "position_embedding_type": "rope_gpt_neox", "max_position_embeddings": 2048, "hidden_act": "silu",
+        "rotary_base": 10000.0, "rotary_scaling": None, "head_size": config["head_dim"],
+        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None}, "use_parallel_embedding": False,
+        "embedding_sharding_dim": 0,
+    }  # fmt: skip
+    return {"architecture": "EagleForCausalLM", "max_draft_len": 63, "num_eagle_layers": 4,
+            "max_non_leaves_per_layer": 10, "eagle_net_config": net_config}  # fmt: skip
+
+
+HEADS: dict[str, Callable[[dict[str, Any], Tensors, Tensors], dict[str, Any]]] = {
+    "medusa": medusa_head, "redrafter": redrafter_head, "eagle": eagle_head
+}  # fmt: skip

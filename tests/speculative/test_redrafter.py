@@ -82,6 +82,19 @@ def test_the_beam_search_is_its_definition(
     assert found == [naive.beams(h, int(token_id), 4, 3) for h, token_id in zip(h_SH, token_ids_S, strict=True)]
 
 
+@pytest.mark.parametrize("names", [{"input_proj.": "input_projs.", "lm_head.": "lm_heads."}, {"lm_head.": "0."}])
+def test_a_head_under_its_other_names(names: dict[str, str], model: Path, tmp_path: Path) -> None:
+    folder = write_redrafter(model, tmp_path / "head", exit_dim=96)
+    tensors = load_file(folder / "model.safetensors")
+    expected = load(folder, HIDDEN, VOCAB, torch.float32, CPU, pytest.fail)
+    for old, new in names.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    found = load(folder, HIDDEN, VOCAB, torch.float32, CPU, pytest.fail)
+    h_SH, s_SH = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.logits(h_SH, s_SH), expected.logits(h_SH, s_SH))
+
+
 def test_a_head_that_shares_the_models_own(model: Path, tmp_path: Path) -> None:
     """Its rows for the tokens that can be drafted."""
     folder = write_redrafter(model, tmp_path / "head", exit_dim=HIDDEN)

@@ -38,6 +38,8 @@ TABLE: dict[str, tuple[str, ...]] = {
     ),
     # It runs the graph that a build captures, a block at a time.
     "quantize/*": ("build/capture", "checkpoint", "engine", "models", "kernels", "schema"),
+    # A TensorRT-LLM folder may hold a head beside its model.
+    "speculative/head_file": ("checkpoint/trtllm", "engine/tensor_file", "engine/bounded_json"),
     "speculative/*/head": ("engine/tensor_file", "engine/bounded_json", "layers", "models", "schema"),
     # A draft model is run by what runs every model.
     "speculative/draft_model/drafter": ("runtime/worker", "runtime/kv", "engine", "kernels", "schema"),

@@ -2,12 +2,13 @@
 
 architectures  its config as Hugging Face's options, its names as our weights
 ranks          the files of all ranks as one, before tensor parallelism split them
+heads          what they may hold beside the model, for who drafts
 
 Float, or FP8 with weights_scaling_factor and activation_scaling_factor.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from slipstream.checkpoint.kv_cache import read_scales, scale_names
 from slipstream.checkpoint.packed import PackedLinear, PackedTensors
 from slipstream.checkpoint.quantized.linears import FP8, Parts
 from slipstream.checkpoint.tensors import TensorSource
-from slipstream.checkpoint.trtllm.architectures import read_config
+from slipstream.checkpoint.trtllm.architectures import HEADS, read_config
 from slipstream.checkpoint.trtllm.ranks import RankTensors, rank_file
 from slipstream.errors import UnsupportedModel
 from slipstream.schema.format import WeightFormat
@@ -47,11 +48,16 @@ def open_tensorrt_llm(folder: Path, values: dict[str, Any]) -> tuple[dict[str, A
             linears = _fp8_linears(parts)
         elif algorithm is not None:
             _check_is_float(folder, tensors, algorithm)
-        hidden = parts.used | scale_names(tensors.names())
+        hidden = parts.used | scale_names(tensors.names()) | _of_head(tensors.names(), values["architecture"])
         return options, PackedTensors(tensors, linears, hidden, read_scales(tensors, kv_dtype)), architecture.weights
     except BaseException:
         tensors.close()
         raise
+
+
+def _of_head(names: Iterable[str], architecture: str) -> set[str]:
+    head = HEADS.get(architecture)
+    return set() if head is None else {name for name in names if name.startswith(head.prefix)}
 
 
 def _fp8_linears(parts: Parts) -> dict[str, PackedLinear]:

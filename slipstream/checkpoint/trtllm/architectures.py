@@ -33,9 +33,36 @@ class Architecture:
     adds_one_to_norms: bool = False
 
 
+@dataclass(frozen=True)
+class Head:
+    """What a folder of a model and its head has of the head (heads.py)."""
+
+    method: str  # of slipstream/speculative
+    prefix: str  # of its tensors
+    options: tuple[str, ...]
+
+
+HEADS = {
+    "MedusaForCausalLM": Head("medusa", "medusa_heads.", ("num_medusa_heads", "num_medusa_layers")),
+    "EagleForCausalLM": Head(
+        "eagle", "eagle_nets.", ("num_eagle_layers", "max_non_leaves_per_layer", "eagle_net_config")
+    ),
+    "ReDrafterForCausalLM": Head(
+        "redrafter",
+        "drafter.",
+        (
+            "redrafter_num_layers", "redrafter_hidden_size", "redrafter_exit_dim", "redrafter_is_rnn",
+            "redrafter_num_beams", "redrafter_draft_len_per_beam", "redrafter_greedy_search",
+        ),
+    ),
+}  # fmt: skip
+
+
 def read_config(options: Options) -> tuple[Architecture, Config, Split, str | None, str]:
     """Hugging Face's options, how the tensors are shared among ranks, the quantization, and the dtype of the cache."""
-    name = options.choice("architecture", tuple(ARCHITECTURES))
+    name = options.choice("architecture", (*ARCHITECTURES, *HEADS))
+    if name in HEADS:
+        name = _base(options, HEADS[name])
     telling_option, variant = VARIANTS.get(name, ("", None))
     architecture = variant if variant and options.boolean(telling_option) else ARCHITECTURES[name]
     quantization = options.section("quantization") or Options({}, "quantization")
@@ -43,7 +70,7 @@ def read_config(options: Options) -> tuple[Architecture, Config, Split, str | No
     kv_algorithm = quantization.choice("kv_cache_quant_algo", ("FP8", "INT8", None))
     if algorithm == "FP8" and architecture.has_experts:
         raise UnsupportedModel(f"quant_algo is FP8 for {name}; experts can be read as floats only.")
-    config = _decoder(options, architecture)
+    config = read_decoder(options, architecture)
     split = _split(options, architecture, name, config)
     config = {"model_type": architecture.model_type, **architecture.options(options, config)}
     _finish(options)
@@ -51,7 +78,7 @@ def read_config(options: Options) -> tuple[Architecture, Config, Split, str | No
     return architecture, config, split, algorithm, KV_DTYPES[kv_algorithm.lower()] if kv_algorithm else ""
 
 
-def _decoder(options: Options, architecture: Architecture) -> Config:
+def read_decoder(options: Options, architecture: Architecture) -> Config:
     """What most configs name alike."""
     hidden_size, num_heads = options.integer("hidden_size"), options.integer("num_attention_heads")
     head_dim = options.integer("head_size", hidden_size // num_heads)
@@ -97,6 +124,13 @@ def _split(options: Options, architecture: Architecture, name: str, config: Conf
     return Split(
         tp_size, rows, config["vocab_size"], dim if is_split and tp_size > 1 else None, architecture.has_experts
     )
+
+
+def _base(options: Options, head: Head) -> str:
+    """The architecture beside the head, of which it says nothing itself but for ReDrafter's."""
+    options.skip("head_dim", "max_draft_len", *head.options)
+    default = "QWenForCausalLM" if options.has("qwen_type") else "LlamaForCausalLM"
+    return options.choice("base_model_architecture", ("LlamaForCausalLM", "QWenForCausalLM"), default)
 
 
 def _finish(options: Options) -> None:

@@ -31,14 +31,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.engine.bounded_json import read_json
-from slipstream.engine.tensor_file import TensorFile
 from slipstream.errors import ModelError
 from slipstream.layers.rope import inverse_frequencies
 from slipstream.schema.model import Options, read_decoder
-from slipstream.speculative.head_file import DRAFT_TOKENS, Product, open_head, read_draft_tokens, read_shaped
+from slipstream.speculative.head_file import (
+    CONFIG_FILE,
+    DRAFT_TOKENS,
+    HeadFile,
+    Product,
+    open_head,
+    read_draft_tokens,
+    read_shaped,
+)
 
-CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
+WEIGHTS_FILE, PICKLED_FILE = "model.safetensors", "pytorch_model.bin"
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 LAYER_NAMES = ("midlayer.", "layers.0.")
 NOT_READ = ("t2d", "inv_freq", "lm_head.weight")  # the last of EAGLE 1, whose head is the model's
@@ -159,10 +165,10 @@ def load(
 
     Raises ModelError for that of another model, and for what is no such folder.
     """
-    with open_head(folder, WEIGHTS_FILE, PICKLED_FILE, "an EAGLE head") as file:
+    with open_head(folder, "eagle", WEIGHTS_FILE, PICKLED_FILE, "an EAGLE head") as (values, file):
         stored = {_plain(name): name for name in file.names()}
         is_third = "hidden_norm.weight" in stored
-        config = read_config(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE), sizes, is_third=is_third)
+        config = read_config(folder / CONFIG_FILE, values, sizes, is_third=is_third)
         is_sharing = is_third and DRAFT_TOKENS in stored
         if is_sharing:
             _check(folder / CONFIG_FILE, "hidden_size", config.hidden_size, sizes.hidden_size)
@@ -283,7 +289,7 @@ def shapes_of(config: Config, sizes: Sizes, *, is_third: bool, is_sharing: bool 
 
 
 def _read(
-    file: TensorFile, stored: Mapping[str, str], shapes: Shapes, optional: Shapes, dtype: torch.dtype,
+    file: HeadFile, stored: Mapping[str, str], shapes: Shapes, optional: Shapes, dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Tensor]:  # fmt: skip
     missing = next((name for name in shapes if name not in stored), None)

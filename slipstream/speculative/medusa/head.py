@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.engine.bounded_json import read_json
 from slipstream.errors import ModelError
-from slipstream.speculative.head_file import Product, open_head, read_draft_tokens, read_shaped
+from slipstream.speculative.head_file import CONFIG_FILE, Product, open_head, read_draft_tokens, read_shaped
 
-CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "medusa_lm_head.safetensors", "medusa_lm_head.pt"
+WEIGHTS_FILE, PICKLED_FILE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
 CHOICES_FILE = "medusa_choices.json"
 
 Layers = Sequence[tuple[Tensor, Tensor]]  # weight and bias of each
@@ -69,8 +68,8 @@ def load(
 
     Raises ModelError for those of another model, and for what is no such folder.
     """
-    with open_head(folder, WEIGHTS_FILE, PICKLED_FILE, "Medusa heads") as file:
-        num_layers = read_json(folder / CONFIG_FILE).get("medusa_num_layers", 1)
+    with open_head(folder, "medusa", WEIGHTS_FILE, PICKLED_FILE, "Medusa heads") as (config, file):
+        num_layers = config.get("medusa_num_layers", 1)
         if type(num_layers) is not int or num_layers < 0:
             raise ModelError(f"{folder / CONFIG_FILE} has medusa_num_layers {num_layers!r}; it must be a whole number.")
 

@@ -11,6 +11,7 @@
     rnn_w.weight, rnn_u.weight, .bias   [H, H], [H, H] and [H]
     draft_token_ids                     [D] instead of lm_head's last: the tokens whose rows of the model's head it has
 
+Also with input_projs and lm_heads, or with 0 for lm_head, as TensorRT-LLM's converter reads them
 (apple/ml-recurrent-drafter, recurrent_drafting/modeling_drafter.py; heads of slipstream train-drafter are of the last
 kind.)
 
@@ -26,13 +27,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.engine.bounded_json import read_json
 from slipstream.errors import ModelError
 from slipstream.schema.model import Options
-from slipstream.speculative.head_file import DRAFT_TOKENS, Product, open_head, read_draft_tokens, read_shaped
+from slipstream.speculative.head_file import (
+    CONFIG_FILE,
+    DRAFT_TOKENS,
+    Product,
+    open_head,
+    read_draft_tokens,
+    read_shaped,
+)
 
-CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
+WEIGHTS_FILE, PICKLED_FILE = "model.safetensors", "pytorch_model.bin"
 MODEL_TYPE = "recurrent_drafting_drafter"
+OTHER_NAMES = {"input_projs": "input_proj", "lm_heads": "lm_head", "0": "lm_head"}
 
 Linear = tuple[Tensor, Tensor]  # weight and bias
 
@@ -66,6 +74,11 @@ class Head:
         return drafted if self.token_ids_D is None else self.token_ids_D[drafted]
 
 
+def _plain(name: str) -> str:
+    first, _, rest = name.partition(".")
+    return f"{OTHER_NAMES.get(first, first)}.{rest}"
+
+
 def load(
     folder: Path, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device,
     head_of_tokens: Callable[[Tensor], Product],
@@ -74,8 +87,7 @@ def load(
 
     Raises ModelError for that of another model, and for what is no such folder.
     """
-    with open_head(folder, WEIGHTS_FILE, PICKLED_FILE, "a ReDrafter head") as file:
-        values = read_json(folder / CONFIG_FILE)
+    with open_head(folder, "redrafter", WEIGHTS_FILE, PICKLED_FILE, "a ReDrafter head") as (values, file):
         if (kind := values.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
             raise ModelError(f"{folder / CONFIG_FILE} has model_type {kind!r}; a ReDrafter head is of {MODEL_TYPE!r}.")
         options = Options(values, str(folder / CONFIG_FILE))
@@ -87,11 +99,10 @@ def load(
                 )
         exit_dim, num_layers = options.integer("exit_dim"), options.integer("num_draft_layers", low=0)
         has_rnn = options.boolean("rnn")
-        unread = {*file.names()} - {DRAFT_TOKENS}
+        stored = {_plain(name): name for name in file.names() if name != DRAFT_TOKENS}
 
         def read(name: str, *shape: int) -> Tensor:
-            unread.discard(name)
-            return read_shaped(file, name, shape).to(device, dtype, copy=True)
+            return read_shaped(file, stored.pop(name, name), shape).to(device, dtype, copy=True)
 
         def linear(name: str, num_out: int, num_in: int) -> Linear:
             return read(f"{name}.weight", num_out, num_in), read(f"{name}.bias", num_out)
@@ -112,6 +123,6 @@ def load(
             linear("rnn_u", hidden_size, hidden_size) if has_rnn else None,
             None if token_ids_D is None else token_ids_D.to(device),
         )
-    if unknown := sorted(unread):
-        raise ModelError(f"{folder / WEIGHTS_FILE} has {unknown[0]}, which its config.json does not tell of.")
+    if unknown := sorted(stored.values()):
+        raise ModelError(f"{file.path} has {unknown[0]}, which its config.json does not tell of.")
     return head
