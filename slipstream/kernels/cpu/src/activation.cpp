@@ -8,7 +8,7 @@ using namespace slipstream;
 namespace {
 
 inline Floats gelu_tanh(Floats x) {
-  return x / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x)));  // x/2 · (1 + tanh(u)) = x / (1 + e^-2u)
+  return x * reciprocal(1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x)));  // x/2 · (1 + tanh(u)) = x / (1 + e^-2u)
 }
 
 inline Floats gelu_exact(Floats x) {

@@ -254,15 +254,16 @@ void multiply(const Product& p, bool is_w4, int64_t first, int64_t end) {
   else multiply<8>(p, first, end);
 }
 
-// silu(gate) · up, in 8 bits, of the columns of one group. room: [rows, 2 · size], gate and up beside each other.
-void activate_group(const Product& p, const float* room, int64_t size, int64_t group, const Tensor& numbers, const Tensor& scales) {
-  float* const activated = scratch_of<float>(0, size);
+// silu(gate) · up, in 8 bits, of the columns of one group. room: [rows, 2 · size], gate and up beside each other. Rounding is a
+// loop of its own: a row's steps wait for each other, and shorter ones let the processor have more rows under way.
+void activate_group(const Product& p, float* room, int64_t size, int64_t group, const Tensor& numbers, const Tensor& scales) {
   for (int64_t m = 0; m < p.num_rows; ++m) {
-    const float *gate = room + m * 2 * size, *up = gate + size;
-    for (int64_t i = 0; i < size; i += LANES) store(activated + i, silu(load(gate + i)) * load(up + i));
-    quantize_row(activated, size, 0, 0, numbers.row<int8_t>(p.first_row + m) + group * size,
-                 scales.row<float>(p.first_row + m) + group);
+    float *gate = room + m * 2 * size, *up = gate + size;
+    for (int64_t i = 0; i < size; i += LANES) store(gate + i, silu(load(gate + i)) * load(up + i));
   }
+  for (int64_t m = 0; m < p.num_rows; ++m)
+    quantize_row(room + m * 2 * size, size, 0, 0, numbers.row<int8_t>(p.first_row + m) + group * size,
+                 scales.row<float>(p.first_row + m) + group);
 }
 
 }  // namespace

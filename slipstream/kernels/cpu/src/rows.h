@@ -7,35 +7,30 @@ namespace slipstream {
 
 // The largest magnitude of a row; NaN where the row holds NaN or infinity.
 inline float largest_magnitude(const float* x, int64_t count) {
-  Floats most = {}, poison = {};
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    const Floats v = load(x + i);
-    most = larger(most, magnitude(v));
-    poison += v * 0.0f;
-  }
-  if (i < count) {
-    const Floats v = load_some(x + i, count - i);
-    most = larger(most, magnitude(v));
-    poison += v * 0.0f;
-  }
-  return largest(most) + sum(poison);
+  Ints most = {};  // bits of magnitudes: in order as their numbers are, with infinity and NaN last
+  for (int64_t i = 0; i < count; i += LANES)
+    most = larger(most, reinterpret_cast<Ints>(magnitude(load_up_to(x + i, count - i < LANES ? count - i : LANES))));
+  const int32_t bits = largest(most);
+  float found;
+  std::memcpy(&found, &bits, sizeof found);
+  return found + found * 0.0f;
 }
 
-// round(x / scale), halves to even, as int8.
+// round(x / scale), halves to even, as int8: multiplied and then mended, which gives the quotient's own bits.
 inline void divide_to_int8(const float* x, int64_t count, float scale, float lowest, int8_t* to) {
-  int64_t i = 0;
-  for (; i < count; i += LANES) {
-    const bool is_whole = i + LANES <= count;
-    Floats v = (is_whole ? load(x + i) : load_some(x + i, count - i)) / scale;
-    v = nearest(smaller(larger(v, splat(lowest)), splat(127.0f)));
-    if (is_whole) {
-      narrow(__builtin_convertvector(v, Ints), to + i);
+  const float inverse = 1 / scale;
+  for (int64_t i = 0; i < count; i += LANES) {
+    const int64_t some = count - i < LANES ? count - i : LANES;
+    const Floats v = smaller(larger(load_up_to(x + i, some), splat(lowest * scale)), splat(127 * scale));
+    const Floats about = v * inverse;
+    const Ints whole = __builtin_convertvector(nearest(about + (v - about * scale) * inverse), Ints);
+    if (some == LANES) {
+      narrow(whole, to + i);
       continue;
     }
     int8_t bytes[LANES];
-    narrow(__builtin_convertvector(v, Ints), bytes);
-    std::memcpy(to + i, bytes, count - i);
+    narrow(whole, bytes);
+    std::memcpy(to + i, bytes, some);
   }
 }
 

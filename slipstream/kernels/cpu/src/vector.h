@@ -115,6 +115,7 @@ inline void narrow_halves(Floats from, uint16_t* to) {
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 inline Floats magnitude(Floats a) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(a) & 0x7fffffff); }
 
 inline float sum(Floats v) {
@@ -136,35 +137,24 @@ inline float largest(Floats v) {
   return found;
 }
 
+inline int32_t largest(Ints v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(v));
+#endif
+  int32_t found = v[0];
+  for (int lane = 1; lane < LANES; ++lane) found = v[lane] > found ? v[lane] : found;
+  return found;
+}
+
 // Nearest whole numbers, halves to even; magnitudes below 2^22.
 inline Floats nearest(Floats v) {
   return v + 12582912.0f - 12582912.0f;
 }
 
-// e^x: 2^n · e^r with |r| <= ln(2)/2 and a polynomial of degree 6 (Cephes' expf); 2 units in the last place.
-inline Floats exponential(Floats x) {
-  const Floats is_nan = x;
-  x = smaller(larger(x, splat(-87.3f)), splat(88.3f));
-  const Ints n = __builtin_convertvector(nearest(x * 1.44269504f), Ints);
-  const Floats whole = __builtin_convertvector(n, Floats);
-  const Floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  Floats p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  p *= reinterpret_cast<Floats>((n + 127) << 23);
-  p = is_nan < -87.3f ? Floats{} : p;
-  return is_nan == is_nan ? p : is_nan;
-}
+constexpr float HALVES_GONE = 12582912.0f;  // 1.5 · 2^23: a sum with it is rounded to whole numbers, in its lowest bits
 
-// 2^x for x <= 127, 0 from -127 down: 2^n · 2^r with |r| <= 1/2 and a polynomial of degree 5, wrong by 1e-7 of it at most.
-inline Floats power_of_two(Floats x) {
-  constexpr float HALVES_GONE = 12582912.0f;  // 1.5 · 2^23: a sum with it is rounded to whole numbers, in its lowest bits
-  x = larger(splat(-127.0f), x);              // a NaN stays
-  const Floats sum = x + HALVES_GONE, r = x - (sum - HALVES_GONE);
+// 2^n · 2^r with |r| <= 1/2 and a polynomial of degree 5, wrong by 1e-7 of it at most. `sum` is n + HALVES_GONE.
+inline Floats power_of_two(Floats sum, Floats r) {
   Floats p = splat(1.3264726908e-3f);
   p = p * r + 9.6715126604e-3f;
   p = p * r + 5.5507337442e-2f;
@@ -174,10 +164,34 @@ inline Floats power_of_two(Floats x) {
   return p * reinterpret_cast<Floats>((reinterpret_cast<Ints>(sum) + 127) << 23);
 }
 
+// 2^x for x <= 127, 0 from -127 down.
+inline Floats power_of_two(Floats x) {
+  x = larger(splat(-127.0f), x);  // a NaN stays
+  const Floats sum = x + HALVES_GONE;
+  return power_of_two(sum, x - (sum - HALVES_GONE));
+}
+
+// e^x; what is beyond -87 and 87 counts as these. A NaN stays.
+inline Floats exponential(Floats x) {
+  x = smaller(splat(87.0f), larger(splat(-87.0f), x));
+  const Floats sum = x * 1.44269504f + HALVES_GONE, n = sum - HALVES_GONE;
+  return power_of_two(sum, x * 1.44269504f - n + x * 1.92596300e-8f);  // log2(e) in two parts
+}
+
+// 1 / x or a number next to it, for |x| <= 2^126: a division takes the time of ten products.
+inline Floats reciprocal(Floats x) {
+#if defined(__AVX512F__)
+  const Floats about = reinterpret_cast<Floats>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
+  return about + about * (1.0f - x * about);
+#else
+  return 1.0f / x;
+#endif
+}
+
 // Near 0 by a polynomial (Cephes' tanhf), where 1 - 2 / (e^2x + 1) would cancel.
 inline Floats hyperbolic_tangent(Floats x) {
   const Floats size = magnitude(x), square = x * x;
-  const Floats far = 1.0f - 2.0f / (exponential(2.0f * size) + 1.0f);
+  const Floats far = 1.0f - 2.0f * reciprocal(exponential(2.0f * size) + 1.0f);
   Floats p = splat(-5.70498872745e-3f);
   p = p * square + 2.06390887954e-2f;
   p = p * square - 5.37397155531e-2f;
@@ -187,7 +201,7 @@ inline Floats hyperbolic_tangent(Floats x) {
   return size < 0.625f ? near : (x < 0.0f ? -far : far);
 }
 
-inline Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
+inline Floats silu(Floats x) { return x * reciprocal(1.0f + exponential(-x)); }
 
 #if defined(__AVX512F__)
 #define SLIPSTREAM_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
