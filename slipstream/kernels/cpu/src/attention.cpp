@@ -103,9 +103,9 @@ void look_from(const Step& step, const Task& task, int64_t head, int64_t first_r
   }
 }
 
-// All rows of a task and one KV head with a tile.
+// All rows of a task and one KV head with a tile. The first ones' products leave time to fetch what comes after it.
 void meet(const Step& step, const Task& task, int64_t head, const float* q, const Places& places, bool are_sinks,
-          const Tile& tile, Room& room, const Found& found) {
+          Tile tile, Room& room, const Found& found) {
   const int64_t num_rows = task.num_rows(step);
   const bool are_in_order = step.options.positions == nullptr;
   for (int64_t row = 0; row < num_rows; row += TILE_M)
@@ -121,6 +121,7 @@ void meet(const Step& step, const Task& task, int64_t head, const float* q, cons
       const Found some = found.from(row);
       if (first < end) {
         attend<M>(q + row * step.head_dim, step.head_dim, tile, sights, first, end, some);
+        tile.ahead.tokens = nullptr;
       } else {
         std::fill_n(some.largest, M, -INFINITY);
         std::fill_n(some.total, M, 0.0f);

@@ -28,12 +28,11 @@ struct Found {
 
 // The tile that comes after one, fetched from memory while that one is computed: a few cache lines for each key.
 struct Ahead {
-  const char* const* tokens;  // [TILE], null where nothing is to be fetched
+  const char* const* tokens;  // [TILE], null where nothing is left to be fetched
   int64_t keys, values;       // where a KV head's are in a token, in bytes, and how many bytes it has
   int64_t num_bytes;
 
   void fetch(int64_t token, int64_t offset) const {
-    if (tokens == nullptr) return;
     for (int64_t byte = 0; byte < num_bytes; byte += 64) __builtin_prefetch(tokens[token] + offset + byte, 0, 2);
   }
 };
@@ -69,7 +68,7 @@ inline void pack_square(const T* const* keys, int64_t column, int64_t width, flo
 template <class T>
 void pack_keys(const T* const* keys, int64_t count, int64_t head_dim, const Ahead& ahead, float* packed) {
   for (int64_t key = 0; key < count; key += LANES) {
-    for (int64_t i = key; i < key + LANES; ++i) ahead.fetch(i, ahead.keys);
+    for (int64_t i = key; ahead.tokens != nullptr && i < key + LANES; ++i) ahead.fetch(i, ahead.keys);
     int64_t column = 0;
     for (; column + LANES <= head_dim; column += LANES) pack_square(keys + key, column, LANES, packed + column * TILE + key);
     if (column < head_dim) pack_square(keys + key, column, head_dim - column, packed + column * TILE + key);
@@ -161,13 +160,16 @@ void attend(const float* q, int64_t head_dim, const Tile& tile, const Sight* sig
   int64_t column = 0;
   for (; column + LANES <= found.width; column += V * LANES)
     with_count<V>((found.width - column) / LANES, [&](auto vectors) {
-      sum_rows<M, vectors.value>(
-          scores, TILE, first, end,
-          [&](int64_t key) {
-            if (column == 0) tile.ahead.fetch(key, tile.ahead.values);
-            return tile.values[key] + column;
-          },
-          found.values + column, found.width);
+      const auto add_up = [&](auto&& value) {
+        sum_rows<M, vectors.value>(scores, TILE, first, end, value, found.values + column, found.width);
+      };
+      if (column == 0 && tile.ahead.tokens != nullptr)
+        add_up([&](int64_t key) {
+          tile.ahead.fetch(key, tile.ahead.values);
+          return tile.values[key];
+        });
+      else
+        add_up([&](int64_t key) { return tile.values[key] + column; });
     });
   for (column = found.width / LANES * LANES; column < found.width; ++column)
     for (int m = 0; m < M; ++m) {

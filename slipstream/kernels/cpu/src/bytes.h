@@ -46,7 +46,7 @@ inline void store_sixteen(float* to, const Sixteen& v, int64_t count) {
 
 #if defined(__AVX512VNNI__)
 
-constexpr int ROWS_M = 6, PANELS_N = 2;  // rows of x and panels at once: 12 sums and 12 totals in 32 registers
+constexpr int ROWS_M = 4, PANELS_N = 3;  // rows of x and panels at once: 12 sums and 12 totals in 32 registers
 struct Bytes {
   __m512i all;
 };

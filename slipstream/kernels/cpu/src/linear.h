@@ -7,15 +7,15 @@
 namespace slipstream {
 
 // function(first, end) over the rows of a weight. A part reads its rows once and meets them with all rows of x, so it is
-// small enough to stay in the second-level cache, and there are some parts a thread.
+// small enough to stay in the second-level cache, and there are some parts a thread. `unit`: rows that are computed at once.
 template <class Function>
-inline void parallel_weight(int64_t num_out, int64_t row_bytes, int64_t num_rows, Function&& function) {
+inline void parallel_weight(int64_t num_out, int64_t row_bytes, int64_t num_rows, int64_t unit, Function&& function) {
   constexpr int64_t CACHED = 256 << 10;
   const int64_t even = num_out / (8 * num_threads()) + 1, fits = CACHED / row_bytes + 1;
   const int64_t worth = 16384 / (row_bytes * num_rows) + 1;
   int64_t size = even < fits ? even : fits;
   if (size < worth) size = worth;
-  size = (size + TILE_N - 1) / TILE_N * TILE_N;
+  size = (size + unit - 1) / unit * unit;
   parallel((num_out + size - 1) / size, [&](int64_t part) {
     const int64_t end = (part + 1) * size;
     function(part * size, end < num_out ? end : num_out);

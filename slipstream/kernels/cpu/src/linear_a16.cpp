@@ -113,7 +113,7 @@ void multiply(const Tensor& x, const AnyWeight& weight, const Tensor* bias, cons
   const int64_t num_rows = x.sizes[0], num_in = x.sizes[1], num_out = weight.packed.sizes[0];
   if (num_rows == 0) return;
   const float* const* x_rows = pointers_to_rows<float>(0, x);
-  parallel_weight(num_out, num_in * 4, num_rows, [&](int64_t first, int64_t end) {
+  parallel_weight(num_out, num_in * 4, num_rows, TILE_N, [&](int64_t first, int64_t end) {
     // Few rows of x: as little of the weight at once as a tile takes, which stays in the first-level cache.
     const int64_t at_once = num_rows <= 2 * TILE_M ? TILE_N : end - first;
     float* numbers = scratch_of<float>(1, at_once * num_in);

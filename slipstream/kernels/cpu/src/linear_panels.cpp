@@ -212,8 +212,8 @@ void multiply(const Product& p, int64_t first, int64_t end) {
     }
     return;
   }
-  for (; n + PANELS_N <= end; n += PANELS_N) panels_meet(std::integral_constant<int, PANELS_N>{}, n);
-  for (; n < end; ++n) panels_meet(std::integral_constant<int, 1>{}, n);
+  for (; n < end; n += PANELS_N)
+    with_count<PANELS_N>(end - n < PANELS_N ? end - n : PANELS_N, [&](auto count) { panels_meet(count, n); });
 }
 
 template <int BITS>
@@ -254,15 +254,16 @@ void multiply(const Product& p, bool is_w4, int64_t first, int64_t end) {
   else multiply<8>(p, first, end);
 }
 
-// silu(gate) · up, in 8 bits, of the columns of one group. room: [rows, 2 · size], gate and up beside each other. Rounding is a
-// loop of its own: a row's steps wait for each other, and shorter ones let the processor have more rows under way.
-void activate_group(const Product& p, float* room, int64_t size, int64_t group, const Tensor& numbers, const Tensor& scales) {
+// silu(gate) · up, in 8 bits, of some groups of columns. room: [rows, 2 · num_columns], gate and up beside each other. Rounding
+// is a loop of its own: a row's steps wait for each other, and shorter ones let the processor have more rows under way.
+void activate(const Product& p, float* room, int64_t num_columns, int64_t size, int64_t group, const Tensor& numbers,
+              const Tensor& scales) {
   for (int64_t m = 0; m < p.num_rows; ++m) {
-    float *gate = room + m * 2 * size, *up = gate + size;
-    for (int64_t i = 0; i < size; i += LANES) store(gate + i, silu(load(gate + i)) * load(up + i));
+    float *gate = room + m * 2 * num_columns, *up = gate + num_columns;
+    for (int64_t i = 0; i < num_columns; i += LANES) store(gate + i, silu(load(gate + i)) * load(up + i));
   }
   for (int64_t m = 0; m < p.num_rows; ++m)
-    quantize_row(room + m * 2 * size, size, 0, 0, numbers.row<int8_t>(p.first_row + m) + group * size,
+    quantize_row(room + m * 2 * num_columns, num_columns, 0, size, numbers.row<int8_t>(p.first_row + m) + group * size,
                  scales.row<float>(p.first_row + m) + group);
 }
 
@@ -270,25 +271,28 @@ void activate_group(const Product& p, float* room, int64_t size, int64_t group, 
 
 SLIPSTREAM_KERNEL(linear_panels) {
   with_rows(in, attributes, *out[0], [](const Product& p, bool is_w4) {
-    parallel_weight(p.panels.sizes[0], p.panels.sizes[1], p.num_rows,
+    parallel_weight(p.panels.sizes[0], p.panels.sizes[1], p.num_rows, PANELS_N,
                     [&](int64_t first, int64_t end) { multiply(p, is_w4, first, end); });
   });
 }
 
 SLIPSTREAM_KERNEL(linear_panels_silu_and_mul_quantize) {
+  constexpr int64_t AT_ONCE = PANELS_N;  // groups: their panels are whole tiles, however many a group has
   const int64_t size = attributes[4].integer, num_panels = size / PANEL;  // of a group: so many columns of the gate
   const int64_t num_groups = out[0]->sizes[1] / size;
   with_rows(in, attributes, *out[0], [&](const Product& rows, bool is_w4) {
-    parallel_weight(num_groups, 2 * num_panels * rows.panels.sizes[1], rows.num_rows, [&](int64_t first, int64_t end) {
-      float* const room = scratch_of<float>(3, rows.num_rows * 2 * size);
-      for (int64_t group = first; group < end; ++group) {
+    parallel_weight(num_groups, 2 * num_panels * rows.panels.sizes[1], rows.num_rows, AT_ONCE, [&](int64_t first, int64_t end) {
+      float* const room = scratch_of<float>(3, rows.num_rows * 2 * AT_ONCE * size);
+      for (int64_t group = first; group < end; group += AT_ONCE) {
+        const int64_t count = end - group < AT_ONCE ? end - group : AT_ONCE, num_columns = count * size;
         for (int half = 0; half < 2; ++half) {
           const int64_t panel = (group + half * num_groups) * num_panels;
-          const Tensor columns{reinterpret_cast<char*>(room + half * size), {rows.num_rows, size}, 2 * size, FLOAT32, 2};
+          const Tensor columns{
+              reinterpret_cast<char*>(room + half * num_columns), {rows.num_rows, num_columns}, 2 * num_columns, FLOAT32, 2};
           multiply(Product{rows.x, 0, rows.num_rows, rows.panels, rows.scale, rows.shift, rows.bias, columns, rows.w_every, panel},
-                   is_w4, panel, panel + num_panels);
+                   is_w4, panel, panel + count * num_panels);
         }
-        activate_group(rows, room, size, group, *out[0], *out[1]);
+        activate(rows, room, num_columns, size, group, *out[0], *out[1]);
       }
     });
   });
