@@ -47,6 +47,7 @@ inline void store_sixteen(float* to, const Sixteen& v, int64_t count) {
 #if defined(__AVX512VNNI__)
 
 constexpr int ROWS_M = 4, PANELS_N = 3;  // rows of x and panels at once: 12 sums and 12 totals in 32 registers
+constexpr int ROWS_ALONE = 8;            // rows with one panel: 8 and 8
 struct Bytes {
   __m512i all;
 };
@@ -71,7 +72,7 @@ inline Numbers load_numbers(const int32_t* four) {
 
 #elif defined(__AVX2__)
 
-constexpr int ROWS_M = 2, PANELS_N = 1;
+constexpr int ROWS_M = 2, PANELS_N = 1, ROWS_ALONE = 2;
 struct Bytes {
   __m256i wide[4];  // of four rows each
 };
@@ -113,7 +114,7 @@ inline Numbers load_numbers(const int32_t* four) {
 
 #else
 
-constexpr int ROWS_M = 1, PANELS_N = 1;
+constexpr int ROWS_M = 1, PANELS_N = 1, ROWS_ALONE = 1;
 struct Bytes {
   uint8_t all[STEP_BYTES];
 };

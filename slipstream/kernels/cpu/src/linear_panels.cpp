@@ -22,6 +22,9 @@ enum class Scales { ROW, GROUP, SHIFTED };  // of the weight: one a row; one a g
 struct Rows {
   int32_t* memory;
   int64_t num_bytes, num_groups, group_bytes;  // bytes of a row, zeros beyond its columns, and of a group; the last may have less
+  bool are_few;
+
+  int64_t at_once() const { return are_few ? ROWS_ALONE : ROWS_M; }  // M, but for the last ones
 
   int64_t ints_of_row() const { return num_bytes / 4 + 3 * num_groups; }
   int32_t* tile(int64_t row) const { return memory + row * ints_of_row(); }
@@ -186,10 +189,10 @@ void widen(const uint8_t* nibbles, int64_t count, uint8_t* bytes) {
 // number of x serves several panels, and nibbles are split once for all.
 template <int BITS, Scales SCALES>
 void multiply(const Product& p, int64_t first, int64_t end) {
-  const auto rows_meet = [&](auto bits, const uint8_t* const* panels, auto count, int64_t n) {
-    for (int64_t m = 0; m < p.num_rows; m += ROWS_M)
-      with_count<ROWS_M>(p.num_rows - m < ROWS_M ? p.num_rows - m : ROWS_M,
-                         [&](auto rows) { tile<bits.value, SCALES, rows.value, count.value>(p, panels, m, n); });
+  const auto rows_meet = [&](auto bits, auto most, const uint8_t* const* panels, auto count, int64_t n) {
+    for (int64_t m = 0; m < p.num_rows; m += most.value)
+      with_count<most.value>(p.num_rows - m < most.value ? p.num_rows - m : most.value,
+                             [&](auto rows) { tile<bits.value, SCALES, rows.value, count.value>(p, panels, m, n); });
   };
   const int64_t panel_bytes = p.panels.sizes[1], wide_bytes = p.x.num_bytes * PANEL;
   uint8_t* const room = BITS == 8 ? nullptr : scratch_of<uint8_t>(2, PANELS_N * wide_bytes);
@@ -202,13 +205,14 @@ void multiply(const Product& p, int64_t first, int64_t end) {
         panels[i] = room + i * wide_bytes;
       }
     }
-    rows_meet(std::integral_constant<int, 8>{}, panels, count, n);
+    rows_meet(std::integral_constant<int, 8>{}, std::integral_constant<int, ROWS_M>{}, panels, count, n);
   };
   int64_t n = first;
-  if (p.num_rows <= FEW_ROWS) {
+  if (p.x.are_few) {
     for (; n < end; ++n) {
       const uint8_t* const panel = p.panels.row<uint8_t>(n);
-      rows_meet(std::integral_constant<int, BITS>{}, &panel, std::integral_constant<int, 1>{}, n);
+      rows_meet(std::integral_constant<int, BITS>{}, std::integral_constant<int, ROWS_ALONE>{}, &panel,
+                std::integral_constant<int, 1>{}, n);
     }
     return;
   }
@@ -236,13 +240,14 @@ void with_rows(const Tensor* const* in, const Attribute* attributes, const Tenso
   const int64_t w_size = size_of(attributes[1].integer), x_size = size_of(attributes[2].integer);
   const int64_t size = w_size < x_size ? w_size : x_size, num_groups = (row_bytes + size - 1) / size;
   const auto groups_in = [&](int64_t whole) { return whole == row_bytes ? num_groups : whole / size; };
-  Rows rows{nullptr, row_bytes, num_groups, size};
+  Rows rows{nullptr, row_bytes, num_groups, size, num_rows <= FEW_ROWS};
+  const int64_t at_once = rows.at_once();
   rows.memory = scratch_of<int32_t>(1, (num_rows < ROWS_AT_ONCE ? num_rows : ROWS_AT_ONCE) * rows.ints_of_row());
   for (int64_t first_row = 0; first_row < num_rows; first_row += ROWS_AT_ONCE) {
     const int64_t count = num_rows - first_row < ROWS_AT_ONCE ? num_rows - first_row : ROWS_AT_ONCE;
-    parallel_rows((count + ROWS_M - 1) / ROWS_M, row_bytes * ROWS_M / 8.0, [&](int64_t first, int64_t end) {
-      for (int64_t m = first * ROWS_M; m < end * ROWS_M && m < count; m += ROWS_M)
-        rows.fill(rows.tile(m), first_row + m, count - m < ROWS_M ? count - m : ROWS_M, x, x_scale, groups_in(x_size),
+    parallel_rows((count + at_once - 1) / at_once, row_bytes * at_once / 8.0, [&](int64_t first, int64_t end) {
+      for (int64_t m = first * at_once; m < end * at_once && m < count; m += at_once)
+        rows.fill(rows.tile(m), first_row + m, count - m < at_once ? count - m : at_once, x, x_scale, groups_in(x_size),
                   is_w4 ? (shift != nullptr ? 0 : 8) : 128);
     });
     function(Product{rows, first_row, count, panels, *in[3], shift, in[5], y, groups_in(w_size), 0}, is_w4);
