@@ -10,6 +10,7 @@ Shape suffixes: S texts, L tokens of the longest, H hidden size, V vocabulary, D
 F numbers of each that are rotated.
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ from torch.nn import functional
 
 from slipstream.engine.folder import Engine
 from slipstream.engine.shared import lm_head
+from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.errors import UsageError
 from slipstream.speculative.drafter import LAST
+from slipstream.speculative.head_file import CONFIG_FILE
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,20 @@ class SharedHead(nn.Module):
 def later(values_SL: Tensor, count: int, *, fill: int | bool) -> Tensor:
     """[S, L] at each token the value of the one so many after it."""
     return functional.pad(values_SL, (0, count), value=fill)[:, count:]
+
+
+def begins(batch: Batch, num_tokens: int = 0) -> Tensor:
+    """[S, L] the tokens after which a draft may begin: the target has chosen the next one, and so many after that."""
+    is_place_SL = later(batch.is_answer, 1, fill=False)
+    return is_place_SL & later(batch.is_answer, 1 + num_tokens, fill=False) if num_tokens else is_place_SL
+
+
+def write_head(folder: Path, weights_file: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """In float16, and the numbers of tokens in int32."""
+    narrow = {name: each.detach().half() if each.is_floating_point() else each.int() for name, each in tensors.items()}
+    entries = [(name, tuple(each.shape), each.dtype, lambda each=each: each) for name, each in narrow.items()]
+    write_tensor_file(folder / weights_file, entries, {"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
 
 
 def rotated(x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, head_dim: int) -> Tensor:

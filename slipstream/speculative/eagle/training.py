@@ -11,7 +11,6 @@ Shape suffixes: S texts, L tokens of the longest, F what is read of the model, H
 drafted, P places of a batch, N = S · L rows, X queries, K KV heads, G queries of each, D numbers of a head, C steps.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.kernels.rope import rope_cos_sin
 from slipstream.speculative.drafter import LAST
 from slipstream.speculative.eagle.drafter import Options as Drafting
@@ -35,7 +33,7 @@ from slipstream.speculative.eagle.head import (
     shapes_of,
 )
 from slipstream.speculative.head_file import DRAFT_TOKENS
-from slipstream.speculative.training import Batch, SharedHead, Teacher, later, rotated
+from slipstream.speculative.training import Batch, SharedHead, Teacher, begins, later, rotated, write_head
 from slipstream.speculative.training import Student as Base
 
 LATER_COUNTS_LESS = 0.8  # a step's loss than the last one's, as in the paper's code: all before it must have been right
@@ -114,7 +112,7 @@ class Student(Base):
 
     def loss(self, batch: Batch) -> Tensor:
         assert batch.hidden is not None
-        head, is_place_SL = self._head(), later(batch.is_answer, 1, fill=False)
+        head, is_place_SL = self._head(), begins(batch)
         is_label_SL = self._shared.labels(batch) >= 0
         with torch.no_grad():  # what the model held likely at each label
             before_PH = batch.hidden[:, :-1, -self._config.hidden_size :][is_label_SL[:, 1:]]
@@ -131,10 +129,9 @@ class Student(Base):
 
     def evaluate(self, batches: Iterable[Batch]) -> list[float]:
         """How far the likeliest chain goes; a tree goes further."""
-        num_accepted, num_places, farthest = torch.zeros(Drafting.depth), 0, 1 + Drafting.depth
+        num_accepted, num_places = torch.zeros(Drafting.depth), 0
         for batch in batches:
-            head = self._head()
-            is_place_SL = later(batch.is_answer, 1, fill=False) & later(batch.is_answer, farthest, fill=False)
+            head, is_place_SL = self._head(), begins(batch, Drafting.depth)
             is_right = [
                 head.token_ids(head.logits(hidden_SLH[is_place_SL], _no_head).argmax(1))
                 == later(batch.token_ids, 2 + step, fill=0)[is_place_SL]
@@ -146,11 +143,9 @@ class Student(Base):
         return (num_accepted / max(1, num_places)).tolist()
 
     def save(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        tensors = {_published(name): getattr(self, place).detach().half() for name, place in self._places.items()}
-        tensors[DRAFT_TOKENS] = self._shared.token_ids_D.int()
-        entries = [(name, tuple(each.shape), each.dtype, lambda each=each: each) for name, each in tensors.items()]
-        write_tensor_file(folder / WEIGHTS_FILE, entries, {"format": "pt"})
-        (folder / CONFIG_FILE).write_text(json.dumps({**self._values, **facts}, indent=1) + "\n")
+        tensors = {_published(name): getattr(self, place) for name, place in self._places.items()}
+        tensors[DRAFT_TOKENS] = self._shared.token_ids_D
+        write_head(folder, WEIGHTS_FILE, tensors, {**self._values, **facts})
 
 
 def _attended(q_SLKGD: Tensor, rows: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.speculative.head_file import DRAFT_TOKENS
-from slipstream.speculative.medusa.head import CHOICES_FILE, CONFIG_FILE, WEIGHTS_FILE
-from slipstream.speculative.training import Batch, SharedHead, Teacher
+from slipstream.speculative.medusa.head import CHOICES_FILE, WEIGHTS_FILE
+from slipstream.speculative.training import Batch, SharedHead, Teacher, begins, later, write_head
 from slipstream.speculative.training import Student as Base
 
 MAX_NODES = 63  # of the tree
@@ -60,13 +59,11 @@ class Student(Base):
 
         A label is a place in the shared head; -1 where the token cannot be drafted, or the text has ended.
         """
-        is_place_SL = functional.pad(batch.is_answer, (0, 1))[:, 1:]  # the token after it was chosen by the target
         assert batch.hidden is not None
+        is_place_SL, labels_SL = begins(batch), self._shared.labels(batch)
         x_PH = batch.hidden[is_place_SL]
-        labels_SL = self._shared.labels(batch)
         for head in range(self._options.num_heads):
-            shifted_SL = functional.pad(labels_SL, (0, 2 + head), value=-1)[:, 2 + head :]
-            yield x_PH, shifted_SL[is_place_SL]
+            yield x_PH, later(labels_SL, 2 + head, fill=-1)[is_place_SL]
 
     def loss(self, batch: Batch) -> Tensor:
         losses = []
@@ -82,7 +79,7 @@ class Student(Base):
         num_places = 0
         for batch in batches:
             ranks_PN = torch.stack([self._ranks(head, *each) for head, each in enumerate(self._examples(batch))], dim=1)
-            ranks_PN = ranks_PN[self._is_followed(batch)]
+            ranks_PN = ranks_PN[begins(batch, self._options.num_heads)[begins(batch)]]  # as long as a draft may be
             num_places += len(ranks_PN)
             for ranks in ranks_PN.tolist():
                 found = ranks[: ranks.index(-1)] if -1 in ranks else ranks
@@ -93,13 +90,6 @@ class Student(Base):
         depths = range(1, 1 + max(map(len, self._choices)))
         return [sum(count for choice, count in tree if len(choice) == depth) / num_places for depth in depths]
 
-    def _is_followed(self, batch: Batch) -> Tensor:
-        """[P] whether the text goes on for as long as a draft may be."""
-        farthest = 1 + self._options.num_heads
-        padded_SL = functional.pad(batch.is_answer, (0, farthest))
-        is_place_SL = padded_SL[:, 1 : 1 + batch.is_answer.shape[1]]
-        return padded_SL[:, farthest:][is_place_SL]
-
     def _ranks(self, head: int, x_PH: Tensor, labels_P: Tensor) -> Tensor:
         """[P] the place of the right token among a head's, or -1."""
         likely_PK = self._logits(head, x_PH).topk(min(MAX_RANK, len(self._shared.weight_DH))).indices
@@ -107,13 +97,11 @@ class Student(Base):
         return is_right_PK.int().argmax(dim=1).where(is_right_PK.any(dim=1), -1)
 
     def save(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        tensors = {DRAFT_TOKENS: self._shared.token_ids_D.int()}
+        tensors = {DRAFT_TOKENS: self._shared.token_ids_D}
         for head in range(self._options.num_heads):
             for layer in range(self._options.num_layers):
-                tensors[f"{head}.{layer}.linear.weight"] = self.weight[head, layer].detach().half()
-                tensors[f"{head}.{layer}.linear.bias"] = self.bias[head, layer].detach().half()
-        entries = [(name, tuple(each.shape), each.dtype, lambda each=each: each) for name, each in tensors.items()]
-        write_tensor_file(folder / WEIGHTS_FILE, entries, {"format": "pt"})
+                tensors[f"{head}.{layer}.linear.weight"] = self.weight[head, layer]
+                tensors[f"{head}.{layer}.linear.bias"] = self.bias[head, layer]
         (folder / CHOICES_FILE).write_text(json.dumps(self._choices) + "\n")
         config = {"medusa_num_heads": self._options.num_heads, "medusa_num_layers": self._options.num_layers, **facts}
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
+        write_head(folder, WEIGHTS_FILE, tensors, config)

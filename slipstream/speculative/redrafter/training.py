@@ -10,7 +10,6 @@ Shape suffixes: S texts, L tokens of the longest, H hidden size, D tokens that c
 beams, N tokens of each.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.speculative.head_file import DRAFT_TOKENS
 from slipstream.speculative.redrafter.beams import beam_search
 from slipstream.speculative.redrafter.drafter import Options as Drafting
-from slipstream.speculative.redrafter.head import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE, Head
-from slipstream.speculative.training import Batch, SharedHead, Teacher, later
+from slipstream.speculative.redrafter.head import MODEL_TYPE, WEIGHTS_FILE, Head
+from slipstream.speculative.training import Batch, SharedHead, Teacher, begins, later, write_head
 from slipstream.speculative.training import Student as Base
 
 PLACES_AT_ONCE = 256  # of a beam search: logits of each beam are in memory
@@ -69,15 +67,14 @@ class Student(Base):
 
         A label is a place in the shared head; -1 where the token cannot be drafted, or the text has ended.
         """
-        is_place_SL = later(batch.is_answer, 1, fill=False)
-        labels_SL = self._shared.labels(batch)
+        is_place_SL, labels_SL = begins(batch), self._shared.labels(batch)
         for ahead in range(1, 1 + Drafting.length):
             taken_SL = later(batch.token_ids, ahead, fill=0)
             yield taken_SL[is_place_SL], later(labels_SL, 1 + ahead, fill=-1)[is_place_SL]
 
     def loss(self, batch: Batch) -> Tensor:
         assert batch.hidden is not None
-        head, h_PH = self._head(), batch.hidden[later(batch.is_answer, 1, fill=False)]
+        head, h_PH = self._head(), batch.hidden[begins(batch)]
         state_PH, losses = torch.zeros_like(h_PH), []
         for taken_P, labels_P in self._examples(batch):
             with torch.no_grad():
@@ -92,8 +89,7 @@ class Student(Base):
         num_accepted, num_places = torch.zeros(Drafting.length), 0
         for batch in batches:
             assert batch.hidden is not None
-            farthest = 1 + Drafting.length
-            is_place_SL = later(batch.is_answer, 1, fill=False) & later(batch.is_answer, farthest, fill=False)
+            farthest, is_place_SL = 1 + Drafting.length, begins(batch, Drafting.length)
             after_SLN = functional.pad(batch.token_ids, (0, farthest)).unfold(1, 1 + farthest, 1)[..., 1:]
             rows = zip(
                 batch.hidden[is_place_SL].split(PLACES_AT_ONCE),
@@ -111,13 +107,11 @@ class Student(Base):
         return (num_accepted / max(1, num_places)).tolist()
 
     def save(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        tensors = {name: each.detach().half() for name, each in self.named_parameters() if "." in name}
+        tensors: dict[str, Tensor] = {name: each for name, each in self.named_parameters() if "." in name}
         for layer, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
-            tensors[f"lm_head.{layer}.linear.weight"] = weight.detach().half()
-            tensors[f"lm_head.{layer}.linear.bias"] = bias.detach().half()
-        tensors[DRAFT_TOKENS] = self._shared.token_ids_D.int()
-        entries = [(name, tuple(each.shape), each.dtype, lambda each=each: each) for name, each in tensors.items()]
-        write_tensor_file(folder / WEIGHTS_FILE, entries, {"format": "pt"})
+            tensors[f"lm_head.{layer}.linear.weight"] = weight
+            tensors[f"lm_head.{layer}.linear.bias"] = bias
+        tensors[DRAFT_TOKENS] = self._shared.token_ids_D
         config = {"model_type": MODEL_TYPE, "exit_dim": self.bias.shape[1], "rnn": True}
         config |= {"num_draft_layers": len(self.weight), "num_lookback_tokens": Drafting.length, **facts}
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
+        write_head(folder, WEIGHTS_FILE, tensors, config)
