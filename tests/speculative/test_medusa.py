@@ -10,11 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slipstream import LLM, SamplingParams
+from slipstream.build import build
+from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.checkpoint.random import write_random_model
 from slipstream.engine.folder import open_engine
 from slipstream.engine.shared import head_of_tokens, lm_head
 from slipstream.errors import EngineError, ModelError, SlipstreamError, UsageError
 from slipstream.models import gemma2, llama
+from slipstream.schema.build import BuildConfig
 from slipstream.speculative.choices import fitting, parents_of
 from slipstream.speculative.drafter import Draft, Verified
 from slipstream.speculative.medusa import drafter as medusa
@@ -96,6 +99,16 @@ def test_where_the_models_head_is(tmp_path: Path) -> None:
         pytest.raises(EngineError, match=r"packed format.*build the engine"),
     ):
         lm_head(open_engine(llm.engine_path))
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_the_models_head_of_several_ranks_is_put_together(quantization: str | None, tmp_path: Path) -> None:
+    """In stages, too, and where their parts are not of one size."""
+    model = write_random_model(tmp_path / "model", llama.TINY | {"vocab_size": 131})
+    config = BuildConfig(tp_size=2, pp_size=2, quantization=quantization, max_batch_size=2, max_num_tokens=32)
+    build(open_checkpoint(resolve(model)), tmp_path / "engine", config)
+    own = load_file(model / "model.safetensors")["lm_head.weight"]
+    torch.testing.assert_close(lm_head(open_engine(tmp_path / "engine")), own, rtol=0, atol=0.01)
 
 
 def test_heads_read_what_the_models_own_head_read(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
