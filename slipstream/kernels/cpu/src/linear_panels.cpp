@@ -1,5 +1,7 @@
 // linear_panels: weights of 8 or 4 bits in panels (bytes.h), with activations of 8 bits, a scale a row or group of these.
 // linear_panels_silu_and_mul_quantize: two of them, of which nothing but what the next product reads is written.
+#include <type_traits>
+
 #include "bytes.h"
 #include "linear.h"
 #include "rows.h"
@@ -9,6 +11,7 @@ using namespace slipstream;
 namespace {
 
 constexpr int64_t FEW_ROWS = 8;        // of x: the time is that of reading W
+constexpr int64_t SOME_ROWS = 64;      // of x: worth reading the next of W while these are computed
 constexpr int64_t ROWS_AT_ONCE = 192;  // of x: they stay in the second-level cache while panels pass by
 constexpr int64_t USUAL_GROUP = 32;    // bytes of x; a loop over a known number of them has no counters
 // Bytes: the processor fetches 8 bits early enough by itself, 4 bits it does not (half the rate without this).
@@ -121,9 +124,20 @@ inline void finish(const Product& p, int64_t m, int64_t panel, const Sixteen& va
   store_sixteen(p.result(m, panel), Sixteen::of([&](int i) { return value.part[i] + bias.part[i]; }), count);
 }
 
-// y[m0 + m][16 of each panel]. `panels`: of rows n0 of the weight, as bytes or as nibbles.
-template <int BITS, Scales SCALES, int M, int N>
-void tile(const Product& p, const uint8_t* const* panels, int64_t m0, int64_t n0) {
+// The panels that come after some, fetched from memory by the tiles of these: each has its share, group by group.
+struct Ahead {
+  const uint8_t* bytes;
+  int64_t lines_a_group;
+
+  void fetch() {
+    for (int64_t line = 0; line < lines_a_group; ++line) __builtin_prefetch(bytes + line * STEP_BYTES, 0, 2);
+    bytes += lines_a_group * STEP_BYTES;
+  }
+};
+
+// y[m0 + m][16 of each panel]. `panels`: of rows n0 of the weight, as bytes or as nibbles. `ahead` may be nothing at all.
+template <int BITS, Scales SCALES, int M, int N, class OptionalAhead>
+void tile(const Product& p, const uint8_t* const* panels, int64_t m0, int64_t n0, OptionalAhead& ahead) {
   const int32_t* x = p.x.tile(m0);
   const uint8_t* w[N];
   for (int n = 0; n < N; ++n) w[n] = panels[n];
@@ -133,6 +147,7 @@ void tile(const Product& p, const uint8_t* const* panels, int64_t m0, int64_t n0
   int64_t scale_place = 0, uses = 0;  // of the weight's scales
   for (int64_t left = p.x.num_bytes; left > 0; left -= p.x.group_bytes) {
     const int64_t bytes = left < p.x.group_bytes ? left : p.x.group_bytes;
+    if constexpr (std::is_same_v<OptionalAhead, Ahead>) ahead.fetch();
     Sums sums[M][N];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
@@ -189,10 +204,10 @@ void widen(const uint8_t* nibbles, int64_t count, uint8_t* bytes) {
 // number of x serves several panels, and nibbles are split once for all.
 template <int BITS, Scales SCALES>
 void multiply(const Product& p, int64_t first, int64_t end) {
-  const auto rows_meet = [&](auto bits, auto most, const uint8_t* const* panels, auto count, int64_t n) {
+  const auto rows_meet = [&](auto bits, auto most, const uint8_t* const* panels, auto count, int64_t n, auto ahead) {
     for (int64_t m = 0; m < p.num_rows; m += most.value)
       with_count<most.value>(p.num_rows - m < most.value ? p.num_rows - m : most.value,
-                             [&](auto rows) { tile<bits.value, SCALES, rows.value, count.value>(p, panels, m, n); });
+                             [&](auto rows) { tile<bits.value, SCALES, rows.value, count.value>(p, panels, m, n, ahead); });
   };
   const int64_t panel_bytes = p.panels.sizes[1], wide_bytes = p.x.num_bytes * PANEL;
   uint8_t* const room = BITS == 8 ? nullptr : scratch_of<uint8_t>(2, PANELS_N * wide_bytes);
@@ -205,14 +220,19 @@ void multiply(const Product& p, int64_t first, int64_t end) {
         panels[i] = room + i * wide_bytes;
       }
     }
-    rows_meet(std::integral_constant<int, 8>{}, std::integral_constant<int, ROWS_M>{}, panels, count, n);
+    const auto all_meet = [&](auto ahead) {
+      rows_meet(std::integral_constant<int, 8>{}, std::integral_constant<int, ROWS_M>{}, panels, count, n, ahead);
+    };
+    if (p.num_rows > SOME_ROWS) return all_meet(std::false_type{});
+    const int64_t num_groups = p.x.num_groups * ((p.num_rows + ROWS_M - 1) / ROWS_M);
+    all_meet(Ahead{p.panels.row<uint8_t>(n + count.value), (PANELS_N * panel_bytes / STEP_BYTES + num_groups - 1) / num_groups});
   };
   int64_t n = first;
   if (p.x.are_few) {
     for (; n < end; ++n) {
       const uint8_t* const panel = p.panels.row<uint8_t>(n);
       rows_meet(std::integral_constant<int, BITS>{}, std::integral_constant<int, ROWS_ALONE>{}, &panel,
-                std::integral_constant<int, 1>{}, n);
+                std::integral_constant<int, 1>{}, n, std::false_type{});
     }
     return;
   }
