@@ -146,12 +146,10 @@ inline int32_t largest(Ints v) {
   return found;
 }
 
-// Nearest whole numbers, halves to even; magnitudes below 2^22.
-inline Floats nearest(Floats v) {
-  return v + 12582912.0f - 12582912.0f;
-}
-
 constexpr float HALVES_GONE = 12582912.0f;  // 1.5 · 2^23: a sum with it is rounded to whole numbers, in its lowest bits
+
+// Nearest whole numbers, halves to even; magnitudes below 2^22.
+inline Floats nearest(Floats v) { return v + HALVES_GONE - HALVES_GONE; }
 
 // 2^n · 2^r with |r| <= 1/2 and a polynomial of degree 5, wrong by 1e-7 of it at most. `sum` is n + HALVES_GONE.
 inline Floats power_of_two(Floats sum, Floats r) {
