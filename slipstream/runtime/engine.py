@@ -25,7 +25,7 @@ from slipstream.schema.launch import Launch
 from slipstream.schema.request import EngineStats, GenerateRequest, RequestState, TokenEvent
 from slipstream.schema.speculative import Speculation
 from slipstream.schema.step import StepPlan
-from slipstream.speculative.drafter import Drafter, LayerDrafter, Target
+from slipstream.speculative.drafter import AnyDrafter, LayerDrafter, Target
 
 MAX_SEQ_LEN = 2**31 - 1
 # Tokens of a step on a CPU where nobody asks for more: what ops hand on stays in its caches, and streams wait less.
@@ -256,7 +256,7 @@ def start_engine(
 
 def _start_ranks(
     folder: EngineFolder, choices: Choices, device: torch.device, options: StartOptions, guidance: Guidance,
-    drafter: Drafter | None, plugins: Sequence[str],
+    drafter: AnyDrafter | None, plugins: Sequence[str],
 ) -> tuple[RankGroup, Worker, int]:  # fmt: skip
     """Start the other ranks, and this one with them. Raises what keeps any of them from it."""
     mapping = folder.manifest.mapping
@@ -282,7 +282,7 @@ def _start_ranks(
     return group, worker, num_blocks
 
 
-def _shape_of(drafter: Drafter) -> DraftShape:
+def _shape_of(drafter: AnyDrafter) -> DraftShape:
     if not drafter.can_be_cut:
         return DraftShape.WHOLE
     return DraftShape.TREE if drafter.can_branch else DraftShape.CHAIN

@@ -1,14 +1,16 @@
-"""Drafter: what proposes the tokens that a step verifies. docs/adding/drafter.md shows how to write one.
+"""Drafters: what proposes the tokens that a step verifies. docs/adding/drafter.md shows how to write one.
 
     start(slot, token_ids, request)   a sequence enters a slot, with its prompt and whatever it has said before
     draft(verified)                   after each step that asks for drafts: what may come after the tokens it gave
     stop(slot)                        the sequence has left; the slot may be empty
 
-A LayerDrafter has a layer with a KV cache of its own, and is told of each step's rows besides.
+A Drafter makes lists of what it reads on the host. A DeviceDrafter makes tensors of where texts end, and nobody waits
+for it: it is part of the step, and of its recording. A LayerDrafter is one that has a layer with a KV cache of its own,
+and is told of each step's rows besides.
 
 Nothing that a drafter does changes a text (accept.py): it decides how many tokens a step gives, not which.
 
-Shape suffixes: S sequences, M tokens that a step gave at most, N rows of hidden states, F numbers of each.
+Shape suffixes: S sequences, M tokens that a step gave at most, N drafts, T rows of a step, F numbers of each.
 """
 
 from abc import ABC, abstractmethod
@@ -53,14 +55,42 @@ class Verified(NamedTuple):
         return [token_ids[:count] for token_ids, count in rows]
 
 
-class Computed(NamedTuple):
-    """The rows of a step that are text now, N of S sequences, one sequence after the other."""
+class Ends(NamedTuple):
+    """Where S texts end after a step, which is where the model is. Some may be no texts, with any numbers."""
 
-    slots: Sequence[int]
-    starts: Sequence[int]  # the place of each one's first row in its text
-    next_ids: Sequence[Sequence[int]]  # of each, the token that follows each of its rows
-    hidden: Tensor  # [N, F]
-    block_tables: Tensor  # int64 [S, B], on the host: the KV blocks of each, as far as its rows
+    slots: Tensor  # [S]; -1 of no text
+    token_ids: Tensor  # [S] the last token
+    positions: Tensor  # [S] its place
+    hidden: Tensor | None = None  # [S, F] what reads_hidden asks for, where that token was chosen
+    block_tables: Tensor | None = None  # [S, B] the KV blocks of each, as far as the step's rows, for a LayerDrafter
+
+
+class DraftTensors(NamedTuple):
+    """Of S sequences, N drafts each, where the model is."""
+
+    token_ids: Tensor  # [S, N]
+    parents: Tensor  # [S, N], as a Draft has them
+    counts: Tensor | None = None  # [S] how many of them are meant, on a device where looking costs nothing
+
+    def lists(self) -> list[Draft]:
+        """On the host. On a GPU that waits for the step."""
+        pairs = zip(self.token_ids.tolist(), self.parents.tolist(), strict=True)
+        drafts = [Draft(token_ids, parents) for token_ids, parents in pairs]
+        if self.counts is None:
+            return drafts
+        cut = zip(drafts, self.counts.tolist(), strict=True)
+        return [Draft(draft.token_ids[:count], (draft.parents or ())[:count]) for draft, count in cut]
+
+
+class Computed(NamedTuple):
+    """The rows of a step, and what is text now of them; where the model is."""
+
+    slots: Tensor  # [S]; -1 of what has not sampled
+    last: Tensor  # [S] of each, its last row that is text
+    next_ids: Tensor  # [T] the token that follows each row; negative where a row is no text
+    places: Tensor  # [T] of each row in its text
+    kv_slots: Tensor  # [T] where its keys and values belong; in the null block where it is no text
+    hidden: Tensor  # [T, F]
 
 
 class OwnKV(NamedTuple):
@@ -95,7 +125,7 @@ class Target:
         return self.engine.manifest
 
 
-class Drafter(ABC):
+class AnyDrafter:
     """One for an engine; it is called from the engine's thread only."""
 
     default_draft_len: ClassVar[int] = 8
@@ -109,22 +139,35 @@ class Drafter(ABC):
         """Raises UsageError for options that the method does not know."""
         self.max_draft_len = speculation.max_draft_len or self.default_draft_len
 
-    @abstractmethod
-    def start(self, slot: int, token_ids: Sequence[int], request: GenerateRequest) -> None: ...
-
-    @abstractmethod
-    def draft(self, verified: Verified) -> Sequence[Draft]:
-        """For each of the sequences, at most max_drafts tokens; none where nothing is worth a guess."""
-
-    @abstractmethod
-    def stop(self, slot: int) -> None: ...
-
     def attach(self, running: Running) -> None:
         """The engine's weights are loaded: what it may use of the target, where reads_ends says so."""
         raise NotImplementedError
 
 
-class LayerDrafter(Drafter):
+class Drafter(AnyDrafter, ABC):
+    @abstractmethod
+    def start(self, slot: int, token_ids: Sequence[int], request: GenerateRequest) -> None: ...
+
+    @abstractmethod
+    def draft(self, verified: Verified) -> Sequence[Draft]:
+        """For each of the sequences, at most max_draft_len tokens; none where nothing is worth a guess.
+
+        Of each the first max_drafts are verified.
+        """
+
+    @abstractmethod
+    def stop(self, slot: int) -> None: ...
+
+
+class DeviceDrafter(AnyDrafter, ABC):
+    """What it does depends on nothing but shapes, so that it can be recorded: it reads no tensor's values."""
+
+    @abstractmethod
+    def draft(self, ends: Ends, most: int) -> DraftTensors:
+        """At most `most` for each; max_draft_len where that many are asked for."""
+
+
+class LayerDrafter(DeviceDrafter):
     """One with a layer of its own on top of the target's hidden states. Its KV lies in blocks that are numbered as the
     target's, and are shared, copied and found again with these."""
 

@@ -67,6 +67,26 @@ def test_drafts_change_no_text(method: str, tmp_path: Path) -> None:
         assert 0 < sum(llm.stats.num_accepted_tokens) < llm.stats.num_draft_tokens
 
 
+@pytest.mark.parametrize("method", ["medusa", "eagle", "redrafter"])
+def test_a_step_with_drafts_is_one_launch(method: str, tmp_path: Path) -> None:
+    """Verified, accepted and drafted again; nobody waits in between."""
+    model = write_random_model(tmp_path / "model", model_file("llama").TINY, seed=2)
+    speculative = METHODS[method](model, tmp_path / "draft") | {"adaptive": False}
+    asked, sampling = [1, 2, 3], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    with LLM(model, device="cuda", **LIMITS, enable_block_reuse=False, speculative=speculative) as llm:
+        llm.generate(asked, sampling)
+        steps, drafts = llm.stats.num_steps, llm.stats.num_drafts
+        with torch.profiler.profile() as profile:
+            llm.generate(asked, sampling)
+        steps, drafts = llm.stats.num_steps - steps, llm.stats.num_drafts - drafts
+    calls = {each.key: each.count for each in profile.key_averages() if each.key.startswith("cu")}
+    assert drafts > 10
+    assert calls["cudaGraphLaunch"] == steps, calls
+    single = sum(count for key, count in calls.items() if "LaunchKernel" in key)
+    assert single <= 8 + 2 * (steps - drafts), calls
+    assert calls.get("cudaStreamSynchronize", 0) + calls.get("cudaDeviceSynchronize", 0) <= 4, calls
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_vectors_are_those_of_the_cpu(pooling: str, tmp_path: Path) -> None:
     """In recorded steps and beside requests that generate; texts longer than a step come in pieces."""

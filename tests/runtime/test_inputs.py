@@ -8,7 +8,7 @@ import torch
 
 from slipstream.kernels.attention.metadata import STEP_SHAPES
 from slipstream.runtime.worker.groups import group_input
-from slipstream.runtime.worker.inputs import NO_SLOT, StepSizes, fill_inputs, make_inputs, sizes_of
+from slipstream.runtime.worker.inputs import NO_SLOT, NO_TEXT, StepSizes, fill_inputs, make_inputs, sizes_of
 from slipstream.runtime.worker.tables import BlockTables
 from slipstream.schema.step import PENDING, SequenceStep, StepPlan
 from tests.runtime.fake_worker import make_request
@@ -50,12 +50,19 @@ class Slots:
 
 
 def expected(
-    plan: StepPlan, counts: list[int], is_chosen: list[bool], slots: Slots, sizes: StepSizes
+    plan: StepPlan, counts: list[int], is_chosen: list[bool], slots: Slots, sizes: StepSizes, known: list[int]
 ) -> dict[str, list]:
     found: dict[str, list] = {name: [] for name in sizes.shapes()}
     found["step.query_starts"] = [0]
     for step, count, is_mine in zip(plan.sequences, counts, is_chosen, strict=True):
         first, end = len(found["step.token_ids"]), step.start + len(step.token_ids)
+        if sizes.num_nodes:
+            found["trees.slots"].append(step.slot if step.sample else NO_SLOT)
+            found["trees.roots"].append(first + len(step.token_ids) - 1)
+            found["trees.rows"].append(len(found["step.logit_rows"]) + count - 1 if step.sample else 0)
+            found["trees.sizes"].append(int(step.sample))
+            after = [] if step.sample else known[end : end + 1]
+            found["trees.next_ids"] += [*step.token_ids[1:], *(after or [NO_TEXT])]
         found["step.token_ids"] += step.token_ids
         found["step.positions"] += range(step.start, end)
         found["token_slots"] += [step.slot] * len(step.token_ids)
@@ -75,7 +82,9 @@ def expected(
 
 
 def padded(name: str, values: list, shape: tuple[int, ...], num_tokens: int) -> np.ndarray:
-    fill = {"step.query_starts": num_tokens, "row_slots": NO_SLOT}.get(name, 0)
+    fill = {
+        "step.query_starts": num_tokens, "row_slots": NO_SLOT, "trees.slots": NO_SLOT, "trees.next_ids": NO_TEXT
+    }.get(name, 0)  # fmt: skip
     out = np.full(shape, fill)
     if values:
         out[: len(values)] = values
@@ -92,12 +101,15 @@ def test_inputs_are_what_the_plans_say(num_groups: int) -> None:
         tables.update(plan)
         counts = [rng.choice((int(step.sample), len(step.token_ids))) for step in plan.sequences]
         is_chosen = [step.sample and rng.random() < 0.8 for step in plan.sequences]
-        exact = sizes_of(plan, counts, tables)
-        larger = StepSizes(*(each + rng.randint(0, 9) for each in list(vars(exact).values())[:-1]), num_groups)
+        known = [rng.randrange(100) for _ in range(rng.randrange(60))]
+        exact = sizes_of(plan, counts, tables, num_nodes=rng.choice((0, 3)))
+        larger = StepSizes(
+            *(each + rng.randint(0, 9) for each in list(vars(exact).values())[:-2]), num_groups, exact.num_nodes
+        )
         for sizes in (exact, larger):
             numbers = torch.full((sizes.num_numbers,), -77)
-            fill_inputs(plan, counts, is_chosen, tables, sizes, numbers)
-            wanted = expected(plan, counts, is_chosen, slots, sizes)
+            fill_inputs(plan, counts, is_chosen, tables, sizes, numbers, lambda slot, known=known: known)
+            wanted = expected(plan, counts, is_chosen, slots, sizes, known)
             for name, view in sizes.views(numbers).items():
                 right = padded(name, wanted[name], sizes.shapes()[name], plan.num_tokens)
                 assert np.array_equal(view.numpy(), right), name

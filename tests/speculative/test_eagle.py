@@ -16,7 +16,10 @@ from slipstream import LLM, SamplingParams
 from slipstream.checkpoint.random import write_random_model
 from slipstream.errors import ModelError, SlipstreamError, UsageError
 from slipstream.models import llama, mistral
-from slipstream.speculative.drafter import Draft, Verified
+from slipstream.runtime.worker.drafts import Drafts
+from slipstream.runtime.worker.ending import Ending
+from slipstream.speculative.accept import Accepted
+from slipstream.speculative.drafter import Draft, DraftTensors, Ends
 from slipstream.speculative.eagle import drafter as eagle
 from tests.speculative.heads import write_eagle, write_eagle3
 from tests.speculative.naive_eagle import NaiveEagle
@@ -38,22 +41,31 @@ class Seen(NamedTuple):
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     """Every draft, with the text that it goes on from."""
-    texts, found = dict[int, list[int]](), list[Seen]()
-    start, draft = eagle.Drafter.start, eagle.Drafter.draft
+    texts, made, found = dict[int, list[int]](), dict[int, Draft](), list[Seen]()
+    add, draft, end = Drafts.add, eagle.Drafter.draft, Ending.run
 
-    def enter(self: Any, slot: int, token_ids: Sequence[int], request: Any) -> None:
-        texts[slot] = list(token_ids)
-        start(self, slot, token_ids, request)
+    def enter(self: Any, slot: int, request: Any, output_token_ids: tuple[int, ...]) -> None:
+        texts[slot] = [*request.prompt_token_ids, *output_token_ids]
+        add(self, slot, request, output_token_ids)
 
-    def look(self: Any, verified: Verified) -> list[Draft]:
-        made = draft(self, verified)
-        for slot, said, each in zip(verified.slots, verified.lists(), made, strict=True):
-            texts[slot] += said
-            found.append(Seen(tuple(texts[slot]), each))
-        return made
+    def look(self: Any, ends: Ends, most: int) -> DraftTensors:
+        drafts = draft(self, ends, most)
+        made.update(zip(ends.slots.tolist(), drafts.lists(), strict=True))
+        return drafts
 
-    monkeypatch.setattr(eagle.Drafter, "start", enter)
+    def look_back(self: Any, ending: Any, inputs: Any, *rest: Any) -> Tensor:
+        made.clear()
+        ended_SX = end(self, ending, inputs, *rest)
+        counts_S, token_ids_SM, *_ = Accepted.unpacked(ended_SX)
+        for slot, count, token_ids in zip(inputs["trees.slots"].tolist(), counts_S, token_ids_SM.tolist(), strict=True):
+            if slot >= 0:
+                texts[slot] += token_ids[:count]
+                found.extend([Seen(tuple(texts[slot]), made[slot])] if slot in made else [])
+        return ended_SX
+
+    monkeypatch.setattr(Drafts, "add", enter)
     monkeypatch.setattr(eagle.Drafter, "draft", look)
+    monkeypatch.setattr(Ending, "run", look_back)
     return found
 
 

@@ -19,7 +19,7 @@ from slipstream.errors import EngineError, ModelError, SlipstreamError, UsageErr
 from slipstream.models import gemma2, llama
 from slipstream.schema.build import BuildConfig
 from slipstream.speculative.choices import fitting, parents_of
-from slipstream.speculative.drafter import Draft, Verified
+from slipstream.speculative.drafter import Draft, DraftTensors, Ends
 from slipstream.speculative.medusa import drafter as medusa
 from slipstream.speculative.medusa.head import load
 from slipstream.speculative.tree import check_parents
@@ -117,12 +117,13 @@ def test_heads_read_what_the_models_own_head_read(model: Path, tmp_path: Path, m
     own = load_file(model / "model.safetensors")["lm_head.weight"]
     tensors = load_file(folder / "medusa_lm_head.safetensors")
     save_file(tensors | {"0.0.weight": own}, folder / "medusa_lm_head.safetensors")
-    seen: list[tuple[Verified, list[Draft]]] = []
+    seen: list[tuple[Ends, list[Draft]]] = []
     draft = medusa.Drafter.draft
 
-    def look(self: Any, verified: Verified) -> list[Draft]:
-        seen.append((verified, draft(self, verified)))
-        return seen[-1][1]
+    def look(self: Any, ends: Ends, most: int) -> DraftTensors:
+        drafts = draft(self, ends, most)
+        seen.append((ends, drafts.lists()))
+        return drafts
 
     monkeypatch.setattr(medusa.Drafter, "draft", look)
     asked = [SamplingParams(max_tokens=12, temperature=0), SamplingParams(max_tokens=9, temperature=0, min_tokens=2)]
@@ -132,12 +133,12 @@ def test_heads_read_what_the_models_own_head_read(model: Path, tmp_path: Path, m
         llm.generate([[5, 6, 7], [index % 50 for index in range(90)]], asked)
     tensors = load_file(folder / "medusa_lm_head.safetensors")
     choices = medusa.default_choices()
-    assert len(seen) > 5 and any(len(verified.slots) == 2 for verified, _ in seen)
-    for verified, drafts in seen:
-        assert verified.hidden is not None
-        for hidden_H, said, made in zip(verified.hidden.double(), verified.lists(), drafts, strict=True):
+    assert len(seen) > 5 and any(len(ends.slots) == 2 for ends, _ in seen)
+    for ends, drafts in seen:
+        assert ends.hidden is not None
+        for hidden_H, said, made in zip(ends.hidden.double(), ends.token_ids, drafts, strict=True):
             ranked = [naive(tensors, head, 0, hidden_H).argsort(descending=True) for head in range(3)]
-            assert ranked[0][0] == said[-1]
+            assert ranked[0][0] == said
             assert made.parents is not None and len(made.token_ids) == 20
             placed = list(zip(made.token_ids, made.parents, strict=True))
             for choice in choices[:20]:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slipstream import LLM, SamplingParams
 from slipstream.api.outputs import RequestOutput
@@ -24,7 +25,12 @@ from slipstream.models import gemma3_text, llama, qwen3
 from slipstream.runtime.draft_control import DraftControl
 from slipstream.runtime.speculation import methods
 from slipstream.runtime.worker.drafts import Drafts
+from slipstream.runtime.worker.ending import Ending, EndingPlan
+from slipstream.runtime.worker.inputs import fill_inputs, sizes_of
+from slipstream.runtime.worker.recorded import RecordedSteps, StepOutputs
+from slipstream.runtime.worker.worker import Worker
 from slipstream.schema.build import DraftShape
+from slipstream.schema.step import StepPlan
 from tests.speculative.heads import write_eagle, write_eagle3, write_medusa, write_redrafter
 from tests.speculative.likeness import write_likeness
 from tests.speculative.test_lossless import LIMITS, REQUESTS, assert_same, prompts, run, texts_of
@@ -118,6 +124,73 @@ def adapting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Reque
     return model, run(model, REQUESTS)[0]
 
 
+class Replayed(RecordedSteps):
+    """Steps of the sizes that a GPU records, filled in part as there, with nothing looked at on the way."""
+
+    def record_short(self, num_groups: int, max_num_tokens: int) -> None:
+        pass
+
+    def run(
+        self, plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool], ending: EndingPlan | None = None
+    ) -> StepOutputs | None:
+        num_nodes = 0 if ending is None else ending.num_nodes
+        sizes = self._sizes_for(sizes_of(plan, logit_counts, self._tables, num_nodes))
+        assert sizes is not None
+        numbers = torch.full((sizes.num_numbers,), 99)
+        fill_inputs(plan, logit_counts, is_chosen, self._tables, sizes, numbers, self._known)
+        outputs, num_rows = self._run(sizes.views(numbers), ending), sum(logit_counts)
+        return outputs._replace(logits=outputs.logits[:num_rows], token_ids=outputs.token_ids[:num_rows])
+
+
+class Unseen(TorchDispatchMode):
+    """Whoever asks what a tensor holds fails, as he would in a recording."""
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        assert call not in (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default)
+        if call in (aten.index.Tensor, aten.index_put_.default):
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        return call(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_are_as_a_gpu_replays_them(
+    method: str, adapting: tuple[Path, list[RequestOutput]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of few sizes, each with an ending that drafts as much as can be for all that there is room for."""
+    allocate, run_padded, end, endings = Worker.allocate_kv, Replayed.run, Ending.run, list[EndingPlan | None]()
+
+    def allocate_and_record(self: Worker, num_blocks: int) -> None:
+        allocate(self, num_blocks)
+        self._drafts._may_look = self._ending._may_look = False
+        self._recorded = Replayed(
+            self._run, self._tables, self._max_batch_size, self._most_rows, self._device, self._drafts.known
+        )
+
+    def note(self: Replayed, plan: Any, counts: Any, chosen: Any, ending: EndingPlan | None = None) -> Any:
+        endings.append(ending)
+        return run_padded(self, plan, counts, chosen, ending)
+
+    def end_unseen(self: Ending, *inputs: Any) -> Tensor:
+        with Unseen():
+            return end(self, *inputs)
+
+    monkeypatch.setattr(Worker, "allocate_kv", allocate_and_record)
+    monkeypatch.setattr(Ending, "run", end_unseen)
+    monkeypatch.setattr(Replayed, "run", note)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    model, expected = adapting
+    speculative = METHODS[method](model, tmp_path / "draft") | {"adaptive": False}
+    found, stats = run(model, REQUESTS, speculative=speculative)
+    assert_same(found, expected)
+    assert 0 < sum(stats.num_accepted_tokens) < stats.num_draft_tokens
+    assert None in endings  # of steps in which the host edits
+    endings.clear()
+    found, _ = run(model, REQUESTS[:5], speculative=speculative)
+    assert_same(found, expected[:5])
+    assert sum(ending is not None and ending.num_nodes > 1 for ending in endings) > 5
+
+
 RANKS = {"tp_size": 2, "pp_size": 2}
 
 
@@ -128,13 +201,13 @@ def test_ranks_draft_and_say_what_one_does(
     """Sums of parts are rounded in another order, so that a draft may be another at a near tie; texts are the same."""
     model, expected = adapting
     speculative = METHODS[method](model, tmp_path / "draft") | {"adaptive": False}
-    drafts, check = list[tuple[int, ...]](), Drafts._check
+    drafts, keep = list[tuple[int, ...]](), Drafts._keep
 
-    def look(self: Drafts, token_ids: Sequence[int], *rest: Any) -> None:
-        drafts.append(tuple(token_ids))
-        check(self, token_ids, *rest)
+    def look(self: Drafts, slots_S: Tensor, token_ids_SN: Tensor, parents_SN: Tensor) -> None:
+        drafts.extend(map(tuple, token_ids_SN.tolist()))
+        keep(self, slots_S, token_ids_SN, parents_SN)
 
-    monkeypatch.setattr(Drafts, "_check", look)
+    monkeypatch.setattr(Drafts, "_keep", look)
     assert_same(run(model, REQUESTS[:4], speculative=speculative)[0], expected[:4])
     of_one = Counter(drafts)
     drafts.clear()

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -13,10 +15,11 @@ from slipstream import LLM, SamplingParams
 from slipstream.checkpoint.random import write_random_model
 from slipstream.errors import ModelError, SlipstreamError, UsageError
 from slipstream.models import llama
-from slipstream.speculative.drafter import Draft, Verified
+from slipstream.speculative.drafter import Draft, DraftTensors, Ends
 from slipstream.speculative.redrafter import drafter as redrafter
-from slipstream.speculative.redrafter.beams import beam_search
+from slipstream.speculative.redrafter.beams import beam_search, merged_beams
 from slipstream.speculative.redrafter.head import load
+from slipstream.speculative.tree import merged
 from tests.speculative.heads import write_redrafter
 from tests.speculative.test_lossless import LIMITS
 
@@ -112,17 +115,29 @@ def test_a_head_that_shares_the_models_own(model: Path, tmp_path: Path) -> None:
     assert found == [[[3 + token_id for token_id in beam] for beam in beams] for beams in expected]
 
 
+@given(st.integers(1, 4), st.integers(1, 4), st.data())
+def test_beams_that_begin_alike_are_one(width: int, length: int, data: st.DataObject) -> None:
+    """As the tree that is put together one token after the other."""
+    beam = st.lists(st.integers(0, 2), min_size=length, max_size=length)
+    beams = data.draw(st.lists(st.lists(beam, min_size=width, max_size=width), min_size=1, max_size=3))
+    trees = [merged(ways) for ways in beams]
+    tree = merged_beams(torch.tensor(beams))
+    assert tree.lists() == [Draft(tree.token_ids, tree.parents) for tree in trees]
+    assert tree.token_ids.shape == tree.parents.shape == (len(beams), width * length)
+
+
 def test_drafts_are_the_beams_of_what_the_models_head_read(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each once, as far as they begin alike; the first max_draft_len tokens of them."""
     folder = write_redrafter(model, tmp_path / "head")
-    seen: list[tuple[Verified, list[Draft]]] = []
+    seen: list[tuple[Ends, list[Draft]]] = []
     draft = redrafter.Drafter.draft
 
-    def look(self: Any, verified: Verified) -> list[Draft]:
-        seen.append((verified, draft(self, verified)))
-        return seen[-1][1]
+    def look(self: Any, ends: Ends, most: int) -> DraftTensors:
+        drafts = draft(self, ends, most)
+        seen.append((ends, drafts.lists()))
+        return drafts
 
     monkeypatch.setattr(redrafter.Drafter, "draft", look)
     weights = load_file(model / "model.safetensors")
@@ -139,16 +154,16 @@ def test_drafts_are_the_beams_of_what_the_models_head_read(
     with LLM(model, **LIMITS, speculative=options) as llm:
         llm.generate([[5, 6, 7], [index % 50 for index in range(90)]], asked)
         assert llm.runtime_config.max_draft_len == 7
-    assert len(seen) > 5 and any(len(verified.slots) == 2 for verified, _ in seen)
-    for verified, drafts in seen:
-        assert verified.hidden is not None
-        for hidden_H, said, made in zip(verified.hidden, verified.lists(), drafts, strict=True):
-            assert int((own_VH @ hidden_H).argmax()) == said[-1]
+    assert len(seen) > 5 and any(len(ends.slots) == 2 for ends, _ in seen)
+    for ends, drafts in seen:
+        assert ends.hidden is not None
+        for hidden_H, said, made in zip(ends.hidden, ends.token_ids.tolist(), drafts, strict=True):
+            assert int((own_VH @ hidden_H).argmax()) == said
             assert made.parents is not None
             ways = [()]
             for token_id, parent in zip(made.token_ids, made.parents, strict=True):
                 ways.append((*ways[parent], token_id))  # type: ignore[arg-type]
-            beams = naive.beams(hidden_H, said[-1], 3, 3)
+            beams = naive.beams(hidden_H, said, 3, 3)
             begun = list(dict.fromkeys(tuple(beam[:depth]) for beam in beams for depth in range(1, 4)))
             assert ways[1:] == begun[:7]
 

@@ -3,10 +3,9 @@
 Shape suffixes: S sequences, N drafts, M nodes (a sequence's last known token and its drafts), T tokens of the step.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,11 +14,20 @@ from slipstream.kernels.attention.tree import WORD
 from slipstream.runtime.transfer import on_device
 from slipstream.runtime.worker.inputs import draft_name
 from slipstream.runtime.worker.memory import zeros
-from slipstream.runtime.worker.tables import BlockTables
 from slipstream.schema.request import GenerateRequest
 from slipstream.schema.step import PENDING, SequenceStep, StepPlan
 from slipstream.speculative.accept import Accepted
-from slipstream.speculative.drafter import Computed, Drafter, LayerDrafter, OwnKV, Running, Verified
+from slipstream.speculative.drafter import (
+    AnyDrafter,
+    DeviceDrafter,
+    Draft,
+    Drafter,
+    DraftTensors,
+    LayerDrafter,
+    OwnKV,
+    Running,
+    Verified,
+)
 from slipstream.speculative.tree import ancestors, chain_parents, check_parents, depths
 
 _ROOT = (1, 0)  # a column before, none after: the root is its own parent, and its token is not looked at
@@ -31,7 +39,6 @@ class Drafted(NamedTuple):
     num_nodes: list[int]  # of each, its last token included: so many rows of logits it has
     token_ids: Tensor  # [S, M]
     parents: Tensor  # [S, M]
-    is_branching: bool  # whether what is accepted may have to move in the cache
 
 
 class Drafts:
@@ -39,7 +46,7 @@ class Drafts:
 
     def __init__(
         self,
-        drafter: Drafter | None,
+        drafter: AnyDrafter | None,
         vocab_size: int,
         num_slots: int,
         device: torch.device,
@@ -50,26 +57,29 @@ class Drafts:
     ) -> None:
         """texts: of each slot the tokens that are known on the host. max_len, can_branch: of the drafter, also where
         another rank has it."""
-        self._drafter, self._vocab_size, self._device, self._texts = drafter, vocab_size, device, texts
+        self._drafter = drafter
+        self._on_host = drafter if isinstance(drafter, Drafter) else None
+        self._layer = drafter if isinstance(drafter, LayerDrafter) else None
+        self._vocab_size, self._device, self._texts = vocab_size, device, texts
+        self._may_look = device.type == "cpu"  # at what tensors hold: a GPU would be waited for
         self.max_len, self.can_branch = max_len, can_branch
         self.num_mask_words = -(-(1 + self.max_len) // WORD)
 
         def of_slots(*shape: int) -> Tensor:
-            return torch.zeros((num_slots, *shape), dtype=torch.int64, device=device)
+            return torch.zeros((num_slots + 1, *shape), dtype=torch.int64, device=device)  # the last is of NO_SLOT
 
         self._token_ids, self._parents = of_slots(self.max_len), of_slots(self.max_len)
         # Of drafts that may branch, and their roots: how far a node is from the root, and what is above it.
         self._depths, self._masks = of_slots(1 + self.max_len), of_slots(1 + self.max_len, self.num_mask_words)
+        self._counts = torch.full((num_slots + 1,), max_len)  # of drafts that are meant, where that can be looked at
         self._is_taking = [False] * num_slots
-        self._is_branching = [False] * num_slots
-        self._layer = drafter if isinstance(drafter, LayerDrafter) else None
         self._known: list[Sequence[int]] = [()] * num_slots  # tokens that each text had when it came
         self._told = [0] * num_slots  # tokens of each that the drafter was told of, where it was not asked since
-        self._group = 0  # whose blocks the drafter is lent
+        self.group = 0  # whose KV blocks the drafter is lent
 
     def attach(self, running: Running, group: int) -> None:
         """The engine's weights are there. group: of the KV blocks that a drafter's own layer is lent."""
-        self._group = group
+        self.group = group
         assert self._drafter is not None
         self._drafter.attach(running)
 
@@ -78,7 +88,7 @@ class Drafts:
         if self._layer is None:
             return []
         own = self._layer.own_kv
-        num_more = -(-own.num_ahead // tokens_per_block) * len(self._known)
+        num_more = -(-own.num_ahead // tokens_per_block) * len(self._token_ids)
         shape = (2, num_blocks + num_more, tokens_per_block, own.num_heads, own.head_dim)
         kv_PNBKD = zeros(shape, dtype, self._device)
         self._layer.take_kv(kv_PNBKD, num_blocks)
@@ -91,12 +101,16 @@ class Drafts:
         self._told[slot] = 0
         # A user's function is called once a token, in their order, as it may expect. Last tokens have none after them.
         self._is_taking[slot] = not request.sampling.logits_processors and request.max_tokens > 1
-        if self._is_taking[slot]:
-            self._drafter.start(slot, self._known[slot], request)
+        if self._on_host is not None and self._is_taking[slot]:
+            self._on_host.start(slot, self._known[slot], request)
 
     def remove(self, slot: int) -> None:
-        if self._drafter is not None:
-            self._drafter.stop(slot)
+        if self._on_host is not None:
+            self._on_host.stop(slot)
+
+    def known(self, slot: int) -> Sequence[int]:
+        """The tokens that its text had when it came."""
+        return self._known[slot]
 
     @property
     def reads_ends(self) -> bool:
@@ -106,42 +120,32 @@ class Drafts:
     def own_kv(self) -> OwnKV | None:
         return None if self._layer is None else self._layer.own_kv
 
-    def follow(
-        self, plan: StepPlan, hidden_TF: Tensor, said: Iterable[tuple[list[int], list[int]]], tables: BlockTables
-    ) -> None:
-        """Tell a drafter with a KV cache of its own which rows of a step are text.
+    def asked(self, plan: StepPlan) -> tuple[int, ...]:
+        """The sequences of a step that are to have drafts in the next."""
+        return tuple(
+            index
+            for index, step in enumerate(plan.sequences)
+            if step.sample and step.max_drafts and self._is_taking[step.slot]
+        )
 
-        said: of each sequence that samples, the tokens that it gains and the rows that they were chosen in.
-        """
-        assert self._layer is not None
-        samples = iter(said)
-        rows, next_ids, first = list[int](), list[list[int]](), 0
-        for step in plan.sequences:
-            mine, known = range(first, first + len(step.token_ids)), self._known[step.slot]
-            following, end = list(step.token_ids[1:]), step.start + len(step.token_ids)
-            if step.sample:
-                token_ids, chosen_at = next(samples)
-                following += [max(0, token_id) for token_id in token_ids]  # where there is none, the request ends
-                rows += [*mine, *(mine[-1] + row - chosen_at[0] for row in chosen_at[1:])]
-            else:
-                following += known[end : end + 1]  # nothing, where a text that is pooled ends
-                rows += mine[: len(following)]
-            next_ids.append(following)
-            first += step.num_tokens
-        slots, starts = [step.slot for step in plan.sequences], [step.start for step in plan.sequences]
-        longest = max(start + len(ids) for start, ids in zip(starts, next_ids, strict=True))
-        tables_SB = tables.of(self._group, np.array(slots), -(-longest // tables.tokens_per_block))
-        hidden_NF = hidden_TF[on_device(rows, torch.int64, self._device)]
-        self._layer.follow(Computed(slots, starts, next_ids, hidden_NF, torch.from_numpy(tables_SB)))
+    @property
+    def are_made_on_host(self) -> bool:
+        return self._on_host is not None
+
+    def _made_on_device(self, steps: Sequence[SequenceStep]) -> list[int]:
+        if not isinstance(self._drafter, DeviceDrafter):
+            return [0] * len(steps)
+        return [min(step.max_drafts, int(self._counts[step.slot])) * self._is_taking[step.slot] for step in steps]
 
     def propose(self, steps: Sequence[SequenceStep], accepted: Accepted, hidden_SH: Tensor | None = None) -> list[int]:
-        """Drafts for the next step of these sequences, all of which sample: how many each has.
+        """How many drafts each of these sequences, all of which sample, has for its next step.
 
-        hidden: where the last token of each was chosen. Raises ValueError for what a drafter may not propose.
+        A drafter on the host makes them now; one on the device has. hidden: where the last token of each was chosen.
+        Raises ValueError for what a drafter may not propose.
         """
+        if self._on_host is None:
+            return self._made_on_device(steps)
         num_drafts = [0] * len(steps)
-        if self._drafter is None:
-            return num_drafts
         for step in steps:
             if not step.max_drafts and not self._told[step.slot]:
                 self._told[step.slot] = step.start + len(step.token_ids)
@@ -155,35 +159,37 @@ class Drafts:
         )  # fmt: skip
         if len(asked) < len(steps):
             verified = self._only(asked, verified)
-        drafts = self._drafter.draft(self._with_missed([steps[index] for index in asked], verified))
-        rows = []
+        drafts = self._on_host.draft(self._with_missed([steps[index] for index in asked], verified))
         for index, draft in zip(asked, drafts, strict=True):
-            step, chain = steps[index], chain_parents(len(draft.token_ids))
-            parents = chain if draft.parents is None else list(draft.parents)
-            is_branching = parents != chain
-            self._check(draft.token_ids, parents, is_branching)
-            self._is_branching[step.slot] = is_branching
-            num_drafts[index] = count = min(len(chain), step.max_drafts)
-            padding = [0] * (self.max_len - count)
-            rows.append([[*draft.token_ids[:count], *padding], [*parents[:count], *padding]])
-        if not any(num_drafts):
-            return num_drafts
-        slots_S = on_device(verified.slots, torch.int64, self._device)
-        token_ids_SN, parents_SN = on_device(rows, torch.int64, self._device).unbind(1)
+            num_drafts[index] = min(len(draft.token_ids), steps[index].max_drafts)
+        tensors = self._checked(drafts)
+        if any(num_drafts):
+            self._keep(on_device(verified.slots, torch.int64, self._device), tensors.token_ids, tensors.parents)
+        return num_drafts
+
+    def keep(self, slots_S: Tensor, drafts: DraftTensors) -> None:
+        """For the next step of these slots. What nobody looks at is kept within its bounds."""
+        num_drafts = drafts.token_ids.shape[1]
+        if self._may_look:
+            self._counts[slots_S] = num_drafts if drafts.counts is None else drafts.counts
+        padding = (0, self.max_len - num_drafts)
+        token_ids_SN = functional.pad(drafts.token_ids.clamp(0, self._vocab_size - 1), padding)
+        parents_SN = torch.arange(self.max_len, device=self._device).expand_as(token_ids_SN)
+        if self.can_branch:
+            parents_SN = functional.pad(drafts.parents.clamp(min=0), padding).minimum(parents_SN)
+        self._keep(slots_S, token_ids_SN, parents_SN)
+
+    def _keep(self, slots_S: Tensor, token_ids_SN: Tensor, parents_SN: Tensor) -> None:
         self._token_ids[slots_S], self._parents[slots_S] = token_ids_SN, parents_SN
         if self.can_branch:
             parents_SM = functional.pad(parents_SN, _ROOT)
             self._depths[slots_S], self._masks[slots_S] = depths(parents_SM), ancestors(parents_SM)
-        return num_drafts
 
     def _only(self, indexes: list[int], verified: Verified) -> Verified:
         index_S = on_device(indexes, torch.int64, self._device)
-        hidden_SH = verified.hidden
-        return Verified(
-            [verified.slots[index] for index in indexes], [verified.max_drafts[index] for index in indexes],
-            verified.counts[index_S], verified.token_ids[index_S], verified.positions[index_S],
-            verified.chosen[index_S], None if hidden_SH is None else hidden_SH[index_S],
-        )  # fmt: skip
+        slots, max_drafts = ([values[index] for index in indexes] for values in (verified.slots, verified.max_drafts))
+        others = {name: x[index_S] for name, x in verified._asdict().items() if isinstance(x, Tensor)}
+        return verified._replace(slots=slots, max_drafts=max_drafts, **others)
 
     def _with_missed(self, steps: Sequence[SequenceStep], verified: Verified) -> Verified:
         """What was said in steps that asked for no drafts comes first. All of it is known by now."""
@@ -201,7 +207,16 @@ class Drafts:
             counts=on_device(counts, torch.int64, self._device), token_ids=on_device(rows, torch.int64, self._device)
         )
 
-    def _check(self, token_ids: Sequence[int], parents: Sequence[int], is_branching: bool) -> None:
+    def _checked(self, drafts: Sequence[Draft]) -> DraftTensors:
+        rows = []
+        for token_ids, parents in drafts:
+            parents = chain_parents(len(token_ids)) if parents is None else parents
+            self._check(token_ids, parents)
+            padding = [0] * (self.max_len - len(token_ids))
+            rows.append([[*token_ids, *padding], [*parents, *padding]])
+        return DraftTensors(*on_device(rows, torch.int64, self._device).unbind(1))
+
+    def _check(self, token_ids: Sequence[int], parents: Sequence[int]) -> None:
         """What comes from outside may not reach the model's tables unseen."""
         if len(token_ids) > self.max_len:
             raise ValueError(f"the drafter proposed {len(token_ids)} tokens, more than {self.max_len}")
@@ -213,7 +228,7 @@ class Drafts:
         if len(parents) != len(token_ids):
             raise ValueError(f"the drafter proposed {len(token_ids)} tokens and {len(parents)} parents")
         check_parents(parents)
-        if is_branching and not self.can_branch:
+        if list(parents) != chain_parents(len(parents)) and not self.can_branch:
             raise ValueError("the drafter proposed branches; its class must say can_branch = True")
 
     def fill(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -222,7 +237,7 @@ class Drafts:
             return {}
         token_ids_T, slots_T = inputs["step.token_ids"], inputs["token_slots"]
         is_draft_T = token_ids_T < PENDING
-        if self._device.type == "cpu" and not bool(is_draft_T.any()):  # to look waits for nothing here
+        if self._may_look and not bool(is_draft_T.any()):
             shape = (len(token_ids_T), self.num_mask_words)
             return {"step.tree_masks": token_ids_T.new_full(shape, -1)} if self.can_branch else {}
         nodes_T = (1 + draft_name(token_ids_T)).where(is_draft_T, 0).clamp(max=self.max_len)
@@ -235,16 +250,15 @@ class Drafts:
         inputs["row_positions"].copy_(1 + positions_T[inputs["step.logit_rows"]])
         return {"step.tree_masks": self._masks[slots_T, nodes_T].where(is_draft_T[:, None], -1)}
 
+    def trees(self, slots_S: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
+        """The first nodes of each slot's drafts after their root: tokens and parents, [S, M]."""
+        token_ids_SN, parents_SN = self._token_ids[slots_S, : num_nodes - 1], self._parents[slots_S, : num_nodes - 1]
+        return functional.pad(token_ids_SN, _ROOT), functional.pad(parents_SN, _ROOT)
+
     def verified_by(self, steps: Sequence[SequenceStep]) -> Drafted | None:
         """What these sequences have drafts of, if any has."""
         num_drafts = [step.num_drafts for step in steps]
         if not any(num_drafts):
             return None
-        slots_S, most = on_device([step.slot for step in steps], torch.int64, self._device), max(num_drafts)
-        token_ids_SN, parents_SN = self._token_ids[slots_S, :most], self._parents[slots_S, :most]
-        return Drafted(
-            [1 + count for count in num_drafts],
-            functional.pad(token_ids_SN, _ROOT),
-            functional.pad(parents_SN, _ROOT),
-            any(self._is_branching[step.slot] for step in steps),
-        )
+        slots_S = on_device([step.slot for step in steps], torch.int64, self._device)
+        return Drafted([1 + count for count in num_drafts], *self.trees(slots_S, 1 + max(num_drafts)))

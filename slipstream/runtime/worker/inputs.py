@@ -1,7 +1,7 @@
 """A StepPlan becomes the tensors the graph reads: one array on the host, one copy to the device, a view for each."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TypeVar
@@ -12,12 +12,19 @@ from torch import Tensor
 
 from slipstream.runtime.worker.groups import group_input
 from slipstream.runtime.worker.tables import BlockTables, Numbers
-from slipstream.schema.step import PENDING, StepPlan
+from slipstream.schema.step import PENDING, SequenceStep, StepPlan
 
 Places = TypeVar("Places", int, Tensor)
 
 NO_SLOT = -1  # as an index: one beyond all slots
+NO_TEXT = -1  # where no token follows, or none that the host knows
 _FIRST_DRAFT = PENDING - 1
+
+KnownText = Callable[[int], Sequence[int]]
+
+
+def _nothing(_slot: int) -> Sequence[int]:
+    return ()
 
 
 def draft_name(place: Places) -> Places:
@@ -34,12 +41,16 @@ class StepSizes:
     num_rows: int  # of logits
     table_width: int  # KV blocks a sequence, in one group
     num_groups: int  # of KV layers
+    num_nodes: int = 0  # of the trees that end it, their roots among them; 0 where nothing is drafted (ending.py)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """By the graph's names: the fields of StepTensors, slots and block_tables once a group; where drafts begin.
 
         And of each token its sequence's slot in the worker; of each row of logits the slot that the step chooses a
         token for, or NO_SLOT, and where in its text that token will be. Drafts are named as draft_name says.
+
+        Where trees end it, of each sequence that samples its slot, the row of its tree's root among the step's and
+        among those of logits, and its nodes (NO_SLOT and 0 of others); and what is known to follow each row.
         """
         shapes: dict[str, tuple[int, ...]] = {
             "step.token_ids": (self.num_tokens,),
@@ -55,6 +66,9 @@ class StepSizes:
         for group in range(self.num_groups):
             shapes[group_input("step.slots", group)] = (self.num_tokens,)
             shapes[group_input("step.block_tables", group)] = (self.num_sequences, self.table_width)
+        if self.num_nodes:
+            shapes |= dict.fromkeys(("trees.slots", "trees.roots", "trees.rows", "trees.sizes"), (self.num_sequences,))
+            shapes["trees.next_ids"] = (self.num_tokens,)
         return shapes
 
     @property
@@ -79,20 +93,21 @@ def rows_wanted(plan: StepPlan, wants_all_rows: Sequence[bool]) -> list[int]:
     ]
 
 
-def sizes_of(plan: StepPlan, logit_counts: Iterable[int], tables: BlockTables) -> StepSizes:
-    """Exactly what the plan needs."""
+def sizes_of(plan: StepPlan, logit_counts: Iterable[int], tables: BlockTables, num_nodes: int = 0) -> StepSizes:
+    """Exactly what the plan needs. num_nodes: as in StepSizes."""
     longest = max(sequence.start + sequence.num_tokens for sequence in plan.sequences)
     width = -(-longest // tables.tokens_per_block)
-    return StepSizes(plan.num_tokens, len(plan.sequences), sum(logit_counts), width, tables.num_groups)
+    return StepSizes(plan.num_tokens, len(plan.sequences), sum(logit_counts), width, tables.num_groups, num_nodes)
 
 
 def fill_inputs(
     plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool], tables: BlockTables, sizes: StepSizes,
-    out: Tensor,
+    out: Tensor, known: KnownText = _nothing,
 ) -> None:  # fmt: skip
     """Write the plan, which `tables` have taken in, into `out`, int64 [sizes.num_numbers] on the host.
 
-    is_chosen: of each sequence, whether the step chooses what follows its last token, and each of its drafts.
+    is_chosen: of each sequence, whether the step chooses what follows its last token, and each of its drafts. known: of
+    each slot the tokens that its text had when it came.
 
     Where sizes are larger than the plan: tokens beyond its own belong to no sequence and are written to the null
     block, sequences beyond its own have no tokens, rows of logits beyond its own are of token 0.
@@ -130,6 +145,24 @@ def fill_inputs(
         columns[group_input("step.block_tables", group)][:num_sequences] = tables.of(group, slots, sizes.table_width)
         block_of_token = tables.block_of(group, slot_of_token, places)
         columns[group_input("step.slots", group)][:num_tokens] = block_of_token * size + offsets
+    if sizes.num_nodes:
+        samples = _column((each.sample for each in sequences), num_sequences).astype(bool)
+        columns["trees.slots"][:] = NO_SLOT
+        columns["trees.slots"][:num_sequences] = np.where(samples, slots, NO_SLOT)
+        columns["trees.roots"][:num_sequences] = ends - num_nodes
+        columns["trees.rows"][:num_sequences] = np.where(samples, row_ends - num_nodes, 0)
+        columns["trees.sizes"][:num_sequences] = np.where(samples, num_nodes, 0)
+        columns["trees.next_ids"][:] = NO_TEXT
+        next_ids = chain.from_iterable(_following(each, known) for each in sequences)
+        columns["trees.next_ids"][:num_tokens] = _column(next_ids, num_tokens)
+
+
+def _following(step: SequenceStep, known: KnownText) -> Sequence[int]:
+    """What follows each of a sequence's rows, as far as the host knows."""
+    if step.sample:
+        return [*step.token_ids[1:], *[NO_TEXT] * (1 + step.num_drafts)]
+    end = step.start + len(step.token_ids)
+    return [*step.token_ids[1:], *(known(step.slot)[end : end + 1] or [NO_TEXT])]  # a text that is pooled ends
 
 
 def _column(values: Iterable[int], count: int) -> Numbers:
@@ -137,10 +170,11 @@ def _column(values: Iterable[int], count: int) -> Numbers:
 
 
 def make_inputs(
-    plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool], tables: BlockTables, device: torch.device
-) -> dict[str, Tensor]:
+    plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool], tables: BlockTables, device: torch.device,
+    num_nodes: int = 0, known: KnownText = _nothing,
+) -> dict[str, Tensor]:  # fmt: skip
     """The step's tensors on the device, exactly as large as the plan."""
-    sizes = sizes_of(plan, logit_counts, tables)
+    sizes = sizes_of(plan, logit_counts, tables, num_nodes)
     numbers = torch.empty(sizes.num_numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    fill_inputs(plan, logit_counts, is_chosen, tables, sizes, numbers)
+    fill_inputs(plan, logit_counts, is_chosen, tables, sizes, numbers, known)
     return sizes.views(numbers.to(device, non_blocking=True))

@@ -9,13 +9,14 @@ launches to hide behind the work; they run from Python.
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from slipstream.runtime.worker.inputs import NO_SLOT, StepSizes, fill_inputs, sizes_of
+from slipstream.runtime.worker.ending import EndingPlan, Inputs
+from slipstream.runtime.worker.inputs import NO_SLOT, NO_TEXT, KnownText, StepSizes, fill_inputs, sizes_of
 from slipstream.runtime.worker.memory import is_out_of_memory
 from slipstream.runtime.worker.tables import BlockTables
 from slipstream.schema.build import MAX_RECORDED_TOKENS
@@ -36,8 +37,9 @@ class StepOutputs(NamedTuple):
 
     logits: Tensor  # [R, vocab_size], of the wanted rows
     token_ids: Tensor  # [R], chosen for each of them
-    hidden: Tensor | None  # [T, hidden_size], which logits are made of; None of engines that do not give them
-    drafted_from: Tensor | None  # [T, F], the hidden states that a drafter asks for
+    hidden: Tensor | None = None  # [T, hidden_size], which logits are made of; None of engines that do not give them
+    drafted_from: Tensor | None = None  # [T, F], the hidden states that a drafter asks for
+    ended: Tensor | None = None  # of a step with its ending, what that gives
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,27 @@ class Recording:
     is_copied: torch.cuda.Event  # host to device, the last time
 
 
+class _Kind(NamedTuple):
+    sizes: StepSizes
+    ending: EndingPlan | None = None  # that is recorded with it
+
+
 class RecordedSteps:
-    """run: a step, from its inputs by name."""
+    """run: a step with that ending, from its inputs by name."""
 
     def __init__(
         self,
-        run: Callable[[dict[str, Tensor]], StepOutputs],
+        run: Callable[[Inputs, EndingPlan | None], StepOutputs],
         tables: BlockTables,
         max_batch_size: int,
         most_rows: int,
         device: torch.device,
+        known: KnownText,
     ) -> None:
-        """most_rows: of logits, unless prompt logprobs are asked for."""
-        self._run, self._tables, self._device = run, tables, device
+        """most_rows: of logits, unless prompt logprobs are asked for. known: as fill_inputs has it."""
+        self._run, self._tables, self._device, self._known = run, tables, device, known
         self._max_batch_size, self._most_rows = max_batch_size, most_rows
-        self._recordings: dict[StepSizes, Recording | None] = {}  # None where memory was short
+        self._recordings: dict[_Kind, Recording | None] = {}  # None where memory was short
         self._memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
         self._reserve: torch.cuda.CUDAGraph | None = None  # holds on to that memory
 
@@ -78,35 +86,42 @@ class RecordedSteps:
         """All sizes of short texts, the largest first: the others find room in what it leaves of the pool."""
         useful = [size for size in NUM_TOKENS if size // 2 < max_num_tokens]
         for num_tokens in reversed(useful):
-            sizes = self._sizes(num_tokens, 1, num_groups)
-            if sizes not in self._recordings:
-                self._recordings[sizes] = self._record(sizes)
+            kind = _Kind(self._sizes(num_tokens, 1, num_groups))
+            if kind not in self._recordings:
+                self._recordings[kind] = self._record(kind)
 
-    def run(self, plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool]) -> StepOutputs | None:
+    def run(
+        self, plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool], ending: EndingPlan | None = None
+    ) -> StepOutputs | None:
         """What `run` gives, valid until the next step; None where no recording is of this size. Waits for nothing.
 
-        Hidden states may have more rows than the plan has tokens.
+        Hidden states may have more rows than the plan has tokens, and the ending more sequences.
         """
-        sizes = self._sizes_for(sizes_of(plan, logit_counts, self._tables))
+        num_nodes = 0 if ending is None else ending.num_nodes
+        sizes = self._sizes_for(sizes_of(plan, logit_counts, self._tables, num_nodes))
         if sizes is None:
             return None
-        if sizes not in self._recordings:
-            self._recordings[sizes] = self._record(sizes)
-        recording = self._recordings[sizes]
+        kind = _Kind(sizes, ending)
+        if kind not in self._recordings:
+            self._recordings[kind] = self._record(kind)
+        recording = self._recordings[kind]
         if recording is None:
             return None
         recording.is_copied.synchronize()
-        fill_inputs(plan, logit_counts, is_chosen, self._tables, sizes, recording.host)
+        fill_inputs(plan, logit_counts, is_chosen, self._tables, sizes, recording.host, self._known)
         recording.device.copy_(recording.host, non_blocking=True)
         recording.is_copied.record()
         recording.graph.replay()
-        num_rows, (logits, token_ids, *hidden) = sum(logit_counts), recording.outputs
-        return StepOutputs(logits[:num_rows], token_ids[:num_rows], *hidden)
+        num_rows, (logits, token_ids, *others) = sum(logit_counts), recording.outputs
+        return StepOutputs(logits[:num_rows], token_ids[:num_rows], *others)
 
     def _sizes_for(self, exact: StepSizes) -> StepSizes | None:
         if exact.num_tokens > MAX_RECORDED_TOKENS:
             return None
         sizes = self._sizes(exact.num_tokens, exact.table_width, exact.num_groups)
+        if exact.num_nodes:  # which is work for each sequence
+            num_sequences = min(1 << (exact.num_sequences - 1).bit_length(), sizes.num_sequences)
+            sizes = replace(sizes, num_sequences=num_sequences, num_nodes=exact.num_nodes)
         return sizes if exact.num_rows <= sizes.num_rows else None  # more where prompt logprobs are asked for
 
     def _sizes(self, num_tokens: int, table_width: int, num_groups: int) -> StepSizes:
@@ -117,36 +132,40 @@ class RecordedSteps:
         width = 1 << (max(table_width, -(-FEWEST_TOKENS // self._tables.tokens_per_block)) - 1).bit_length()
         return StepSizes(num_tokens, num_sequences, min(num_tokens, self._most_rows), width, num_groups)
 
-    def _record(self, sizes: StepSizes) -> Recording | None:
+    def _record(self, kind: "_Kind") -> Recording | None:
         """A step without sequences is run once, for what kernels do at their first call, and then recorded.
 
         None where the memory does not suffice: such steps run from Python.
         """
         try:
-            return self._record_now(sizes)
+            return self._record_now(kind)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         torch.cuda.empty_cache()
         warnings.warn(
-            f"No memory is left to record steps of {sizes.num_tokens} tokens, which makes them slower; lower "
+            f"No memory is left to record steps of {kind.sizes.num_tokens} tokens, which makes them slower; lower "
             "--kv_cache_free_memory_fraction.",
             stacklevel=2,
         )
         return None
 
-    def _record_now(self, sizes: StepSizes) -> Recording:
+    def _record_now(self, kind: "_Kind") -> Recording:
+        sizes, ending = kind
         host = torch.zeros(sizes.num_numbers, dtype=torch.int64, pin_memory=True)
         numbers = host.to(self._device)
         inputs = sizes.views(numbers)
         inputs["row_slots"].fill_(NO_SLOT)
-        self._run(inputs)
+        if sizes.num_nodes:
+            inputs["trees.slots"].fill_(NO_SLOT)
+            inputs["trees.next_ids"].fill_(NO_TEXT)
+        self._run(inputs, ending)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode=_OWN_THREAD):
-            made = self._run(inputs)
-        hidden, asked = (None if tensor is None else _borrowed(tensor) for tensor in made[2:])
-        outputs = StepOutputs(_borrowed(made.logits), _borrowed(made.token_ids), hidden, asked)
+            made = self._run(inputs, ending)
+        others = (None if tensor is None else _borrowed(tensor) for tensor in made[2:])
+        outputs = StepOutputs(_borrowed(made.logits), _borrowed(made.token_ids), *others)
         return Recording(graph, host, numbers, outputs, torch.cuda.Event())
 
 

@@ -9,9 +9,9 @@ Shape suffixes: R rows (a sequence's last token, then its drafts), V vocabulary,
 M nodes of a tree, T tokens of a prompt, K alternatives.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, islice
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from slipstream.runtime.transfer import ToHost, on_device
 from slipstream.runtime.worker.drafts import Drafted
 from slipstream.schema.request import GenerateRequest, TokenLogprobs
 from slipstream.schema.step import SequenceResult
-from slipstream.speculative.accept import Accepted, accept
+from slipstream.speculative.accept import Accepted
 
 # Logprobs over a vocabulary of 128k take 0.5 MB a row, several times over: a whole prompt at once would be gigabytes.
 _PROMPT_ROWS_AT_ONCE = 128
@@ -87,32 +87,37 @@ class Sampler:
         positions: Sequence[int],
         logits_RV: Tensor,
         chosen_R: Tensor,
+        rows: Sequence[int] | None = None,
         drafted: Drafted | None = None,
+        end: Callable[[Tensor], Tensor] | None = None,
     ) -> "Draw":
         """What each slot says next, at these places of their texts; no slot comes twice.
 
-        Rows of logits_RV are of slots[0], then of slots[1], ...: one each or, with drafts, one a node of its tree. So
-        are the tokens that the step chose, unless the slot is edited.
+        rows: of each slot its first row, after which come those of the other nodes of its tree; by default there is one
+        each. The step has chosen all rows' tokens, but for slots that are edited. end: what comes of them all, packed,
+        where drafts are verified or made.
         """
-        states = [self._states[slot] for slot in slots]
+        states, rows = [self._states[slot] for slot in slots], range(len(slots)) if rows is None else rows
         errors: dict[int, str] = {}
         edited = [index for index, state in enumerate(states) if state.is_edited]
         if edited:
-            rows = _edited_rows(edited, states, positions, drafted)
+            edits = _edited_rows(edited, states, positions, rows, drafted)
             rows_N, slots_N, positions_N = on_device(
-                [(row.place, slots[row.sequence], row.position) for row in rows], torch.int64, self._device
+                [(each.place, slots[each.sequence], each.position) for each in edits], torch.int64, self._device
             ).unbind(1)
             edited_NV = logits_RV[rows_N].float()
-            edited_slots = [slots[row.sequence] for row in rows]
-            edited_states = [row.state for row in rows]
+            edited_slots = [slots[each.sequence] for each in edits]
+            edited_states = [each.state for each in edits]
             failed = edit_logits(edited_NV, edited_slots, edited_states, self._penalties)
             self._keep_allowed(edited_NV, edited_states)
-            errors = {rows[place].sequence: error for place, error in failed.items()}
+            errors = {edits[place].sequence: error for place, error in failed.items()}
             chosen_N = self.slots.choose(edited_NV, slots_N.contiguous(), positions_N.contiguous())
             chosen_R = chosen_R.index_copy(0, rows_N, chosen_N)
         is_plain = not edited and all(state.sampling.logprobs is None for state in states)
-        model_logits = None if is_plain else logits_RV
-        return Draw(slots, states, is_plain, chosen_R, model_logits, errors, drafted)
+        ended_SX = None if end is None else end(chosen_R)
+        if ended_SX is None and list(rows) != list(range(len(chosen_R))):
+            chosen_R = chosen_R[on_device(rows, torch.int64, self._device)]
+        return Draw(slots, states, is_plain, chosen_R, None if is_plain else logits_RV, errors, rows, ended_SX)
 
     def finish(self, draw: "Draw") -> list[SequenceResult]:
         """The tokens drawn, recorded as known.
@@ -195,12 +200,12 @@ class _Row(NamedTuple):
 
 
 def _edited_rows(
-    edited: Sequence[int], states: Sequence[SequenceState], positions: Sequence[int], drafted: Drafted | None
-) -> list[_Row]:
-    """All rows of these sequences, but for those that their grammar does not come to."""
+    edited: Sequence[int], states: Sequence[SequenceState], positions: Sequence[int], starts: Sequence[int],
+    drafted: Drafted | None,
+) -> list[_Row]:  # fmt: skip
+    """All rows of these sequences, but for those that their grammar does not come to. starts: each one's first."""
     if drafted is None:
-        return [_Row(index, index, positions[index], states[index]) for index in edited]
-    starts = [0, *accumulate(drafted.num_nodes)]
+        return [_Row(starts[index], index, positions[index], states[index]) for index in edited]
     token_ids, parents = drafted.token_ids.tolist(), drafted.parents.tolist()
     rows = []
     for index in edited:
@@ -226,46 +231,39 @@ class Draw:
         chosen_R: Tensor,
         model_logits_RV: Tensor | None,
         errors: Mapping[int, str],
-        drafted: Drafted | None,
+        starts: Sequence[int],
+        ended_SX: Tensor | None,
     ) -> None:
         """is_plain: no row was edited or asked for logprobs, so what follows does not depend on the host.
 
-        model_logits_RV: where rows are not plain. errors: by sequence, what a user's processor did wrong.
+        model_logits_RV: where rows are not plain. errors: by sequence, what a user's processor did wrong. starts: each
+        sequence's first row. ended: what each has gained, packed; where it is None, chosen has one row for each.
         """
         self.slots, self.states, self.is_plain, self.errors = slots, states, is_plain, errors
         self.model_logits, self._chosen = model_logits_RV, chosen_R
-        self._starts: Sequence[int] = range(len(slots))  # each sequence's first row
-        self._accepted: Accepted | None = None
-        on_its_way = chosen_R
-        if drafted is not None:
-            self._starts = [0, *accumulate(drafted.num_nodes)][:-1]
-            starts_S, num_nodes_S = on_device([self._starts, drafted.num_nodes], torch.int64, chosen_R.device)
-            nodes_M = torch.arange(drafted.token_ids.shape[1], device=chosen_R.device)
-            rows_SM = (starts_S[:, None] + nodes_M).clamp(max=len(chosen_R) - 1)
-            self._accepted = accept(chosen_R[rows_SM], drafted.token_ids, drafted.parents, num_nodes_S)
-            counts_S, token_ids_SM, path_SM, _ = self._accepted
-            on_its_way = torch.cat((counts_S[:, None], token_ids_SM, path_SM), dim=1)
-        self._to_host = ToHost(on_its_way)
+        self._starts, self._ended = starts, ended_SX
+        self._to_host = ToHost(chosen_R if ended_SX is None else ended_SX)
 
     @property
     def accepted(self) -> Accepted:
         """What each sequence gains, where the model is."""
-        if self._accepted is not None:
-            return self._accepted
+        if self._ended is not None:
+            return Accepted.unpacked(self._ended)
         roots_S1 = torch.zeros_like(self._chosen)[:, None]
         chosen_S1 = self._chosen[:, None]
         return Accepted(torch.ones_like(self._chosen), chosen_S1, roots_S1, chosen_S1)
 
     def on_host(self) -> tuple[list[list[int]], list[list[int]]]:
         """Of each sequence the tokens that it gains, and the rows that they were chosen in."""
-        numbers = self._to_host.wait().tolist()
-        if self._accepted is None:
-            return [[token_id] for token_id in numbers], [[row] for row in self._starts]
-        taken, rows = [], []
-        num_nodes = self._accepted.path.shape[1]
-        for start, (count, *token_ids_and_path) in zip(self._starts, numbers, strict=True):
-            taken.append(token_ids_and_path[:count])
-            rows.append([start + node for node in token_ids_and_path[num_nodes:][:count]])
+        numbers = self._to_host.wait()
+        if self._ended is None:
+            return [[token_id] for token_id in numbers.tolist()], [[row] for row in self._starts]
+        counts, token_ids, paths, _ = (x.tolist() for x in Accepted.unpacked(numbers))
+        taken = [each[:count] for count, each in zip(counts, token_ids, strict=True)]
+        rows = [
+            [start + node for node in path[:count]]
+            for start, count, path in zip(self._starts, counts, paths, strict=True)
+        ]
         return taken, rows
 
 

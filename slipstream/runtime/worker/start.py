@@ -14,7 +14,7 @@ from slipstream.runtime.guidance import Guidance
 from slipstream.runtime.worker.memory import count_blocks
 from slipstream.runtime.worker.worker import Announce, Worker
 from slipstream.schema.kv import KVGroup, group_layers, narrow
-from slipstream.speculative.drafter import Drafter
+from slipstream.speculative.drafter import AnyDrafter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def open_worker(
     ranks: Ranks = ALONE,
     *,
     guidance: Guidance | None = None,
-    drafter: Drafter | None = None,
+    drafter: AnyDrafter | None = None,
     announce: Announce | None = None,
 ) -> tuple[Worker, int]:
     """A worker that is ready, and the number of its KV blocks, the same on all ranks.

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from slipstream.kernels.collectives import ALONE, Ranks
 from slipstream.runtime.guidance import Guidance
 from slipstream.runtime.transfer import on_device
 from slipstream.runtime.worker.drafts import Drafts
+from slipstream.runtime.worker.ending import Ending, EndingPlan, Inputs
 from slipstream.runtime.worker.ends import embedding_of, head_of
 from slipstream.runtime.worker.graphs import compile_graph
 from slipstream.runtime.worker.groups import with_groups, with_trees
@@ -31,7 +31,7 @@ from slipstream.schema.build import MAX_RECORDED_TOKENS
 from slipstream.schema.kv import KVGroup
 from slipstream.schema.step import BlockCopy, SequenceResult, SequenceStep, StepPlan, StepResult
 from slipstream.speculative.accept import Accepted
-from slipstream.speculative.drafter import Drafter, Running
+from slipstream.speculative.drafter import AnyDrafter, DeviceDrafter, Running
 
 CUBLAS_WORKSPACES = 64 << 20  # cuBLAS and cuBLASLt, 32 MiB each on an H100: once more for the stream of recordings
 
@@ -71,7 +71,7 @@ class Worker:
         device: torch.device,
         *,
         guidance: Guidance | None = None,
-        drafter: Drafter | None = None,
+        drafter: AnyDrafter | None = None,
         max_draft_len: int = 0,
         drafts_branch: bool = False,
         reads_hidden: Sequence[int] = (),
@@ -110,6 +110,8 @@ class Worker:
         self._kv_inputs: dict[str, Tensor] = {}
         compiled = compile_graph(graph, weights, choices, device, is_batch_invariant=is_deterministic, ranks=ranks)
         self._graph, self._is_last_stage = compiled.run, engine.is_last_stage
+        device_drafter = drafter if isinstance(drafter, DeviceDrafter) else None
+        self._ending = Ending(self._drafts, device_drafter, groups, manifest.tokens_per_block, device, ranks)
         # With several stages the plan knows all tokens but drafts, and nobody waits for the first rank.
         self._copies_tokens = ranks.size > 1 and (manifest.pp_size == 1 or max_draft_len > 0)
         self._copies_trees = ranks.size > 1 and drafts_branch
@@ -123,7 +125,9 @@ class Worker:
         self._most_rows = max_batch_size * (1 + max_draft_len)  # of logits in most steps
         self._recorded: RecordedSteps | None = None
         if device.type == "cuda" and ranks.least(compiled.can_be_recorded):  # stages may differ
-            self._recorded = RecordedSteps(self._run, self._tables, max_batch_size, self._most_rows, device)
+            self._recorded = RecordedSteps(
+                self._run, self._tables, max_batch_size, self._most_rows, device, self._drafts.known
+            )
 
     @property
     def drafter_bytes_per_token(self) -> int:
@@ -210,36 +214,46 @@ class Worker:
             self._copy(plan.copies)
         for load in plan.loads:
             load.kv.fill(load, self._caches())
-        # What the host has to do with a row's logits comes after the step.
-        is_chosen = [sequence.sample and not self._sampler.is_edited(sequence.slot) for sequence in plan.sequences]
-        logits_RV, token_ids_R, hidden_TH, drafted_from_TF = self._run_sized(plan, counts, is_chosen)
-        sampling = [each for each in plan.sequences if each.sample]
-        rows = [
-            row
-            for end, each in zip(accumulate(counts), plan.sequences, strict=True)
-            if each.sample
-            for row in range(end - 1 - each.num_drafts, end)
-        ]
-        sampled_RV, chosen_R = logits_RV, token_ids_R
-        if len(rows) != len(logits_RV):
-            rows_N = on_device(rows, torch.int64, self._device)
-            sampled_RV, chosen_R = logits_RV[rows_N], token_ids_R[rows_N]
-        slots = [each.slot for each in sampling]
-        positions = [each.start + len(each.token_ids) for each in sampling]
-        drafted = self._drafts.verified_by(sampling)
-        draw = self._sampler.draw(slots, positions, sampled_RV, chosen_R, drafted)
-        if drafted is not None and (drafted.is_branching or self._copies_trees):
-            self._compact(sampling, draw.accepted)
-        vectors = self._pooler.pool(plan, hidden_TH)
-        hidden_SF = None
-        if drafted_from_TF is not None:
-            if self._drafts.own_kv is not None:
-                self._drafts.follow(plan, drafted_from_TF, zip(*draw.on_host(), strict=True), self._tables)
-            if slots:
-                hidden_SF = self._where_chosen(plan, drafted_from_TF, draw.accepted)
+        steps = [each for each in plan.sequences if each.sample]
+        outputs, draw = self._run_and_draw(plan, counts, steps)
+        vectors = self._pooler.pool(plan, outputs.hidden)
         saving = [Saving(save, self._caches()) for save in plan.saves]  # the drafter's KV is there now, too
-        num_drafts = self._drafts.propose(sampling, draw.accepted, hidden_SF)
-        return Flight(plan, counts, begun.wants_all_rows, logits_RV, draw, vectors, num_drafts, saving)
+        hidden_SF = None
+        if outputs.drafted_from is not None and self._drafts.are_made_on_host and steps:
+            hidden_SF = self._where_chosen(plan, outputs.drafted_from, draw.accepted)
+        num_drafts = self._drafts.propose(steps, draw.accepted, hidden_SF)
+        return Flight(plan, counts, begun.wants_all_rows, outputs.logits, draw, vectors, num_drafts, saving)
+
+    def _run_and_draw(
+        self, plan: StepPlan, counts: list[int], steps: Sequence[SequenceStep]
+    ) -> tuple[StepOutputs, Draw]:
+        """steps: those of the plan that sample."""
+        # What the host has to do with a row's logits comes after the step, and only then its ending. With several ranks
+        # the ending is by itself, too: they have to record the same steps, and only one knows what is drafted.
+        is_chosen = [each.sample and not self._sampler.is_edited(each.slot) for each in plan.sequences]
+        is_whole = sum(is_chosen) == len(steps) and self._ranks.size == 1
+        ending = self._ending.plan(plan)
+        drafted = None if is_whole else self._drafts.verified_by(steps)
+        outputs = self._run_sized(plan, counts, is_chosen, ending if is_whole else None)
+        logits_RV, token_ids_R, _, hidden_TF, ended_SX = outputs
+
+        def end(chosen_R: Tensor) -> Tensor:
+            assert ending is not None
+            ended = ended_SX
+            if ended is None:
+                inputs = self._inputs(plan, counts, is_chosen, ending)
+                ended = self._ending.run(ending, inputs, chosen_R, hidden_TF, self._kv_rows())
+            if len(steps) == len(plan.sequences):
+                return ended[: len(steps)]  # a recorded step has more
+            sampling = [index for index, each in enumerate(plan.sequences) if each.sample]
+            return ended[on_device(sampling, torch.int64, self._device)]
+
+        slots, positions = [each.slot for each in steps], [each.start + len(each.token_ids) for each in steps]
+        ends = zip(accumulate(counts), plan.sequences, strict=True)
+        first_rows = [end - 1 - each.num_drafts for end, each in ends if each.sample]
+        verify = None if ending is None else end
+        draw = self._sampler.draw(slots, positions, logits_RV, token_ids_R, first_rows, drafted, verify)
+        return outputs, draw
 
     def receive(self, path: str, num_tokens: int) -> HandedKV | None:
         """For a plan to load: what another engine has saved of a prompt's first tokens, if that is there."""
@@ -270,10 +284,11 @@ class Worker:
         self._tables.update(plan)
         if plan.copies:
             self._copy(plan.copies)
-        self._run_sized(plan, logit_counts, [False] * len(plan.sequences))
-        sampling = [each for each in plan.sequences if each.sample]
-        if self._copies_trees and any(each.num_drafts for each in sampling):
-            self._compact(sampling)
+        is_chosen = [False] * len(plan.sequences)
+        self._run_sized(plan, logit_counts, is_chosen)
+        ending = self._ending.plan(plan) if self._copies_trees else None
+        if ending is not None:
+            self._ending.run_beside(ending, self._inputs(plan, logit_counts, is_chosen, ending), self._kv_rows())
 
     def _change_slots(self, plan: StepPlan) -> None:
         for slot in plan.freed_slots:
@@ -314,13 +329,22 @@ class Worker:
             return False  # how far drafts get decides where it begins
         return not any(flight.wants_all_rows) and flight.draw.is_plain
 
-    def _run_sized(self, plan: StepPlan, logit_counts: list[int], is_chosen: Sequence[bool]) -> StepOutputs:
+    def _inputs(
+        self, plan: StepPlan, counts: list[int], is_chosen: Sequence[bool], ending: EndingPlan | None
+    ) -> dict[str, Tensor]:
+        """Exactly as large as the plan."""
+        num_nodes = 0 if ending is None else ending.num_nodes
+        return make_inputs(plan, counts, is_chosen, self._tables, self._device, num_nodes, self._drafts.known)
+
+    def _run_sized(
+        self, plan: StepPlan, logit_counts: list[int], is_chosen: Sequence[bool], ending: EndingPlan | None = None
+    ) -> StepOutputs:
         if self._recorded is not None:
-            found = self._recorded.run(plan, logit_counts, is_chosen)
+            found = self._recorded.run(plan, logit_counts, is_chosen, ending)
             if found is not None:
                 return found
         try:
-            return self._run(make_inputs(plan, logit_counts, is_chosen, self._tables, self._device))
+            return self._run(self._inputs(plan, logit_counts, is_chosen, ending), ending)
         except torch.OutOfMemoryError:
             raise CapacityError(
                 f"A step of {plan.num_tokens} tokens found no memory on {self._device}; lower "
@@ -328,7 +352,7 @@ class Worker:
                 f"{sum(kv.nbytes for kv in self._kv) * 3 // 4}."
             ) from None
 
-    def _run(self, inputs: dict[str, Tensor]) -> StepOutputs:
+    def _run(self, inputs: Inputs, ending: EndingPlan | None = None) -> StepOutputs:
         slots = self._sampler.slots
         slots.fill_pending(inputs["step.token_ids"], inputs["token_slots"])
         tree = self._drafts.fill(inputs)
@@ -337,16 +361,22 @@ class Worker:
         if self._copies_trees:
             self._ranks.copy_first(inputs["step.positions"])
             self._ranks.copy_first(tree["step.tree_masks"])
-        logits_RV, *hidden_TH = self._graph(inputs | tree | self._kv_inputs)
+        logits_RV, *hidden_TH = self._graph({**inputs, **tree, **self._kv_inputs})
         greedy_R = hidden_TH.pop() if self._gives_greedy else None
         if not self._is_last_stage:  # it has sent what it made
-            return StepOutputs(logits_RV.new_empty(0, self._manifest.vocab_size), inputs["row_slots"][:0], None, None)
+            return StepOutputs(logits_RV.new_empty(0, self._manifest.vocab_size), inputs["row_slots"][:0])
         asked = hidden_TH[1:]
         drafted_from_TF = None if not asked else torch.cat(asked, 1) if len(asked) > 1 else asked[0]
         if self._manifest.logits != "selected":
             logits_RV = logits_RV[inputs["step.logit_rows"]]
         token_ids_R = slots.choose(logits_RV, inputs["row_slots"], inputs["row_positions"], greedy_R)
-        return StepOutputs(logits_RV, token_ids_R, hidden_TH[0] if hidden_TH else None, drafted_from_TF)
+        ended_SX = None
+        if ending is not None:
+            ended_SX = self._ending.run(ending, inputs, token_ids_R, drafted_from_TF, self._kv_rows())
+        return StepOutputs(logits_RV, token_ids_R, hidden_TH[0] if hidden_TH else None, drafted_from_TF, ended_SX)
+
+    def _kv_rows(self) -> list[Tensor]:
+        return [_indexable(kv_PNBKD) for kv_PNBKD in self._kv]
 
     def _copy(self, copies: Sequence[BlockCopy]) -> None:
         """Whole blocks, all at once: what is beyond a copy's tokens is overwritten before anything sees it."""
@@ -354,36 +384,6 @@ class Worker:
         targets_C = on_device([copy.target for copy in copies], torch.int64, self._device)
         for pages_PNBKD in self._caches():
             pages_PNBKD[:, targets_C] = pages_PNBKD[:, sources_C]
-
-    def _compact(self, steps: Sequence[SequenceStep], accepted: Accepted | None = None) -> None:
-        """The accepted nodes of each tree move to the places after its root, where those of a chain are.
-
-        accepted: what the first rank knows, and tells the others.
-        """
-        num_nodes, size = 1 + max(step.num_drafts for step in steps), self._tables.tokens_per_block
-        if accepted is None:
-            counts_and_path = torch.empty(len(steps), 1 + num_nodes, dtype=torch.int64, device=self._device)
-        else:
-            counts_and_path = torch.cat((accepted.counts[:, None], accepted.path), 1)
-        if self._copies_trees:
-            self._ranks.copy_first(counts_and_path)
-        counts_S1, path_SM = counts_and_path.split([1, num_nodes], 1)
-        slots = np.array([step.slot for step in steps])[:, None]
-        roots = np.array([step.start + len(step.token_ids) - 1 for step in steps])[:, None]
-        ends = roots + np.array([step.num_drafts for step in steps])[:, None]
-        places_SM = np.minimum(roots + np.arange(num_nodes), ends)
-        is_moved_SM = torch.arange(num_nodes, device=self._device) < counts_S1
-        for index, group in enumerate(self._groups):
-            blocks_SM = self._tables.block_of(index, slots, places_SM // size)
-            targets_SM = on_device((blocks_SM * size + places_SM % size).tolist(), torch.int64, self._device)
-            sources_SM = targets_SM.gather(1, path_SM)
-            targets_C, sources_C = targets_SM.where(is_moved_SM, sources_SM).flatten(), sources_SM.flatten()
-            if self._device.type == "cpu":  # to look which is which waits for nothing here
-                is_other_C = targets_C != sources_C
-                targets_C, sources_C = targets_C[is_other_C], sources_C[is_other_C]
-            for kv_PNBKD in self._kv[: len(group.layers)]:
-                rows_PCKD = _indexable(kv_PNBKD).flatten(1, 2)
-                rows_PCKD[:, targets_C] = rows_PCKD[:, sources_C]
 
 
 def _indexable(kv_PNBKD: Tensor) -> Tensor:

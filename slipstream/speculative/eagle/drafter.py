@@ -12,14 +12,14 @@ two texts part at the border of a block, its last row is that of the first one; 
 prompt only keys and values are computed. Nodes of a tree lie beyond the text's end, in what is left of its last block
 and in blocks of the slot's own; the next rows overwrite them.
 
-Shape suffixes: S sequences, N rows, H hidden size, Z, X and Y as in head.py, B blocks, M nodes of a tree, W a level's,
-K ranks.
+Shape suffixes: S sequences, T rows of a step, N any rows, H hidden size, Z, X and Y as in head.py, B blocks, M nodes of
+a tree, W a level's, K ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,17 +31,16 @@ from slipstream.kernels.attention.paged import kv_write
 from slipstream.kernels.attention.tree import WORD, tree_attention
 from slipstream.kernels.registry import Op
 from slipstream.kernels.rope import rope, rope_cos_sin
-from slipstream.schema.request import GenerateRequest
 from slipstream.schema.speculative import MAX_DRAFT_LEN, Speculation
 from slipstream.speculative.choices import fitting, read_choices
 from slipstream.speculative.drafter import (
     Computed,
-    Draft,
+    DraftTensors,
+    Ends,
     LayerDrafter,
     OwnKV,
     Running,
     Target,
-    Verified,
     read_options,
 )
 from slipstream.speculative.eagle.head import Sizes, load
@@ -57,16 +56,6 @@ class Options:
     choices: str = ""  # [[0], [0, 0], [1], ...] as JSON, or a file of it: a tree that does not grow
     depth: int = 5  # of one that grows, and
     width: int = 8  # how many of its likeliest ways go on at each level, and are looked at behind each node
-
-
-class _Last(NamedTuple):
-    """The last row of each sequence of a step: drafts are what may follow its token."""
-
-    rows: dict[int, int]  # of slots, in the others
-    places: list[int]
-    x: Tensor  # [S, Z] and
-    residual: Tensor  # [S, H], as Head.enter gives them
-    block_tables: Tensor  # [S, B], on the host
 
 
 @dataclass
@@ -93,6 +82,8 @@ class Drafter(LayerDrafter):
         options, manifest = read_options(Options, speculation), target.manifest
         sizes = Sizes(manifest.hidden_size, manifest.vocab_size, manifest.num_layers, target.max_seq_len)
         self._device, self._dtype = target.device, getattr(torch, manifest.dtype)
+        self._num_slots = target.max_batch_size + 1  # the last is of no text
+        self._last: list[Tensor] = []  # of each slot the last row, as Head.enter gives it: what drafts come after
         folder = head_folder("eagle", options.model, manifest.name)
         self._head = load(
             folder, sizes, self._dtype, target.device,
@@ -122,64 +113,49 @@ class Drafter(LayerDrafter):
     def take_kv(self, kv_PNBKD: Tensor, num_blocks: int) -> None:
         self._kv, self._num_shared = kv_PNBKD, num_blocks
 
-    def start(self, slot: int, token_ids: Sequence[int], request: GenerateRequest) -> None:
-        pass
-
-    def stop(self, slot: int) -> None:
-        pass
-
     @torch.inference_mode()
     def follow(self, computed: Computed) -> None:
         """Keys and values of the step's rows."""
-        token_ids = [token_id for ids in computed.next_ids for token_id in ids]
-        if not token_ids:
-            return
-        starts_S, lengths_S = torch.tensor(computed.starts), torch.tensor([len(ids) for ids in computed.next_ids])
-        ends_S = lengths_S.cumsum(0)
-        sequences_N = torch.arange(len(lengths_S)).repeat_interleave(lengths_S)
-        places_N = torch.arange(len(token_ids)) + (starts_S + lengths_S - ends_S)[sequences_N]
-        slots_N = self._slots(computed.block_tables[sequences_N], places_N[:, None])[:, 0]
-        numbers = torch.stack((torch.tensor(token_ids), places_N, slots_N)).to(self._device)
-        x_NZ, residual_NH = self._head.enter(self._embed(numbers[0]), self._head.read(computed.hidden))
-        self._write(x_NZ, self._rotation(numbers[1]), numbers[2])
-        last_S = (ends_S - 1).clamp(min=0).to(self._device)
-        rows = {slot: row for row, slot in enumerate(computed.slots)}
-        places = (starts_S + lengths_S - 1).tolist()
-        self._last = _Last(rows, places, x_NZ[last_S], residual_NH[last_S], computed.block_tables)
+        embedded_TH = self._embed(computed.next_ids.clamp(min=0))
+        x_TZ, residual_TH = self._head.enter(embedded_TH, self._head.read(computed.hidden))
+        self._write(x_TZ, self._rotation(computed.places), computed.kv_slots)
+        if not self._last:
+            self._last = [x.new_zeros(self._num_slots, x.shape[1]) for x in (x_TZ, residual_TH)]
+        for last, rows in zip(self._last, (x_TZ, residual_TH), strict=True):
+            last[computed.slots] = rows[computed.last]
 
     @torch.inference_mode()
-    def draft(self, verified: Verified) -> list[Draft]:
-        last, trees = self._last, self._trees
-        rows = [last.rows[slot] for slot in verified.slots]
-        rows_S = torch.tensor(rows, device=self._device)
-        roots_S = torch.tensor([last.places[row] for row in rows])
-        forest = self._plant(roots_S, last.block_tables[rows], verified.slots)
-        x_NZ, residual_NH = last.x[rows_S], last.residual[rows_S]
+    def draft(self, ends: Ends, most: int) -> DraftTensors:
+        assert ends.block_tables is not None
+        trees = self._trees
+        forest = self._plant((ends.positions - 1).clamp(min=0), ends.block_tables, ends.slots)
+        x_NZ, residual_NH = (last[ends.slots] for last in self._last)
         levels = list[Level]()
         while True:
             first = forest.num_nodes
             hidden_SWH = self._compute(forest, len(levels), x_NZ, residual_NH)
             grown = Grown(first, forest.num_nodes, forest.token_ids, forest.scores)
-            is_deepest = len(levels) + 1 == max(verified.max_drafts)  # so few do not reach further
+            is_deepest = len(levels) + 1 == most  # so few do not reach further
             level = None if is_deepest else trees.level(len(levels), grown)
             if level is None:
                 return trees.drafts(grown, levels)
             x_NZ, residual_NH = self._descend(forest, first, level, hidden_SWH)
             levels.append(level)
 
-    def _plant(self, roots_S: Tensor, tables_SB: Tensor, slots: Sequence[int]) -> _Forest:
+    def _plant(self, roots_S: Tensor, tables_SB: Tensor, slots_S: Tensor) -> _Forest:
         """Trees whose roots are rows that are computed, at these places."""
-        num_trees, num_nodes, num_ranks = len(slots), self._trees.num_nodes, self._trees.num_ranks
-        tables_SB = self._with_blocks_ahead(roots_S, tables_SB, torch.tensor(slots))
-        kv_slots_SM = self._slots(tables_SB, roots_S[:, None] + torch.arange(num_nodes))
+        num_trees, num_nodes, num_ranks = len(slots_S), self._trees.num_nodes, self._trees.num_ranks
+        tables_SB = self._with_blocks_ahead(roots_S, tables_SB, slots_S)
+        places_SM = roots_S[:, None] + torch.arange(num_nodes, device=self._device)
+        blocks_SM = tables_SB.gather(1, places_SM // self._block_size)
 
         def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(num_trees, num_nodes, *shape, dtype=dtype, device=self._device)
 
         return _Forest(
-            roots=roots_S.to(self._device),
-            block_tables=tables_SB.to(self._device),
-            slots=kv_slots_SM.to(self._device),
+            roots=roots_S,
+            block_tables=tables_SB,
+            slots=blocks_SM * self._block_size + places_SM % self._block_size,
             positions=empty(),
             masks=empty(-(-num_nodes // WORD)),
             queries=empty(self._config.num_heads * self._config.head_dim, dtype=self._dtype),
@@ -190,10 +166,10 @@ class Drafter(LayerDrafter):
     def _with_blocks_ahead(self, roots_S: Tensor, tables_SB: Tensor, slots_S: Tensor) -> Tensor:
         """Behind each root's block those that are its slot's own."""
         num_ahead = -(-(self._trees.num_nodes - 1) // self._block_size)
-        last_S1 = roots_S[:, None] // self._block_size
-        ahead_SB = torch.arange(int(last_S1.max()) + 1 + num_ahead) - last_S1 - 1
-        own_SB = self._num_shared + slots_S[:, None] * num_ahead + ahead_SB.clamp(max=num_ahead - 1)
-        return own_SB.where(ahead_SB >= 0, functional.pad(tables_SB, (0, own_SB.shape[1]))[:, : own_SB.shape[1]])
+        places_B = torch.arange(tables_SB.shape[1] + num_ahead, device=self._device)
+        ahead_SB = places_B - roots_S[:, None] // self._block_size - 1
+        own_SB = self._num_shared + slots_S[:, None] % self._num_slots * num_ahead + ahead_SB.clamp(max=num_ahead - 1)
+        return own_SB.where(ahead_SB >= 0, functional.pad(tables_SB, (0, num_ahead)))
 
     def _compute(self, forest: _Forest, depth: int, x_NZ: Tensor, residual_NH: Tensor) -> Tensor:
         """The next nodes of each tree, all of one depth: their children. -> hidden states [S, W, H]"""
@@ -245,10 +221,6 @@ class Drafter(LayerDrafter):
     def _write(self, x_NZ: Tensor, rotation: tuple[Tensor, Tensor], slots_N: Tensor) -> None:
         k_NY, v_NY = self._head.keys_values(x_NZ)
         _run(kv_write, _run(rope, k_NY, *rotation, self._config.head_dim), v_NY, self._kv, slots_N, None)
-
-    def _slots(self, tables_NB: Tensor, places_NW: Tensor) -> Tensor:
-        """Where rows at these places of each text are kept."""
-        return tables_NB.gather(1, places_NW // self._block_size) * self._block_size + places_NW % self._block_size
 
 
 def _run(op: Op, x: Tensor, *rest: Any) -> Any:

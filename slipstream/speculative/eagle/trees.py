@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from slipstream.speculative.choices import Choice, parents_of
-from slipstream.speculative.drafter import Draft
+from slipstream.speculative.drafter import DraftTensors
 
 
 class Grown(NamedTuple):
@@ -47,7 +48,7 @@ class Trees(ABC):
         """What comes after the level of that depth; None after the last."""
 
     @abstractmethod
-    def drafts(self, grown: Grown, levels: Sequence[Level]) -> list[Draft]:
+    def drafts(self, grown: Grown, levels: Sequence[Level]) -> DraftTensors:
         """levels: of the nodes behind the root."""
 
 
@@ -69,16 +70,17 @@ class Written(Trees):
         self._levels = [
             children([choice for choice in nodes if len(choice) == depth]) for depth in range(1, deepest + 1)
         ]
-        self._drafted, self._parents = children(choices), parents_of(choices)
+        self._drafted, self._parents = children(choices), torch.tensor(parents_of(choices), device=device)
 
     def level(self, depth: int, grown: Grown) -> Level | None:
         if depth == len(self._levels):
             return None
         return Level(*(numbers.expand(len(grown.token_ids), -1) for numbers in self._levels[depth]))
 
-    def drafts(self, grown: Grown, levels: Sequence[Level]) -> list[Draft]:
-        parents, ranks = (numbers[0] for numbers in self._drafted)
-        return [Draft(token_ids, self._parents) for token_ids in grown.token_ids[:, parents, ranks].tolist()]
+    def drafts(self, grown: Grown, levels: Sequence[Level]) -> DraftTensors:
+        nodes_N, ranks_N = (numbers[0] for numbers in self._drafted)
+        token_ids_SN = grown.token_ids[:, nodes_N, ranks_N]
+        return DraftTensors(token_ids_SN, self._parents.expand_as(token_ids_SN))
 
 
 class Growing(Trees):
@@ -96,18 +98,17 @@ class Growing(Trees):
         best_SW = scores_SC.topk(self.num_ranks).indices
         return Level(grown.first + best_SW // self.num_ranks, best_SW % self.num_ranks)
 
-    def drafts(self, grown: Grown, levels: Sequence[Level]) -> list[Draft]:
+    def drafts(self, grown: Grown, levels: Sequence[Level]) -> DraftTensors:
         """The likeliest first. A child is never likelier than its parent, and comes after it where it is as likely."""
         scores_SC = grown.scores[:, : grown.num_nodes].flatten(1)
         order_SN = scores_SC.sort(descending=True, stable=True).indices[:, : self.num_drafts]
         token_ids_SN = grown.token_ids.flatten(1).gather(1, order_SN)
-        # Of each node behind the root, which child it is: so that the draft is found that a child follows.
-        as_children = [level.parents * self.num_ranks + level.ranks for level in levels]
-        rows = torch.cat((token_ids_SN, order_SN, *as_children), 1).tolist()
-        count = order_SN.shape[1]
-        return [self._draft(row[:count], row[count : 2 * count], row[2 * count :]) for row in rows]
-
-    def _draft(self, token_ids: list[int], order: list[int], as_children: list[int]) -> Draft:
-        draft_of = {child: draft for draft, child in enumerate(order, 1)}
-        nodes = [child // self.num_ranks for child in order]
-        return Draft(token_ids, [draft_of[as_children[node - 1]] if node else 0 for node in nodes])
+        # Which draft each child is, counted as nodes are, and which child each node is; the root is none.
+        numbers_SN = torch.arange(1, 1 + order_SN.shape[1], device=order_SN.device).expand_as(order_SN)
+        draft_of_SC = torch.zeros_like(scores_SC, dtype=torch.int64).scatter(1, order_SN, numbers_SN)
+        nodes_SN = order_SN // self.num_ranks
+        if not levels:
+            return DraftTensors(token_ids_SN, torch.zeros_like(nodes_SN))
+        as_children_SM = torch.cat([level.parents * self.num_ranks + level.ranks for level in levels], 1)
+        drafts_SM = functional.pad(draft_of_SC.gather(1, as_children_SM), (1, 0))
+        return DraftTensors(token_ids_SN, drafts_SM.gather(1, nodes_SN))

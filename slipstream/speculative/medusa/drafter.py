@@ -9,20 +9,17 @@ was measured for them. The tree of 63, for the others, is the one that Medusa's 
 (FasterDecoding/Medusa, medusa_choices.py), and what TensorRT-LLM is told as --medusa_choices. Drafts are verified as
 any: there is no typical acceptance, which would change texts.
 
-Shape suffixes: S sequences, H hidden size, K ranks.
+Shape suffixes: S sequences, H hidden size, K ranks, N heads, then drafts.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from slipstream.engine.shared import head_of_tokens
-from slipstream.schema.request import GenerateRequest
 from slipstream.schema.speculative import Speculation
 from slipstream.speculative.choices import Choice, fitting, parents_of, read_choices
-from slipstream.speculative.drafter import LAST, Draft, Target, Verified, read_options
-from slipstream.speculative.drafter import Drafter as Base
+from slipstream.speculative.drafter import LAST, DeviceDrafter, DraftTensors, Ends, Target, read_options
 from slipstream.speculative.head_file import head_folder
 from slipstream.speculative.medusa.head import CHOICES_FILE, load
 
@@ -38,7 +35,7 @@ class Options:
     choices: str = ""  # [[0], [0, 0], [1], ...] as JSON, or a file of it; by default the heads' own, or the tree of 63
 
 
-class Drafter(Base):
+class Drafter(DeviceDrafter):
     default_draft_len = 24
     can_branch = True
     reads_hidden = (LAST,)
@@ -58,24 +55,19 @@ class Drafter(Base):
         self._choices = fitting(choices, len(self._heads.layers), self._heads.num_tokens)[: self.max_draft_len]
         self.max_draft_len = len(self._choices)
         self._heads = self._heads.first(max(map(len, self._choices)))
-        self._parents = parents_of(self._choices)
         self._num_ranks = 1 + max(rank for choice in self._choices for rank in choice)
-
-    def start(self, slot: int, token_ids: Sequence[int], request: GenerateRequest) -> None:
-        pass
+        head_and_rank = [[len(choice) - 1, choice[-1]] for choice in self._choices]
+        self._drafted_N2 = torch.tensor(head_and_rank, device=target.device)
+        self._parents_N = torch.tensor(parents_of(self._choices), device=target.device)
 
     @torch.inference_mode()
-    def draft(self, verified: Verified) -> list[Draft]:
-        assert verified.hidden is not None
-        choices = self._choices[: max(verified.max_drafts)]
-        heads = self._heads.first(max(map(len, choices)))
-        return [
-            Draft([ranked[len(choice) - 1][choice[-1]] for choice in choices], self._parents[: len(choices)])
-            for ranked in heads.likeliest(verified.hidden, self._num_ranks).tolist()
-        ]
-
-    def stop(self, slot: int) -> None:
-        pass
+    def draft(self, ends: Ends, most: int) -> DraftTensors:
+        assert ends.hidden is not None
+        heads = self._heads.first(max(map(len, self._choices[:most])))
+        ranked_SNK = heads.likeliest(ends.hidden, self._num_ranks)
+        heads_N, ranks_N = self._drafted_N2[:most].unbind(1)
+        token_ids_SN = ranked_SNK[:, heads_N, ranks_N]
+        return DraftTensors(token_ids_SN, self._parents_N[:most].expand_as(token_ids_SN))
 
 
 def default_choices() -> list[Choice]:

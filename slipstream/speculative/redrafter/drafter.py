@@ -10,21 +10,17 @@ itself, which its authors say may change texts; here drafts are verified as any.
 Shape suffixes: S sequences, H hidden size, B beams, L tokens of each.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from slipstream.engine.shared import head_of_tokens
 from slipstream.errors import UsageError
-from slipstream.schema.request import GenerateRequest
 from slipstream.schema.speculative import MAX_DRAFT_LEN, Speculation
-from slipstream.speculative.drafter import LAST, Draft, Running, Target, Verified, read_options
-from slipstream.speculative.drafter import Drafter as Base
+from slipstream.speculative.drafter import LAST, DeviceDrafter, DraftTensors, Ends, Running, Target, read_options
 from slipstream.speculative.head_file import head_folder
-from slipstream.speculative.redrafter.beams import beam_search
+from slipstream.speculative.redrafter.beams import beam_search, merged_beams
 from slipstream.speculative.redrafter.head import load
-from slipstream.speculative.tree import merged
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Options:
     length: int = 5  # tokens of each
 
 
-class Drafter(Base):
+class Drafter(DeviceDrafter):
     can_branch = True
     reads_hidden = (LAST,)
     reads_ends = True
@@ -59,17 +55,12 @@ class Drafter(Base):
     def attach(self, running: Running) -> None:
         self._embed = running.embed
 
-    def start(self, slot: int, token_ids: Sequence[int], request: GenerateRequest) -> None:
-        pass
-
     @torch.inference_mode()
-    def draft(self, verified: Verified) -> list[Draft]:
-        assert verified.hidden is not None
-        last_S = verified.token_ids.gather(1, verified.counts[:, None] - 1)[:, 0].clamp(min=0)
-        length = min(self._options.length, max(verified.max_drafts))
-        beams_SBL = beam_search(self._head, self._embed, verified.hidden, last_S, self._options.width, length)
-        trees = [merged(beams) for beams in beams_SBL.tolist()]
-        return [Draft(tree.token_ids[: self.max_draft_len], tree.parents[: self.max_draft_len]) for tree in trees]
-
-    def stop(self, slot: int) -> None:
-        pass
+    def draft(self, ends: Ends, most: int) -> DraftTensors:
+        assert ends.hidden is not None
+        length = min(self._options.length, most)
+        beams_SBL = beam_search(self._head, self._embed, ends.hidden, ends.token_ids, self._options.width, length)
+        tree = merged_beams(beams_SBL)
+        return tree._replace(
+            token_ids=tree.token_ids[:, : self.max_draft_len], parents=tree.parents[:, : self.max_draft_len]
+        )

@@ -1,0 +1,161 @@
+"""How a step ends where drafts are verified or made. Nothing here waits for the device or depends on what it holds, so
+all of it can be recorded with the step.
+
+    chosen tokens ── accept ── accepted nodes move behind their root ── a drafter's own layer follows ── next drafts
+
+Rows of a step that are text after it, and what follows each, for a drafter with a layer of its own:
+
+    rows     of a prompt            of a tree whose root is "on", where "the rug" is accepted
+             the   cat   sat        on     a     the   cat    rug
+    next     cat   sat   on         the    –     rug   –      lies
+    place    0     1     2          3            4            5      as in a chain: there its keys and values lie, too
+
+Shape suffixes: S sequences of the step (of those that do not sample, numbers mean nothing), M nodes, T rows of the
+step, R rows of logits, N drafts, F numbers of hidden states, B blocks; 3 of each row: what follows it, its place, its
+KV slot.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slipstream.kernels.collectives import Ranks
+from slipstream.kernels.sampling import NOTHING_TO_SAMPLE
+from slipstream.runtime.transfer import on_device
+from slipstream.runtime.worker.drafts import Drafts
+from slipstream.runtime.worker.groups import group_input
+from slipstream.runtime.worker.inputs import NO_TEXT
+from slipstream.schema.kv import KVGroup
+from slipstream.schema.step import StepPlan
+from slipstream.speculative.accept import Accepted, accept
+from slipstream.speculative.drafter import Computed, DeviceDrafter, Ends, LayerDrafter
+
+Inputs = Mapping[str, Tensor]
+KV = Sequence[Tensor]  # [2, blocks, tokens_per_block, heads, head_dim] of each place in a group; integers for FP8
+
+
+class EndingPlan(NamedTuple):
+    """What is known of a step's ending before it."""
+
+    num_nodes: int  # of the trees that are verified, the root among them
+    max_drafts: int  # that are made on the device for the next step
+    asked: tuple[int, ...] | None = None  # the sequences that they are made for; None: all
+
+
+class Ending:
+    """drafter: one that drafts on the device, or None."""
+
+    def __init__(
+        self,
+        drafts: Drafts,
+        drafter: DeviceDrafter | None,
+        groups: Sequence[KVGroup],
+        tokens_per_block: int,
+        device: torch.device,
+        ranks: Ranks,
+    ) -> None:
+        self._drafts, self._drafter, self._device, self._ranks = drafts, drafter, device, ranks
+        self._groups, self._block_size = groups, tokens_per_block
+        self._may_look = device.type == "cpu"  # at what tensors hold: a GPU would be waited for
+        self._layer = drafter if isinstance(drafter, LayerDrafter) else None
+
+    def plan(self, plan: StepPlan) -> EndingPlan | None:
+        """None of a step that verifies no drafts, and that none are made from here."""
+        verified = max((step.num_drafts for step in plan.sequences), default=0)
+        asked = self._drafts.asked(plan) if self._drafter is not None else ()
+        if not (verified or asked or self._layer):
+            return None
+        most = max((plan.sequences[index].max_drafts for index in asked), default=0)
+        if self._may_look:  # a shorter step is a faster one there
+            return EndingPlan(1 + verified, most, asked)
+        most_there_are = self._drafts.max_len  # so that steps have few sizes
+        return EndingPlan(1 + (verified and most_there_are), most and most_there_are)
+
+    def run(self, ending: EndingPlan, inputs: Inputs, token_ids_R: Tensor, hidden_TF: Tensor | None, kv: KV) -> Tensor:
+        """What each sequence has gained: Accepted, packed. hidden: what the drafter asks for of the model."""
+        accepted = self._accept(ending.num_nodes, inputs, token_ids_R)
+        if ending.num_nodes > 1:
+            self._compact(inputs, accepted, kv)
+        if hidden_TF is not None and self._drafter is not None:
+            last_S = inputs["trees.roots"] + _last_node(accepted)
+            if self._layer is not None:
+                self._layer.follow(self._computed(inputs, accepted, last_S, hidden_TF))
+            if ending.max_drafts:
+                self._draft(ending, inputs, accepted, hidden_TF[last_S])
+        return accepted.packed()
+
+    def run_beside(self, ending: EndingPlan, inputs: Inputs, kv: KV) -> None:
+        """On a rank that does not sample."""
+        if ending.num_nodes > 1:
+            num_sequences = len(inputs["trees.slots"])
+            nothing_SM = torch.zeros(num_sequences, ending.num_nodes, dtype=torch.int64, device=self._device)
+            self._compact(inputs, Accepted(nothing_SM[:, 0], nothing_SM, nothing_SM, nothing_SM), kv)
+
+    def _accept(self, num_nodes: int, inputs: Inputs, token_ids_R: Tensor) -> Accepted:
+        nodes_M = torch.arange(num_nodes, device=self._device)
+        rows_SM = (inputs["trees.rows"][:, None] + nodes_M).clamp(max=len(token_ids_R))
+        chosen_SM = functional.pad(token_ids_R, (0, 1), value=NOTHING_TO_SAMPLE)[rows_SM]
+        drafted_SM, parents_SM = self._drafts.trees(inputs["trees.slots"], num_nodes)
+        return accept(chosen_SM, drafted_SM, parents_SM, inputs["trees.sizes"])
+
+    def _compact(self, inputs: Inputs, accepted: Accepted, kv: KV) -> None:
+        """The accepted nodes of each tree move to the places after its root, where those of a chain are."""
+        if not self._drafts.can_branch:
+            return
+        counts_and_path = torch.cat((accepted.counts[:, None], accepted.path), 1)
+        self._ranks.copy_first(counts_and_path)  # the others learn of it here
+        counts_S1, path_SM = counts_and_path[:, :1], counts_and_path[:, 1:]
+        nodes_M, size = torch.arange(path_SM.shape[1], device=self._device), self._block_size
+        last_S1 = (inputs["trees.sizes"][:, None] - 1).clamp(min=0)
+        places_SM = inputs["step.tree_starts"][:, None] + nodes_M.minimum(last_S1)
+        for index, group in enumerate(self._groups):
+            blocks_SM = inputs[group_input("step.block_tables", index)].gather(1, places_SM // size)
+            targets_SM = blocks_SM * size + places_SM % size
+            sources_SM = targets_SM.gather(1, path_SM)
+            targets_C, sources_C = targets_SM.where(nodes_M < counts_S1, sources_SM).flatten(), sources_SM.flatten()
+            if self._may_look:
+                is_other_C = targets_C != sources_C
+                targets_C, sources_C = targets_C[is_other_C], sources_C[is_other_C]
+            for kv_PNBKD in kv[: len(group.layers)]:
+                rows_PCKD = kv_PNBKD.flatten(1, 2)
+                rows_PCKD[:, targets_C] = rows_PCKD[:, sources_C]
+
+    def _computed(self, inputs: Inputs, accepted: Accepted, last_S: Tensor, hidden_TF: Tensor) -> Computed:
+        """Which rows are text: those of prompts, and of each tree the root and what was accepted."""
+        known_T, kv_slots_T = inputs["trees.next_ids"], inputs[group_input("step.slots", self._drafts.group)]
+        num_rows, nodes_M = len(known_T), torch.arange(accepted.path.shape[1], device=self._device)
+        hidden_TF = hidden_TF[:num_rows]  # a recorded step has more
+        roots_S1 = inputs["trees.roots"][:, None]
+        chain_SM = (roots_S1 + nodes_M).clamp(max=num_rows - 1)
+        next_SM = accepted.token_ids.clamp(min=0)  # where nothing can be sampled, the request ends
+        said_3SM = torch.stack((next_SM, inputs["step.tree_starts"][:, None] + nodes_M, kv_slots_T[chain_SM]))
+        is_said_SM = (nodes_M < accepted.counts[:, None]) & (inputs["trees.slots"] >= 0)[:, None]
+        rows_SM = (roots_S1 + accepted.path).where(is_said_SM, num_rows)  # others go into a column behind the last
+        before_3T = torch.stack((known_T, inputs["step.positions"], kv_slots_T.where(known_T != NO_TEXT, 0)))
+        numbers_3T = functional.pad(before_3T, (0, 1)).scatter(1, rows_SM.flatten().expand(3, -1), said_3SM.flatten(1))
+        numbers_3T = numbers_3T[:, :num_rows]
+        if self._may_look:
+            is_text_T = numbers_3T[0] != NO_TEXT
+            last_S = (is_text_T.cumsum(0)[last_S] - 1).clamp(min=0)
+            numbers_3T, hidden_TF = numbers_3T[:, is_text_T], hidden_TF[is_text_T]
+        next_T, places_T, kv_slots_T = numbers_3T
+        return Computed(inputs["trees.slots"], last_S, next_T, places_T, kv_slots_T, hidden_TF)
+
+    def _draft(self, ending: EndingPlan, inputs: Inputs, accepted: Accepted, hidden_SF: Tensor) -> None:
+        assert self._drafter is not None
+        last_token_S = accepted.token_ids.gather(1, accepted.counts[:, None] - 1)[:, 0].clamp(min=0)
+        positions_S = inputs["step.tree_starts"] + accepted.counts
+        tables_SB = inputs[group_input("step.block_tables", self._drafts.group)]
+        ends = Ends(inputs["trees.slots"], last_token_S, positions_S, hidden_SF, tables_SB)
+        if ending.asked is not None and len(ending.asked) < len(positions_S):
+            asked_S = on_device(ending.asked, torch.int64, self._device)
+            ends = Ends(*(x[asked_S] for x in ends if x is not None))
+        self._drafts.keep(ends.slots, self._drafter.draft(ends, ending.max_drafts))
+
+
+def _last_node(accepted: Accepted) -> Tensor:
+    """[S] the node where each sequence's last token was chosen."""
+    return accepted.path.gather(1, accepted.counts[:, None] - 1)[:, 0]
