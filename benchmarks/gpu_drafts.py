@@ -25,7 +25,7 @@ from torch import Tensor
 
 from slipstream import LLM
 from slipstream.build import build
-from slipstream.runtime.worker import sample
+from slipstream.runtime.worker import ending
 from slipstream.schema.build import BuildConfig
 from slipstream.speculative.accept import Accepted, accept
 
@@ -35,11 +35,12 @@ GOALS = {"llama-3.2-1b": 3.55, "llama-3.2-3b": 3.16, "llama-3-8b": 2.63}  # time
 class Coins:
     """`accept` of chains, told what the target has chosen."""
 
-    def __init__(self, rate: float, device: torch.device) -> None:
-        self._rate, self._generator = rate, torch.Generator(device).manual_seed(0)
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
 
     def __call__(self, chosen_SM: Tensor, drafted_SM: Tensor, parents_SM: Tensor, num_nodes_S: Tensor) -> Accepted:
-        is_right_SM = torch.rand(chosen_SM.shape, generator=self._generator, device=chosen_SM.device) < self._rate
+        # Of the device's own generator: a recorded step goes on where it was.
+        is_right_SM = torch.rand(chosen_SM.shape, device=chosen_SM.device) < self._rate
         has_draft_SM = torch.arange(1, 1 + chosen_SM.shape[1], device=chosen_SM.device) < num_nodes_S[:, None]
         next_SM = drafted_SM.roll(-1, 1)
         other_SM = chosen_SM.where(chosen_SM != next_SM, next_SM ^ 1)
@@ -89,7 +90,8 @@ def compare(engines: dict[str, Path], arguments: argparse.Namespace) -> None:
         "| draft | drafts a step | tok/s | acceptance length | times plain | goal | ms a step |\n" + "| --- " * 7 + "|"
     )
     print(f"| none | 0 | {plain:.1f} | 1 | 1 | | {1e3 / plain:.2f} |", flush=True)
-    sample.accept = Coins(arguments.acceptance, gpu_step.DEVICE)  # type: ignore[assignment]
+    torch.manual_seed(0)
+    ending.accept = Coins(arguments.acceptance)  # type: ignore[assignment]
     for draft in arguments.drafts:
         for length in arguments.draft_len:
             speculative = {
