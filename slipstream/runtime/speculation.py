@@ -8,7 +8,7 @@ from typing import Any
 from slipstream.errors import UsageError
 from slipstream.schema.speculative import Speculation
 from slipstream.speculative import drafter as interface
-from slipstream.speculative.drafter import AnyDrafter, Target
+from slipstream.speculative.drafter import AnyDrafter, DeviceDrafter, Drafter, Target
 
 ENTRY_POINTS = "slipstream.drafters"
 
@@ -16,8 +16,10 @@ ENTRY_POINTS = "slipstream.drafters"
 def open_drafter(speculation: Speculation, target: Target) -> AnyDrafter:
     """Raises UsageError for a method that is not there, for options it does not know, and for what is no drafter."""
     kind = _find(speculation.method)
-    if not (isinstance(kind, type) and issubclass(kind, AnyDrafter)):
-        raise UsageError(f"The drafter {speculation.method!r} is {kind!r}; it must be a class derived from Drafter.")
+    if not (isinstance(kind, type) and issubclass(kind, (Drafter, DeviceDrafter))):
+        raise UsageError(
+            f"The drafter {speculation.method!r} is {kind!r}; it must be a class derived from Drafter or DeviceDrafter."
+        )
     return kind(speculation, target)
 
 

@@ -38,15 +38,9 @@ class Accepted(NamedTuple):
     path: Tensor  # [S, M] the node whose row chose each: the root, then the accepted drafts; then the root again
     chosen: Tensor  # [S, M] by each node's row; NOTHING_TO_SAMPLE behind a tree's last node
 
-    def packed(self) -> Tensor:
-        """All of it in one tensor, [S, 1 + 3 M]."""
-        return torch.cat((self.counts[:, None], *self[1:]), 1)
-
-    @classmethod
-    def unpacked(cls, packed_SX: Tensor) -> "Accepted":
-        num_nodes = (packed_SX.shape[1] - 1) // 3
-        counts_S1, *others = packed_SX.split([1, num_nodes, num_nodes, num_nodes], 1)
-        return cls(counts_S1[:, 0], *others)
+    def last_nodes(self) -> Tensor:
+        """[S] the node whose row chose each sequence's last token."""
+        return self.path.gather(1, self.counts[:, None] - 1)[:, 0]
 
 
 def accept(chosen_SM: Tensor, drafted_SM: Tensor, parents_SM: Tensor, num_nodes_S: Tensor) -> Accepted:

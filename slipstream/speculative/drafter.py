@@ -62,7 +62,7 @@ class Ends(NamedTuple):
     token_ids: Tensor  # [S] the last token
     positions: Tensor  # [S] its place
     hidden: Tensor | None = None  # [S, F] what reads_hidden asks for, where that token was chosen
-    block_tables: Tensor | None = None  # [S, B] the KV blocks of each, as far as the step's rows, for a LayerDrafter
+    block_tables: Tensor | None = None  # [S, B] the KV blocks of each, as far as the step's rows
 
 
 class DraftTensors(NamedTuple):
@@ -70,7 +70,7 @@ class DraftTensors(NamedTuple):
 
     token_ids: Tensor  # [S, N]
     parents: Tensor  # [S, N], as a Draft has them
-    counts: Tensor | None = None  # [S] how many of them are meant, on a device where looking costs nothing
+    counts: Tensor | None = None  # [S] how many of them are meant; None: all
 
     def lists(self) -> list[Draft]:
         """On the host. On a GPU that waits for the step."""

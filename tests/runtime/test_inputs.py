@@ -61,8 +61,11 @@ def expected(
             found["trees.roots"].append(first + len(step.token_ids) - 1)
             found["trees.rows"].append(len(found["step.logit_rows"]) + count - 1 if step.sample else 0)
             found["trees.sizes"].append(int(step.sample))
-            after = [] if step.sample else known[end : end + 1]
-            found["trees.next_ids"] += [*step.token_ids[1:], *(after or [NO_TEXT])]
+        if sizes.is_followed:
+            found["trees.next_ids"] += [
+                *step.token_ids[1:],
+                *(([] if step.sample else known[end : end + 1]) or [NO_TEXT]),
+            ]
         found["step.token_ids"] += step.token_ids
         found["step.positions"] += range(step.start, end)
         found["token_slots"] += [step.slot] * len(step.token_ids)
@@ -102,9 +105,12 @@ def test_inputs_are_what_the_plans_say(num_groups: int) -> None:
         counts = [rng.choice((int(step.sample), len(step.token_ids))) for step in plan.sequences]
         is_chosen = [step.sample and rng.random() < 0.8 for step in plan.sequences]
         known = [rng.randrange(100) for _ in range(rng.randrange(60))]
-        exact = sizes_of(plan, counts, tables, num_nodes=rng.choice((0, 3)))
+        exact = sizes_of(plan, counts, tables, *rng.choice(((0, False), (3, False), (3, True))))
         larger = StepSizes(
-            *(each + rng.randint(0, 9) for each in list(vars(exact).values())[:-2]), num_groups, exact.num_nodes
+            *(each + rng.randint(0, 9) for each in list(vars(exact).values())[:-3]),
+            num_groups,
+            exact.num_nodes,
+            exact.is_followed,
         )
         for sizes in (exact, larger):
             numbers = torch.full((sizes.num_numbers,), -77)

@@ -11,7 +11,16 @@ import pytest
 
 from slipstream.schema.request import GenerateRequest
 from slipstream.schema.speculative import Speculation
-from slipstream.speculative.drafter import Draft, Drafter, Target, Verified
+from slipstream.speculative.drafter import (
+    AnyDrafter,
+    DeviceDrafter,
+    Draft,
+    Drafter,
+    DraftTensors,
+    Ends,
+    Target,
+    Verified,
+)
 
 
 class Parrot(Drafter):
@@ -80,7 +89,20 @@ class Babbler(Parrot):
         return self.drafts
 
 
+class Echo(DeviceDrafter):
+    """Says the last token again, and what cannot be; it asks the model for nothing."""
+
+    def draft(self, ends: Ends, most: int) -> DraftTensors:
+        token_ids_SN = ends.token_ids[:, None].repeat(1, most)
+        token_ids_SN[:, 2:] = 1 << 40
+        return DraftTensors(token_ids_SN, token_ids_SN, (ends.positions % 2 + 1).clamp(max=most))
+
+
 class NoDrafter:
+    pass
+
+
+class HalfADrafter(AnyDrafter):
     pass
 
 

@@ -17,8 +17,7 @@ from slipstream.checkpoint.random import write_random_model
 from slipstream.errors import ModelError, SlipstreamError, UsageError
 from slipstream.models import llama, mistral
 from slipstream.runtime.worker.drafts import Drafts
-from slipstream.runtime.worker.ending import Ending
-from slipstream.speculative.accept import Accepted
+from slipstream.runtime.worker.ending import Ended, Ending
 from slipstream.speculative.drafter import Draft, DraftTensors, Ends
 from slipstream.speculative.eagle import drafter as eagle
 from tests.speculative.heads import write_eagle, write_eagle3
@@ -56,7 +55,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     def look_back(self: Any, ending: Any, inputs: Any, *rest: Any) -> Tensor:
         made.clear()
         ended_SX = end(self, ending, inputs, *rest)
-        counts_S, token_ids_SM, *_ = Accepted.unpacked(ended_SX)
+        counts_S, token_ids_SM, *_ = Ended.unpacked(ended_SX).accepted
         for slot, count, token_ids in zip(inputs["trees.slots"].tolist(), counts_S, token_ids_SM.tolist(), strict=True):
             if slot >= 0:
                 texts[slot] += token_ids[:count]

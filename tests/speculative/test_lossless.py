@@ -34,6 +34,7 @@ def parrot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         tmp_path_factory.mktemp("site"), monkeypatch,
         parrot="tests.speculative.parrot:Parrot", bush="tests.speculative.parrot:Bush",
         babbler="tests.speculative.parrot:Babbler", nothing="tests.speculative.parrot:NoDrafter", gone="nowhere:Gone",
+        echo="tests.speculative.parrot:Echo", half="tests.speculative.parrot:HalfADrafter",
     ):  # fmt: skip
         yield
 
@@ -230,10 +231,22 @@ def test_the_real_model_says_what_it_says_without_drafts(smollm2_llm: LLM) -> No
         assert 0 < sum(stats.num_accepted_tokens) < stats.num_draft_tokens
 
 
+def test_a_drafter_on_the_device_needs_no_hidden_states(models: dict[str, Path]) -> None:
+    """As many drafts are verified as it means, one or two of four; what is no token becomes one."""
+    expected, _ = run(models["llama"], REQUESTS)
+    for draft_len in (1, 4):
+        speculative = {"method": "echo", "max_draft_len": draft_len, "adaptive": False}
+        found, stats = run(models["llama"], REQUESTS, speculative=speculative)
+        assert_same(found, expected)
+        assert stats.num_drafts <= stats.num_draft_tokens <= stats.num_drafts * min(draft_len, 2)
+        assert stats.num_drafts > 50 and (draft_len == 1) == (stats.num_drafts == stats.num_draft_tokens)
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
         ({"method": "nothing"}, "must be a class derived from Drafter"),
+        ({"method": "half"}, "must be a class derived from Drafter or DeviceDrafter"),
         ({"method": "gone"}, "cannot be imported"),
         ({"method": "hearsay"}, "not there; there are: .*ngram.*parrot"),
         ("ngram", "is no JSON"),

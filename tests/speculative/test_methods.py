@@ -134,7 +134,8 @@ class Replayed(RecordedSteps):
         self, plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool], ending: EndingPlan | None = None
     ) -> StepOutputs | None:
         num_nodes = 0 if ending is None else ending.num_nodes
-        sizes = self._sizes_for(sizes_of(plan, logit_counts, self._tables, num_nodes))
+        is_followed = num_nodes > 0 and self._known is not None
+        sizes = self._sizes_for(sizes_of(plan, logit_counts, self._tables, num_nodes, is_followed))
         assert sizes is not None
         numbers = torch.full((sizes.num_numbers,), 99)
         fill_inputs(plan, logit_counts, is_chosen, self._tables, sizes, numbers, self._known)
@@ -143,11 +144,12 @@ class Replayed(RecordedSteps):
 
 
 class Unseen(TorchDispatchMode):
-    """Whoever asks what a tensor holds fails, as he would in a recording."""
+    """Whoever asks what a tensor holds fails, as he would in a recording; and who brings one from the host."""
 
     def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
         assert call not in (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default)
+        assert call not in (aten.lift_fresh.default, aten.repeat_interleave.Tensor, aten.bincount.default)
         if call in (aten.index.Tensor, aten.index_put_.default):
             assert all(index is None or index.dtype != torch.bool for index in args[1])
         return call(*args, **(kwargs or {}))
@@ -164,7 +166,7 @@ def test_steps_are_as_a_gpu_replays_them(
         allocate(self, num_blocks)
         self._drafts._may_look = self._ending._may_look = False
         self._recorded = Replayed(
-            self._run, self._tables, self._max_batch_size, self._most_rows, self._device, self._drafts.known
+            self._run, self._tables, self._max_batch_size, self._most_rows, self._device, self._ending.known
         )
 
     def note(self: Replayed, plan: Any, counts: Any, chosen: Any, ending: EndingPlan | None = None) -> Any:

@@ -6,7 +6,7 @@
     mask       00001   00011 00111 01001 11001   bit i stands for the node at place 7 + i
 
 Nodes lie in the cache one after the other, parents before their children; the accepted ones move together afterwards
-(runtime/worker/drafts.py). Everything before the root is seen by all, and nothing whose position is beyond a row's
+(runtime/worker/ending.py). Everything before the root is seen by all, and nothing whose position is beyond a row's
 own: where all bits of all rows are set, the tree is a chain, or none.
 """
 

@@ -493,7 +493,7 @@ def plan(
         room = programs_a_processor * num_processors // (max(1, num_tiles) * num_kv_heads)
         return Launch(tile, max(1, min(room, -(-max_keys // (2 * tile.keys)), MOST_SPLITS.value)), **limits)
 
-    # A recorded step has as many sequences as tokens; its tokens may still be one prompt's.
+    # A recorded step has as many sequences as tokens, unless it ends with drafts; its tokens may still be one prompt's.
     if num_tokens <= min(num_sequences, 64) or num_tokens * group <= few.rows:
         num_tiles = min(num_tokens, num_sequences) * -(-group // few.rows)
         if num_tiles * num_kv_heads <= num_processors and few.rows == 16 and item_size < 4 and head_dim <= 128:

@@ -19,7 +19,6 @@ from slipstream.schema.step import PENDING, SequenceStep, StepPlan
 from slipstream.speculative.accept import Accepted
 from slipstream.speculative.drafter import (
     AnyDrafter,
-    DeviceDrafter,
     Draft,
     Drafter,
     DraftTensors,
@@ -71,7 +70,6 @@ class Drafts:
         self._token_ids, self._parents = of_slots(self.max_len), of_slots(self.max_len)
         # Of drafts that may branch, and their roots: how far a node is from the root, and what is above it.
         self._depths, self._masks = of_slots(1 + self.max_len), of_slots(1 + self.max_len, self.num_mask_words)
-        self._counts = torch.full((num_slots + 1,), max_len)  # of drafts that are meant, where that can be looked at
         self._is_taking = [False] * num_slots
         self._known: list[Sequence[int]] = [()] * num_slots  # tokens that each text had when it came
         self._told = [0] * num_slots  # tokens of each that the drafter was told of, where it was not asked since
@@ -132,24 +130,20 @@ class Drafts:
     def are_made_on_host(self) -> bool:
         return self._on_host is not None
 
-    def _made_on_device(self, steps: Sequence[SequenceStep]) -> list[int]:
-        if not isinstance(self._drafter, DeviceDrafter):
-            return [0] * len(steps)
-        return [min(step.max_drafts, int(self._counts[step.slot])) * self._is_taking[step.slot] for step in steps]
-
     def propose(self, steps: Sequence[SequenceStep], accepted: Accepted, hidden_SH: Tensor | None = None) -> list[int]:
         """How many drafts each of these sequences, all of which sample, has for its next step.
 
-        A drafter on the host makes them now; one on the device has. hidden: where the last token of each was chosen.
-        Raises ValueError for what a drafter may not propose.
+        A drafter on the host makes them now; of one on the device, how many are wanted of those that it made. hidden:
+        where the last token of each was chosen. Raises ValueError for what a drafter may not propose.
         """
+        wanted = [step.max_drafts * self._is_taking[step.slot] for step in steps]
         if self._on_host is None:
-            return self._made_on_device(steps)
+            return wanted
         num_drafts = [0] * len(steps)
         for step in steps:
             if not step.max_drafts and not self._told[step.slot]:
                 self._told[step.slot] = step.start + len(step.token_ids)
-        asked = [index for index, step in enumerate(steps) if self._is_taking[step.slot] and step.max_drafts]
+        asked = [index for index, most in enumerate(wanted) if most]
         if not asked:
             return num_drafts
         positions_S = on_device([step.start + len(step.token_ids) for step in steps], torch.int64, self._device)
@@ -169,10 +163,7 @@ class Drafts:
 
     def keep(self, slots_S: Tensor, drafts: DraftTensors) -> None:
         """For the next step of these slots. What nobody looks at is kept within its bounds."""
-        num_drafts = drafts.token_ids.shape[1]
-        if self._may_look:
-            self._counts[slots_S] = num_drafts if drafts.counts is None else drafts.counts
-        padding = (0, self.max_len - num_drafts)
+        padding = (0, self.max_len - drafts.token_ids.shape[1])
         token_ids_SN = functional.pad(drafts.token_ids.clamp(0, self._vocab_size - 1), padding)
         parents_SN = torch.arange(self.max_len, device=self._device).expand_as(token_ids_SN)
         if self.can_branch:

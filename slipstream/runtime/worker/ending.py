@@ -45,6 +45,22 @@ class EndingPlan(NamedTuple):
     asked: tuple[int, ...] | None = None  # the sequences that they are made for; None: all
 
 
+class Ended(NamedTuple):
+    accepted: Accepted
+    num_drafts: Tensor  # [S] that were made on the device
+
+    def packed(self) -> Tensor:
+        """All of it in one tensor, [S, 2 + 3 M]."""
+        counts_S, *others = self.accepted
+        return torch.cat((counts_S[:, None], self.num_drafts[:, None], *others), 1)
+
+    @classmethod
+    def unpacked(cls, packed_SX: Tensor) -> "Ended":
+        num_nodes = (packed_SX.shape[1] - 2) // 3
+        counts_S1, num_drafts_S1, *others = packed_SX.split([1, 1, num_nodes, num_nodes, num_nodes], 1)
+        return cls(Accepted(counts_S1[:, 0], *others), num_drafts_S1[:, 0])
+
+
 class Ending:
     """drafter: one that drafts on the device, or None."""
 
@@ -61,6 +77,7 @@ class Ending:
         self._groups, self._block_size = groups, tokens_per_block
         self._may_look = device.type == "cpu"  # at what tensors hold: a GPU would be waited for
         self._layer = drafter if isinstance(drafter, LayerDrafter) else None
+        self.known = drafts.known if self._layer else None  # as fill_inputs has it
 
     def plan(self, plan: StepPlan) -> EndingPlan | None:
         """None of a step that verifies no drafts, and that none are made from here."""
@@ -75,17 +92,19 @@ class Ending:
         return EndingPlan(1 + (verified and most_there_are), most and most_there_are)
 
     def run(self, ending: EndingPlan, inputs: Inputs, token_ids_R: Tensor, hidden_TF: Tensor | None, kv: KV) -> Tensor:
-        """What each sequence has gained: Accepted, packed. hidden: what the drafter asks for of the model."""
+        """Ended, packed. hidden: what the drafter asks for of the model."""
         accepted = self._accept(ending.num_nodes, inputs, token_ids_R)
         if ending.num_nodes > 1:
             self._compact(inputs, accepted, kv)
-        if hidden_TF is not None and self._drafter is not None:
-            last_S = inputs["trees.roots"] + _last_node(accepted)
-            if self._layer is not None:
-                self._layer.follow(self._computed(inputs, accepted, last_S, hidden_TF))
-            if ending.max_drafts:
-                self._draft(ending, inputs, accepted, hidden_TF[last_S])
-        return accepted.packed()
+        last_S = inputs["trees.roots"] + accepted.last_nodes()
+        if self._layer is not None:
+            assert hidden_TF is not None
+            self._layer.follow(self._computed(inputs, accepted, last_S, hidden_TF))
+        num_drafts_S = torch.zeros_like(last_S)
+        if self._drafter is not None and ending.max_drafts:
+            hidden_SF = None if hidden_TF is None else hidden_TF[last_S]
+            num_drafts_S = self._draft(self._drafter, ending, self._ends(inputs, accepted, hidden_SF))
+        return Ended(accepted, num_drafts_S).packed()
 
     def run_beside(self, ending: EndingPlan, inputs: Inputs, kv: KV) -> None:
         """On a rank that does not sample."""
@@ -144,18 +163,23 @@ class Ending:
         next_T, places_T, kv_slots_T = numbers_3T
         return Computed(inputs["trees.slots"], last_S, next_T, places_T, kv_slots_T, hidden_TF)
 
-    def _draft(self, ending: EndingPlan, inputs: Inputs, accepted: Accepted, hidden_SF: Tensor) -> None:
-        assert self._drafter is not None
+    def _ends(self, inputs: Inputs, accepted: Accepted, hidden_SF: Tensor | None) -> Ends:
         last_token_S = accepted.token_ids.gather(1, accepted.counts[:, None] - 1)[:, 0].clamp(min=0)
         positions_S = inputs["step.tree_starts"] + accepted.counts
         tables_SB = inputs[group_input("step.block_tables", self._drafts.group)]
-        ends = Ends(inputs["trees.slots"], last_token_S, positions_S, hidden_SF, tables_SB)
-        if ending.asked is not None and len(ending.asked) < len(positions_S):
+        return Ends(inputs["trees.slots"], last_token_S, positions_S, hidden_SF, tables_SB)
+
+    def _draft(self, drafter: DeviceDrafter, ending: EndingPlan, ends: Ends) -> Tensor:
+        """How many each sequence has now."""
+        num_sequences, asked_S = len(ends.slots), None
+        if ending.asked is not None and len(ending.asked) < num_sequences:
             asked_S = on_device(ending.asked, torch.int64, self._device)
-            ends = Ends(*(x[asked_S] for x in ends if x is not None))
-        self._drafts.keep(ends.slots, self._drafter.draft(ends, ending.max_drafts))
-
-
-def _last_node(accepted: Accepted) -> Tensor:
-    """[S] the node where each sequence's last token was chosen."""
-    return accepted.path.gather(1, accepted.counts[:, None] - 1)[:, 0]
+            ends = Ends(*(None if x is None else x[asked_S] for x in ends))  # type: ignore[arg-type]
+        drafts = drafter.draft(ends, ending.max_drafts)
+        self._drafts.keep(ends.slots, drafts)
+        counts_S = drafts.counts
+        if counts_S is None:
+            counts_S = torch.full_like(ends.slots, drafts.token_ids.shape[1])
+        if asked_S is None:
+            return counts_S
+        return counts_S.new_zeros(num_sequences).index_copy(0, asked_S, counts_S)

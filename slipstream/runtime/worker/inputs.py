@@ -23,10 +23,6 @@ _FIRST_DRAFT = PENDING - 1
 KnownText = Callable[[int], Sequence[int]]
 
 
-def _nothing(_slot: int) -> Sequence[int]:
-    return ()
-
-
 def draft_name(place: Places) -> Places:
     """In token_ids: the slot's draft at this place, which the worker knows (drafts.py). And back."""
     return _FIRST_DRAFT - place
@@ -42,6 +38,7 @@ class StepSizes:
     table_width: int  # KV blocks a sequence, in one group
     num_groups: int  # of KV layers
     num_nodes: int = 0  # of the trees that end it, their roots among them; 0 where nothing is drafted (ending.py)
+    is_followed: bool = False  # by a drafter's own layer, which is told what follows each row
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """By the graph's names: the fields of StepTensors, slots and block_tables once a group; where drafts begin.
@@ -68,6 +65,7 @@ class StepSizes:
             shapes[group_input("step.block_tables", group)] = (self.num_sequences, self.table_width)
         if self.num_nodes:
             shapes |= dict.fromkeys(("trees.slots", "trees.roots", "trees.rows", "trees.sizes"), (self.num_sequences,))
+        if self.is_followed:
             shapes["trees.next_ids"] = (self.num_tokens,)
         return shapes
 
@@ -93,21 +91,23 @@ def rows_wanted(plan: StepPlan, wants_all_rows: Sequence[bool]) -> list[int]:
     ]
 
 
-def sizes_of(plan: StepPlan, logit_counts: Iterable[int], tables: BlockTables, num_nodes: int = 0) -> StepSizes:
-    """Exactly what the plan needs. num_nodes: as in StepSizes."""
+def sizes_of(
+    plan: StepPlan, logit_counts: Iterable[int], tables: BlockTables, num_nodes: int = 0, is_followed: bool = False
+) -> StepSizes:
+    """Exactly what the plan needs. num_nodes, is_followed: as in StepSizes."""
     longest = max(sequence.start + sequence.num_tokens for sequence in plan.sequences)
-    width = -(-longest // tables.tokens_per_block)
-    return StepSizes(plan.num_tokens, len(plan.sequences), sum(logit_counts), width, tables.num_groups, num_nodes)
+    width, num_rows = -(-longest // tables.tokens_per_block), sum(logit_counts)
+    return StepSizes(plan.num_tokens, len(plan.sequences), num_rows, width, tables.num_groups, num_nodes, is_followed)
 
 
 def fill_inputs(
     plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool], tables: BlockTables, sizes: StepSizes,
-    out: Tensor, known: KnownText = _nothing,
+    out: Tensor, known: KnownText | None = None,
 ) -> None:  # fmt: skip
     """Write the plan, which `tables` have taken in, into `out`, int64 [sizes.num_numbers] on the host.
 
     is_chosen: of each sequence, whether the step chooses what follows its last token, and each of its drafts. known: of
-    each slot the tokens that its text had when it came.
+    each slot the tokens that its text had when it came, where the step is followed.
 
     Where sizes are larger than the plan: tokens beyond its own belong to no sequence and are written to the null
     block, sequences beyond its own have no tokens, rows of logits beyond its own are of token 0.
@@ -152,6 +152,8 @@ def fill_inputs(
         columns["trees.roots"][:num_sequences] = ends - num_nodes
         columns["trees.rows"][:num_sequences] = np.where(samples, row_ends - num_nodes, 0)
         columns["trees.sizes"][:num_sequences] = np.where(samples, num_nodes, 0)
+    if sizes.is_followed:
+        assert known is not None
         columns["trees.next_ids"][:] = NO_TEXT
         next_ids = chain.from_iterable(_following(each, known) for each in sequences)
         columns["trees.next_ids"][:num_tokens] = _column(next_ids, num_tokens)
@@ -171,10 +173,10 @@ def _column(values: Iterable[int], count: int) -> Numbers:
 
 def make_inputs(
     plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool], tables: BlockTables, device: torch.device,
-    num_nodes: int = 0, known: KnownText = _nothing,
+    num_nodes: int = 0, known: KnownText | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The step's tensors on the device, exactly as large as the plan."""
-    sizes = sizes_of(plan, logit_counts, tables, num_nodes)
+    """The step's tensors on the device, exactly as large as the plan. known: where trees end it, as in fill_inputs."""
+    sizes = sizes_of(plan, logit_counts, tables, num_nodes, num_nodes > 0 and known is not None)
     numbers = torch.empty(sizes.num_numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
     fill_inputs(plan, logit_counts, is_chosen, tables, sizes, numbers, known)
     return sizes.views(numbers.to(device, non_blocking=True))

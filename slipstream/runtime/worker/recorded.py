@@ -1,4 +1,4 @@
-"""Recorded steps: a CUDA graph for each size of step, replayed with one launch.
+"""Recorded steps: a CUDA graph for each size of step and kind of ending, replayed with one launch.
 
 Sizes come from short lists, and a plan fills the next larger one in part (inputs.py: fill_inputs). Those of short texts
 are recorded when an engine starts (some hundredths of a second each), since a step that has to be recorded first is one
@@ -66,7 +66,7 @@ class RecordedSteps:
         max_batch_size: int,
         most_rows: int,
         device: torch.device,
-        known: KnownText,
+        known: KnownText | None,
     ) -> None:
         """most_rows: of logits, unless prompt logprobs are asked for. known: as fill_inputs has it."""
         self._run, self._tables, self._device, self._known = run, tables, device, known
@@ -98,7 +98,8 @@ class RecordedSteps:
         Hidden states may have more rows than the plan has tokens, and the ending more sequences.
         """
         num_nodes = 0 if ending is None else ending.num_nodes
-        sizes = self._sizes_for(sizes_of(plan, logit_counts, self._tables, num_nodes))
+        is_followed = num_nodes > 0 and self._known is not None
+        sizes = self._sizes_for(sizes_of(plan, logit_counts, self._tables, num_nodes, is_followed))
         if sizes is None:
             return None
         kind = _Kind(sizes, ending)
@@ -121,7 +122,8 @@ class RecordedSteps:
         sizes = self._sizes(exact.num_tokens, exact.table_width, exact.num_groups)
         if exact.num_nodes:  # which is work for each sequence
             num_sequences = min(1 << (exact.num_sequences - 1).bit_length(), sizes.num_sequences)
-            sizes = replace(sizes, num_sequences=num_sequences, num_nodes=exact.num_nodes)
+            nodes, is_followed = exact.num_nodes, exact.is_followed
+            sizes = replace(sizes, num_sequences=num_sequences, num_nodes=nodes, is_followed=is_followed)
         return sizes if exact.num_rows <= sizes.num_rows else None  # more where prompt logprobs are asked for
 
     def _sizes(self, num_tokens: int, table_width: int, num_groups: int) -> StepSizes:
@@ -132,7 +134,7 @@ class RecordedSteps:
         width = 1 << (max(table_width, -(-FEWEST_TOKENS // self._tables.tokens_per_block)) - 1).bit_length()
         return StepSizes(num_tokens, num_sequences, min(num_tokens, self._most_rows), width, num_groups)
 
-    def _record(self, kind: "_Kind") -> Recording | None:
+    def _record(self, kind: _Kind) -> Recording | None:
         """A step without sequences is run once, for what kernels do at their first call, and then recorded.
 
         None where the memory does not suffice: such steps run from Python.
@@ -150,7 +152,7 @@ class RecordedSteps:
         )
         return None
 
-    def _record_now(self, kind: "_Kind") -> Recording:
+    def _record_now(self, kind: _Kind) -> Recording:
         sizes, ending = kind
         host = torch.zeros(sizes.num_numbers, dtype=torch.int64, pin_memory=True)
         numbers = host.to(self._device)
@@ -158,6 +160,7 @@ class RecordedSteps:
         inputs["row_slots"].fill_(NO_SLOT)
         if sizes.num_nodes:
             inputs["trees.slots"].fill_(NO_SLOT)
+        if sizes.is_followed:
             inputs["trees.next_ids"].fill_(NO_TEXT)
         self._run(inputs, ending)
         torch.cuda.synchronize(self._device)

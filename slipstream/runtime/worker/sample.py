@@ -23,6 +23,7 @@ from slipstream.runtime.guidance import Guidance, num_taken, why_stopped
 from slipstream.runtime.logits import PenaltyTable, SequenceState, edit_logits
 from slipstream.runtime.transfer import ToHost, on_device
 from slipstream.runtime.worker.drafts import Drafted
+from slipstream.runtime.worker.ending import Ended
 from slipstream.schema.request import GenerateRequest, TokenLogprobs
 from slipstream.schema.step import SequenceResult
 from slipstream.speculative.accept import Accepted
@@ -248,7 +249,7 @@ class Draw:
     def accepted(self) -> Accepted:
         """What each sequence gains, where the model is."""
         if self._ended is not None:
-            return Accepted.unpacked(self._ended)
+            return Ended.unpacked(self._ended).accepted
         roots_S1 = torch.zeros_like(self._chosen)[:, None]
         chosen_S1 = self._chosen[:, None]
         return Accepted(torch.ones_like(self._chosen), chosen_S1, roots_S1, chosen_S1)
@@ -258,13 +259,20 @@ class Draw:
         numbers = self._to_host.wait()
         if self._ended is None:
             return [[token_id] for token_id in numbers.tolist()], [[row] for row in self._starts]
-        counts, token_ids, paths, _ = (x.tolist() for x in Accepted.unpacked(numbers))
+        counts, token_ids, paths = (x.tolist() for x in Ended.unpacked(numbers).accepted[:3])
         taken = [each[:count] for count, each in zip(counts, token_ids, strict=True)]
         rows = [
             [start + node for node in path[:count]]
             for start, count, path in zip(self._starts, counts, paths, strict=True)
         ]
         return taken, rows
+
+    def drafts_made(self) -> list[int]:
+        """For each sequence, where the model is."""
+        if self._ended is None:
+            return [0] * len(self.slots)
+        num_drafts: list[int] = Ended.unpacked(self._to_host.wait()).num_drafts.tolist()
+        return num_drafts
 
 
 def _why_nothing(model_logits_RV: Tensor | None, row: int) -> str:

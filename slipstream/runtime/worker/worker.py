@@ -57,7 +57,7 @@ class Flight:
     logits_RV: Tensor  # noqa: N815 - a tensor's name carries its shape
     draw: Draw
     vectors: Vectors | None
-    num_drafts: list[int]  # of each sequence that samples, for its next step
+    num_drafts: list[int]  # of each sequence that samples, for its next step; of those made on the device, at most
     saving: list[Saving]  # the plan's saves
 
 
@@ -126,7 +126,7 @@ class Worker:
         self._recorded: RecordedSteps | None = None
         if device.type == "cuda" and ranks.least(compiled.can_be_recorded):  # stages may differ
             self._recorded = RecordedSteps(
-                self._run, self._tables, max_batch_size, self._most_rows, device, self._drafts.known
+                self._run, self._tables, max_batch_size, self._most_rows, device, self._ending.known
             )
 
     @property
@@ -231,9 +231,10 @@ class Worker:
         # What the host has to do with a row's logits comes after the step, and only then its ending. With several ranks
         # the ending is by itself, too: they have to record the same steps, and only one knows what is drafted.
         is_chosen = [each.sample and not self._sampler.is_edited(each.slot) for each in plan.sequences]
-        is_whole = sum(is_chosen) == len(steps) and self._ranks.size == 1
+        has_edits = sum(is_chosen) < len(steps)
+        is_whole = not has_edits and self._ranks.size == 1
         ending = self._ending.plan(plan)
-        drafted = None if is_whole else self._drafts.verified_by(steps)
+        drafted = self._drafts.verified_by(steps) if has_edits else None
         outputs = self._run_sized(plan, counts, is_chosen, ending if is_whole else None)
         logits_RV, token_ids_R, _, hidden_TF, ended_SX = outputs
 
@@ -266,8 +267,7 @@ class Worker:
         """Of each sequence that samples, the row of its last token's choice."""
         ends = accumulate(each.num_tokens for each in plan.sequences)
         roots = [end - 1 - each.num_drafts for end, each in zip(ends, plan.sequences, strict=True) if each.sample]
-        nodes_S = accepted.path.gather(1, accepted.counts[:, None] - 1)[:, 0]
-        return hidden_TF[on_device(roots, torch.int64, self._device) + nodes_S]
+        return hidden_TF[on_device(roots, torch.int64, self._device) + accepted.last_nodes()]
 
     @torch.inference_mode()
     def hidden_states(self, plan: StepPlan) -> Tensor:
@@ -304,7 +304,10 @@ class Worker:
     @torch.inference_mode()
     def collect(self, flight: Flight) -> StepResult:
         """What a step has sampled and pooled, and the prompt logprobs asked for. Steps are collected in their order."""
-        finished = zip(self._sampler.finish(flight.draw), flight.num_drafts, strict=True)
+        num_drafts = flight.num_drafts
+        if not self._drafts.are_made_on_host:
+            num_drafts = list(map(min, num_drafts, flight.draw.drafts_made()))
+        finished = zip(self._sampler.finish(flight.draw), num_drafts, strict=True)
         drawn = (result._replace(num_drafts=count) for result, count in finished)
         sequences = flight.plan.sequences
         results = [next(drawn) if sequence.sample else SequenceResult() for sequence in sequences]
@@ -334,7 +337,7 @@ class Worker:
     ) -> dict[str, Tensor]:
         """Exactly as large as the plan."""
         num_nodes = 0 if ending is None else ending.num_nodes
-        return make_inputs(plan, counts, is_chosen, self._tables, self._device, num_nodes, self._drafts.known)
+        return make_inputs(plan, counts, is_chosen, self._tables, self._device, num_nodes, self._ending.known)
 
     def _run_sized(
         self, plan: StepPlan, logit_counts: list[int], is_chosen: Sequence[bool], ending: EndingPlan | None = None

@@ -82,7 +82,7 @@ class Drafter(LayerDrafter):
         options, manifest = read_options(Options, speculation), target.manifest
         sizes = Sizes(manifest.hidden_size, manifest.vocab_size, manifest.num_layers, target.max_seq_len)
         self._device, self._dtype = target.device, getattr(torch, manifest.dtype)
-        self._num_slots = target.max_batch_size + 1  # the last is of no text
+        self._num_rows = target.max_batch_size + 1  # of what is kept for each slot; the last is of no text
         self._last: list[Tensor] = []  # of each slot the last row, as Head.enter gives it: what drafts come after
         folder = head_folder("eagle", options.model, manifest.name)
         self._head = load(
@@ -120,7 +120,7 @@ class Drafter(LayerDrafter):
         x_TZ, residual_TH = self._head.enter(embedded_TH, self._head.read(computed.hidden))
         self._write(x_TZ, self._rotation(computed.places), computed.kv_slots)
         if not self._last:
-            self._last = [x.new_zeros(self._num_slots, x.shape[1]) for x in (x_TZ, residual_TH)]
+            self._last = [x.new_zeros(self._num_rows, x.shape[1]) for x in (x_TZ, residual_TH)]
         for last, rows in zip(self._last, (x_TZ, residual_TH), strict=True):
             last[computed.slots] = rows[computed.last]
 
@@ -145,6 +145,7 @@ class Drafter(LayerDrafter):
     def _plant(self, roots_S: Tensor, tables_SB: Tensor, slots_S: Tensor) -> _Forest:
         """Trees whose roots are rows that are computed, at these places."""
         num_trees, num_nodes, num_ranks = len(slots_S), self._trees.num_nodes, self._trees.num_ranks
+        tables_SB = tables_SB.where(slots_S[:, None] >= 0, 0)  # what is no text writes into the null block
         tables_SB = self._with_blocks_ahead(roots_S, tables_SB, slots_S)
         places_SM = roots_S[:, None] + torch.arange(num_nodes, device=self._device)
         blocks_SM = tables_SB.gather(1, places_SM // self._block_size)
@@ -168,25 +169,27 @@ class Drafter(LayerDrafter):
         num_ahead = -(-(self._trees.num_nodes - 1) // self._block_size)
         places_B = torch.arange(tables_SB.shape[1] + num_ahead, device=self._device)
         ahead_SB = places_B - roots_S[:, None] // self._block_size - 1
-        own_SB = self._num_shared + slots_S[:, None] % self._num_slots * num_ahead + ahead_SB.clamp(max=num_ahead - 1)
+        own_SB = self._num_shared + slots_S[:, None] % self._num_rows * num_ahead + ahead_SB.clamp(max=num_ahead - 1)
         return own_SB.where(ahead_SB >= 0, functional.pad(tables_SB, (0, num_ahead)))
 
     def _compute(self, forest: _Forest, depth: int, x_NZ: Tensor, residual_NH: Tensor) -> Tensor:
         """The next nodes of each tree, all of one depth: their children. -> hidden states [S, W, H]"""
         num_trees, first = len(forest.roots), forest.num_nodes
         forest.num_nodes = end = first + len(x_NZ) // num_trees
+        # Long before attention is launched: it may read them before the kernel ahead of it has ended (launch.py).
+        starts, lengths_S = torch.arange(num_trees + 1, device=self._device) * end, forest.roots + end
         forest.positions[:, first:end] = forest.roots[:, None] + depth
         rotation = self._rotation(forest.positions[:, first:end].flatten())
         if depth:
             self._write(x_NZ, rotation, forest.slots[:, first:end].flatten())
         else:
-            forest.masks[:, 0, 0] = 1
+            forest.masks[:, 0, 0].fill_(1)
         q_NX = _run(rope, self._head.queries(x_NZ), *rotation, self._config.head_dim)
         forest.queries[:, first:end] = q_NX.view(num_trees, end - first, -1)
         # All nodes so far ask, since the op takes a tree whole; the answers to those before are not looked at.
         attended_NX = _run(
             tree_attention, forest.queries[:, :end].flatten(0, 1), self._kv,
-            torch.arange(num_trees + 1, device=self._device) * end, forest.roots + end, forest.block_tables,
+            starts, lengths_S, forest.block_tables,
             forest.positions[:, :end].flatten(), forest.roots, forest.masks[:, :end].flatten(0, 1), None, None, None,
             self._config.head_dim**-0.5, self._running.window, 0.0, self._config.head_dim,
         )  # fmt: skip
