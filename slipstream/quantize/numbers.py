@@ -52,7 +52,8 @@ def find_scales(
     amax_NG = _over_rows(groups_NGC.abs().amax(2), num_rows) * shrink
     if format.kind == "nvfp4a16":
         row_scale = row_scale or row_scale_of(weight_NK, format)
-        scale_NG = (amax_NG / (largest * row_scale)).clamp_min(SMALLEST_E4M3).to(torch.float8_e4m3fn)
+        # Columns that make up for others' errors may have grown beyond what row_scale was found for.
+        scale_NG = (amax_NG / (largest * row_scale)).clamp(SMALLEST_E4M3, _E4M3[1]).to(torch.float8_e4m3fn)
         return Scales(scale_NG.float() * row_scale, None, row_scale)
     # 16 numbers are -8 to 7: half a step more than the largest is cut off, and all others are nearer.
     steps = 7.5 if format.kind in INTEGERS_OF_4_BITS else largest

@@ -89,26 +89,32 @@ def test_a_rank_shows_its_part_and_reads_those_of_others(name: str, size: int, d
 def test_ranks_wait_for_each_other(dtype: torch.dtype) -> None:
     """As many streams of one GPU, which run at the same time; one of them is late, now this one, now that one."""
     device, size, num_calls = torch.device("cuda"), 2, 50
-    shared, streams = Shared(size, device), [torch.cuda.Stream() for _ in range(size)]
-    op = known_ops()["reduce_add_rms_norm"]
+    streams = [torch.cuda.Stream() for _ in range(size)]
     rows = [1 + number % PLACES for number in range(num_calls)]
     parts = [[torch.randn(count, WIDTH, device=device).to(dtype) for count in rows] for _ in range(size)]
     residuals = [torch.randn(count, WIDTH, device=device).to(dtype) for count in rows]
     weight = torch.rand(WIDTH, device=device).to(dtype)
-    alone = Shared(1, device).ranks[0]
-    op.kernels["triton"].function(
-        parts[0][0], residuals[0], weight, 1e-5, 0.0, ranks=alone
-    )  # compiled before they wait
-    found: list[list[tuple[Tensor, ...]]] = [[], []]
-    torch.cuda.synchronize()
-    for number in range(num_calls):
-        for rank, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                if number % 3 == rank:
-                    torch.cuda._sleep(100_000)
-                call = (parts[rank][number], residuals[number], weight, 1e-5, 0.0)
-                found[rank].append(op.kernels["triton"].function(*call, ranks=shared.ranks[rank]))
-    torch.cuda.synchronize()
+    call = known_ops()["reduce_add_rms_norm"].kernels["triton"].function
+
+    def run(shared: Shared, *, is_late: bool) -> list[list[tuple[Tensor, ...]]]:
+        found: list[list[tuple[Tensor, ...]]] = [[], []]
+        torch.cuda.synchronize()
+        for number in range(num_calls):
+            for rank, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    if is_late and number % 3 == rank:
+                        torch.cuda._sleep(100_000)
+                    given = (parts[rank][number], residuals[number], weight, 1e-5, 0.0)
+                    found[rank].append(call(*given, ranks=shared.ranks[rank]))
+        torch.cuda.synchronize()
+        return found
+
+    # Kernels are loaded and memory is taken before anyone waits: either may wait for what runs on the GPU.
+    everyone_told = Shared(size, device)
+    for rank in range(size):
+        everyone_told.told(rank).fill_(num_calls)
+    run(everyone_told, is_late=False)
+    found = run(Shared(size, device), is_late=True)
     for number, residual in enumerate(residuals):
         expected = expected_of("reduce_add_rms_norm", [part[number] for part in parts], residual, weight, 1e-5, 0.0)
         for each in found:

@@ -7,7 +7,7 @@ from torch import Tensor
 from slipstream.kernels.linear.parts import dense_weight
 from slipstream.quantize import awq, smoothquant
 from slipstream.quantize.gptq import Hessian, gptq
-from slipstream.quantize.numbers import Scales, find_scales, from_values, nearest, round_to, to_parts
+from slipstream.quantize.numbers import Scales, find_scales, from_values, nearest, round_to, row_scale_of, to_parts
 from slipstream.schema.format import NVFP4, WeightFormat
 
 FORMATS = {
@@ -69,6 +69,14 @@ def test_a_weight_of_zeros_stays_one() -> None:
         scales = find_scales(torch.zeros(4, 96), format)
         assert scales.scale_NG.isfinite().all() and (scales.scale_NG > 0).all()
         assert not from_values(round_to(torch.zeros(4, 96), scales, format), scales, format).any()
+
+
+def test_columns_that_grew_beyond_the_largest_scale_are_cut_off() -> None:
+    """As those do that make up for others' errors: torch 2.11 makes NaN of what E4M3 cannot hold, later ones do not."""
+    weight_NK = outliers()[0]
+    scales = find_scales(2 * weight_NK, NVFP4, row_scale=row_scale_of(weight_NK, NVFP4))
+    assert scales.scale_NG.isfinite().all()
+    assert scales.scale_NG.max() == pytest.approx(448 * scales.row_scale)
 
 
 def gptq_by_definition(weight_NK: Tensor, hessian_KK: Tensor, scale_N1: Tensor, damping: float) -> Tensor:
