@@ -105,7 +105,7 @@ def test_inputs_are_what_the_plans_say(num_groups: int) -> None:
         counts = [rng.choice((int(step.sample), len(step.token_ids))) for step in plan.sequences]
         is_chosen = [step.sample and rng.random() < 0.8 for step in plan.sequences]
         known = [rng.randrange(100) for _ in range(rng.randrange(60))]
-        exact = sizes_of(plan, counts, tables, *rng.choice(((0, False), (3, False), (3, True))))
+        exact = sizes_of(plan, counts, tables).with_trees(*rng.choice(((0, False), (3, False), (3, True))))
         larger = StepSizes(
             *(each + rng.randint(0, 9) for each in list(vars(exact).values())[:-3]),
             num_groups,

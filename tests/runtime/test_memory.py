@@ -16,6 +16,7 @@ from slipstream.engine.manifest import Manifest
 from slipstream.errors import CapacityError
 from slipstream.runtime.engine import start_engine
 from slipstream.runtime.worker.memory import check_kv_dtype, count_blocks, free_in_groups
+from slipstream.runtime.worker.recorded import StepOutputs
 from slipstream.runtime.worker.weights import copy_through, load_weights
 from slipstream.runtime.worker.worker import Worker
 from tests.runtime.fake_worker import make_request
@@ -121,9 +122,23 @@ def test_the_step_that_is_measured_is_the_largest_and_needs_no_block(
     worker.allocate_kv(1)
     longest = engine.manifest.max_seq_len
     for num_tokens, num_rows in ((3, 3), (longest + 5, longest + 5), (longest + 5, 2)):
-        assert worker._measure(num_tokens, num_rows) == 5
+        assert worker._largest_step(num_tokens, num_rows) == 5
         logits_RV, token_ids_R, *_ = made.pop()
         assert logits_RV.shape == (num_rows, engine.manifest.vocab_size) and token_ids_R.shape == (num_rows,)
+
+
+def test_a_step_that_verifies_drafts_is_measured_with_its_ending(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, made = iter((5, 7)), list[StepOutputs]()
+    monkeypatch.setattr(
+        "slipstream.runtime.worker.worker.peak_memory", lambda call, device: made.append(call()) or next(found)
+    )
+    cpu = torch.device("cpu")
+    worker = Worker(engine, tuned_choices(engine, cpu), engine.manifest.kv_groups, 8, cpu, max_draft_len=3)
+    worker.allocate_kv(1)
+    assert worker._largest_step(22, 22) == 7
+    prompt, verification = made
+    assert prompt.ended is None and len(prompt.logits) == 22
+    assert verification.ended is not None and len(verification.ended) == 5 and len(verification.logits) == 20
 
 
 def test_a_step_that_finds_no_memory_says_what_to_lower(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +154,7 @@ def test_a_step_that_finds_no_memory_says_what_to_lower(engine: Any, monkeypatch
     assert "CapacityError" not in event.error
     with monkeypatch.context() as patch, pytest.raises(CapacityError, match=r"lower --max_num_tokens to 32\."):
         patch.setattr("slipstream.runtime.worker.worker.peak_memory", lambda call, device: call())
-        started._worker._measure(64, 64)
+        started._worker._largest_step(64, 64)
 
 
 def test_a_container_has_what_its_limits_leave(tmp_path: Path) -> None:

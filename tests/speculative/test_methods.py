@@ -127,19 +127,17 @@ def adapting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Reque
 class Replayed(RecordedSteps):
     """Steps of the sizes that a GPU records, filled in part as there, with nothing looked at on the way."""
 
-    def record_short(self, num_groups: int, max_num_tokens: int) -> None:
+    def record_short(self, num_groups: int, max_num_tokens: int, ending: EndingPlan | None = None) -> None:
         pass
 
     def run(
         self, plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool], ending: EndingPlan | None = None
     ) -> StepOutputs | None:
-        num_nodes = 0 if ending is None else ending.num_nodes
-        is_followed = num_nodes > 0 and self._known is not None
-        sizes = self._sizes_for(sizes_of(plan, logit_counts, self._tables, num_nodes, is_followed))
-        assert sizes is not None
-        numbers = torch.full((sizes.num_numbers,), 99)
-        fill_inputs(plan, logit_counts, is_chosen, self._tables, sizes, numbers, self._known)
-        outputs, num_rows = self._run(sizes.views(numbers), ending), sum(logit_counts)
+        kind = self._kind(sizes_of(plan, logit_counts, self._tables), ending)
+        assert kind is not None
+        numbers = torch.full((kind.sizes.num_numbers,), 99)
+        fill_inputs(plan, logit_counts, is_chosen, self._tables, kind.sizes, numbers, self._known)
+        outputs, num_rows = self._run(kind.sizes.views(numbers), ending), sum(logit_counts)
         return outputs._replace(logits=outputs.logits[:num_rows], token_ids=outputs.token_ids[:num_rows])
 
 

@@ -91,6 +91,11 @@ class Ending:
         most_there_are = self._drafts.max_len  # so that steps have few sizes
         return EndingPlan(1 + (verified and most_there_are), most and most_there_are)
 
+    def in_full(self) -> EndingPlan | None:
+        """Of steps in which each sequence verifies drafts, and more are made; None where nothing is drafted."""
+        most = self._drafts.max_len
+        return EndingPlan(1 + most, most if self._drafter is not None else 0) if most else None
+
     def run(self, ending: EndingPlan, inputs: Inputs, token_ids_R: Tensor, hidden_TF: Tensor | None, kv: KV) -> Tensor:
         """Ended, packed. hidden: what the drafter asks for of the model."""
         accepted = self._accept(ending.num_nodes, inputs, token_ids_R)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TypeVar
 
@@ -69,6 +69,9 @@ class StepSizes:
             shapes["trees.next_ids"] = (self.num_tokens,)
         return shapes
 
+    def with_trees(self, num_nodes: int, is_followed: bool) -> "StepSizes":
+        return replace(self, num_nodes=num_nodes, is_followed=is_followed)
+
     @property
     def num_numbers(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes().values())
@@ -91,13 +94,11 @@ def rows_wanted(plan: StepPlan, wants_all_rows: Sequence[bool]) -> list[int]:
     ]
 
 
-def sizes_of(
-    plan: StepPlan, logit_counts: Iterable[int], tables: BlockTables, num_nodes: int = 0, is_followed: bool = False
-) -> StepSizes:
-    """Exactly what the plan needs. num_nodes, is_followed: as in StepSizes."""
+def sizes_of(plan: StepPlan, logit_counts: Iterable[int], tables: BlockTables) -> StepSizes:
+    """Exactly what the plan needs, without trees that end it."""
     longest = max(sequence.start + sequence.num_tokens for sequence in plan.sequences)
     width, num_rows = -(-longest // tables.tokens_per_block), sum(logit_counts)
-    return StepSizes(plan.num_tokens, len(plan.sequences), num_rows, width, tables.num_groups, num_nodes, is_followed)
+    return StepSizes(plan.num_tokens, len(plan.sequences), num_rows, width, tables.num_groups)
 
 
 def fill_inputs(
@@ -176,7 +177,9 @@ def make_inputs(
     num_nodes: int = 0, known: KnownText | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The step's tensors on the device, exactly as large as the plan. known: where trees end it, as in fill_inputs."""
-    sizes = sizes_of(plan, logit_counts, tables, num_nodes, num_nodes > 0 and known is not None)
+    sizes = sizes_of(plan, logit_counts, tables)
+    if num_nodes:
+        sizes = sizes.with_trees(num_nodes, known is not None)
     numbers = torch.empty(sizes.num_numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
     fill_inputs(plan, logit_counts, is_chosen, tables, sizes, numbers, known)
     return sizes.views(numbers.to(device, non_blocking=True))

@@ -82,13 +82,19 @@ class RecordedSteps:
             torch.empty(num_bytes, dtype=torch.uint8, device=self._device).zero_()
         self._reserve = graph
 
-    def record_short(self, num_groups: int, max_num_tokens: int) -> None:
-        """All sizes of short texts, the largest first: the others find room in what it leaves of the pool."""
-        useful = [size for size in NUM_TOKENS if size // 2 < max_num_tokens]
-        for num_tokens in reversed(useful):
-            kind = _Kind(self._sizes(num_tokens, 1, num_groups))
-            if kind not in self._recordings:
-                self._recordings[kind] = self._record(kind)
+    def record_short(self, num_groups: int, max_num_tokens: int, ending: EndingPlan | None = None) -> None:
+        """All sizes of short texts, the largest first: the others find room in what it leaves of the pool.
+
+        ending: of steps in which each sequence verifies drafts, which are recorded for 1, 2, 4 and more sequences.
+        """
+        for num_sequences in reversed(_batch_sizes(self._max_batch_size)):
+            num_tokens = num_sequences * (0 if ending is None else ending.num_nodes)
+            if 0 < num_tokens <= max_num_tokens:
+                kind = self._kind(StepSizes(num_tokens, num_sequences, num_tokens, 1, num_groups), ending)
+                if kind is not None:
+                    self._recording(kind)
+        for num_tokens in reversed([size for size in NUM_TOKENS if size // 2 < max_num_tokens]):
+            self._recording(_Kind(self._sizes(num_tokens, 1, num_groups)))
 
     def run(
         self, plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool], ending: EndingPlan | None = None
@@ -97,34 +103,35 @@ class RecordedSteps:
 
         Hidden states may have more rows than the plan has tokens, and the ending more sequences.
         """
-        num_nodes = 0 if ending is None else ending.num_nodes
-        is_followed = num_nodes > 0 and self._known is not None
-        sizes = self._sizes_for(sizes_of(plan, logit_counts, self._tables, num_nodes, is_followed))
-        if sizes is None:
-            return None
-        kind = _Kind(sizes, ending)
-        if kind not in self._recordings:
-            self._recordings[kind] = self._record(kind)
-        recording = self._recordings[kind]
-        if recording is None:
+        kind = self._kind(sizes_of(plan, logit_counts, self._tables), ending)
+        recording = None if kind is None else self._recording(kind)
+        if kind is None or recording is None:
             return None
         recording.is_copied.synchronize()
-        fill_inputs(plan, logit_counts, is_chosen, self._tables, sizes, recording.host, self._known)
+        fill_inputs(plan, logit_counts, is_chosen, self._tables, kind.sizes, recording.host, self._known)
         recording.device.copy_(recording.host, non_blocking=True)
         recording.is_copied.record()
         recording.graph.replay()
         num_rows, (logits, token_ids, *others) = sum(logit_counts), recording.outputs
         return StepOutputs(logits[:num_rows], token_ids[:num_rows], *others)
 
-    def _sizes_for(self, exact: StepSizes) -> StepSizes | None:
+    def _kind(self, exact: StepSizes, ending: EndingPlan | None) -> _Kind | None:
+        """That serves steps of these sizes, their ending aside; None of those that are not recorded."""
         if exact.num_tokens > MAX_RECORDED_TOKENS:
             return None
         sizes = self._sizes(exact.num_tokens, exact.table_width, exact.num_groups)
-        if exact.num_nodes:  # which is work for each sequence
+        if exact.num_rows > sizes.num_rows:  # where prompt logprobs are asked for
+            return None
+        if ending is not None:  # which is work for each sequence
             num_sequences = min(1 << (exact.num_sequences - 1).bit_length(), sizes.num_sequences)
-            nodes, is_followed = exact.num_nodes, exact.is_followed
-            sizes = replace(sizes, num_sequences=num_sequences, num_nodes=nodes, is_followed=is_followed)
-        return sizes if exact.num_rows <= sizes.num_rows else None  # more where prompt logprobs are asked for
+            sizes = replace(sizes, num_sequences=num_sequences)
+            sizes = sizes.with_trees(ending.num_nodes, self._known is not None)
+        return _Kind(sizes, ending)
+
+    def _recording(self, kind: _Kind) -> Recording | None:
+        if kind not in self._recordings:
+            self._recordings[kind] = self._record(kind)
+        return self._recordings[kind]
 
     def _sizes(self, num_tokens: int, table_width: int, num_groups: int) -> StepSizes:
         """The recorded size that serves steps of so many tokens and tables so wide."""
@@ -186,3 +193,8 @@ def _borrowed(tensor: Tensor) -> Tensor:
         return tensor
     assert tensor.is_contiguous()
     return torch.as_tensor(_Bytes(tensor), device=tensor.device).view(tensor.dtype).view(tensor.shape)
+
+
+def _batch_sizes(most: int) -> list[int]:
+    """1, 2, 4 and so on, and the most that there may be."""
+    return [*(1 << power for power in range((most - 1).bit_length())), most]

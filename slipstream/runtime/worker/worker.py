@@ -112,6 +112,8 @@ class Worker:
         self._graph, self._is_last_stage = compiled.run, engine.is_last_stage
         device_drafter = drafter if isinstance(drafter, DeviceDrafter) else None
         self._ending = Ending(self._drafts, device_drafter, groups, manifest.tokens_per_block, device, ranks)
+        # What a recording has to have room for. With several ranks endings are by themselves (_run_and_draw).
+        self._full_ending = self._ending.in_full() if ranks.size == 1 else None
         # With several stages the plan knows all tokens but drafts, and nobody waits for the first rank.
         self._copies_tokens = ranks.size > 1 and (manifest.pp_size == 1 or max_draft_len > 0)
         self._copies_trees = ranks.size > 1 and drafts_branch
@@ -143,11 +145,10 @@ class Worker:
         if self._device.type == "cpu":
             return left_by_plan(self._manifest, self._device)
         self.allocate_kv(1)  # the null block alone
-        peak = self._measure(max_num_tokens, max_num_tokens)
+        peak = self._largest_step(max_num_tokens, max_num_tokens)
         if self._recorded is not None:
             # A quarter more, for what an allocator loses between steps of several sizes.
-            recorded = min(max_num_tokens, MAX_RECORDED_TOKENS)
-            largest = self._measure(recorded, min(recorded, self._most_rows)) * 5 // 4
+            largest = self._largest_step(min(max_num_tokens, MAX_RECORDED_TOKENS), self._most_rows) * 5 // 4
             self._recorded.reserve(largest + CUBLAS_WORKSPACES)
         self._kv, self._kv_inputs, self._drafter_kv = [], {}, []
         torch.cuda.empty_cache()
@@ -166,23 +167,32 @@ class Worker:
     def record(self, max_num_tokens: int) -> None:
         """On a GPU, the steps that most requests will meet. The KV cache is there."""
         if self._recorded is not None:
-            self._recorded.record_short(len(self._groups), max_num_tokens)
+            self._recorded.record_short(len(self._groups), max_num_tokens, self._full_ending)
+
+    def _largest_step(self, max_num_tokens: int, max_rows: int) -> int:
+        """Bytes that the largest step of up to so many tokens and rows of logits takes."""
+        longest, ending = self._manifest.max_seq_len, self._full_ending
+        num_tokens = min(max_num_tokens, longest * self._max_batch_size)
+        prompts = [min(longest, num_tokens - start) for start in range(0, num_tokens, longest)]
+        largest = self._measure(prompts, max_rows)
+        if ending is not None:
+            num_sequences = min(self._max_batch_size, max_num_tokens // ending.num_nodes)
+            largest = max(largest, self._measure([ending.num_nodes] * num_sequences, max_rows, ending))
+        return largest
 
     @torch.inference_mode()
-    def _measure(self, num_tokens: int, num_rows: int) -> int:
-        """Bytes that a step of so many tokens and rows of logits takes, its prompts as long as can be."""
-        longest = self._manifest.max_seq_len
-        num_tokens = min(num_tokens, longest * self._max_batch_size)
-        lengths = [min(longest, num_tokens - start) for start in range(0, num_tokens, longest)]
-        counts = [
-            max(0, min(length, num_rows - start))
-            for start, length in zip(range(0, num_tokens, longest), lengths, strict=True)
-        ]
+    def _measure(self, lengths: Sequence[int], num_rows: int, ending: EndingPlan | None = None) -> int:
+        """Bytes that a step of such sequences takes, with at most so many rows of logits."""
+        if not lengths:
+            return 0
+        num_tokens = sum(lengths)
+        starts = accumulate(lengths[:-1], initial=0)
+        counts = [max(0, min(length, num_rows - start)) for start, length in zip(starts, lengths, strict=True)]
         steps = [SequenceStep(slot, 0, (0,) * length, sample=False) for slot, length in enumerate(lengths)]
         plan, free = StepPlan(0, tuple(steps)), free_memory(self._device)
-        inputs = make_inputs(plan, counts, [False] * len(steps), self._tables, self._device)
+        inputs = self._inputs(plan, counts, [False] * len(steps), ending)
         try:
-            return peak_memory(lambda: self._run(inputs), self._device)
+            return peak_memory(lambda: self._run(inputs, ending), self._device)
         except torch.OutOfMemoryError:
             planned = self._manifest.memory.get("activations", 0) / self._manifest.max_num_tokens
             fits = min(num_tokens // 2, int(0.7 * free / max(1, planned)))
