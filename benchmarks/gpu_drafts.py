@@ -52,7 +52,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3.3-70b", choices=SHAPES)
     parser.add_argument("--drafts", nargs="+", default=list(GOALS), choices=SHAPES)
-    parser.add_argument("--format", default="fp8", choices=FORMATS, help="of target and drafts")
+    parser.add_argument("--format", default="fp8-static", choices=FORMATS, help="of target and drafts")
+    parser.add_argument("--kv_cache_dtype", default="fp8", help="of target and drafts")
     parser.add_argument(
         "--acceptance", type=float, default=0.82, help="of each draft, where those before it were right"
     )
@@ -68,8 +69,12 @@ def main() -> None:
         SHAPES[arguments.shape]["num_hidden_layers"] = arguments.layers
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
-    print(f"{name}, commit {found.stdout.strip() or 'unknown'}, torch {torch.__version__}; {arguments.shape} "
-          f"{arguments.format}, batch 1, synthetic acceptance of {arguments.acceptance}", flush=True)  # fmt: skip
+    what = f"{arguments.shape} {arguments.format}, KV in {arguments.kv_cache_dtype}, batch 1"
+    print(f"{name}, commit {found.stdout.strip() or 'unknown'}, torch {torch.__version__}; {what}, "
+          f"synthetic acceptance of {arguments.acceptance}", flush=True)  # fmt: skip
+    if arguments.device == "cuda":
+        gpu_step.card()
+        gpu_step.free_memory()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         shapes = dict.fromkeys((arguments.shape, *arguments.drafts))
         engines = {shape: built(shape, arguments, Path(folder) / shape) for shape in shapes}
@@ -78,7 +83,10 @@ def main() -> None:
 
 def built(shape: str, arguments: argparse.Namespace, folder: Path) -> Path:
     start = time.perf_counter()
-    config = BuildConfig(dtype="bfloat16", max_batch_size=2, max_num_tokens=256, max_seq_len=1024)
+    config = BuildConfig(
+        dtype="bfloat16", kv_cache_dtype=arguments.kv_cache_dtype, max_batch_size=2, max_num_tokens=256,
+        max_seq_len=1024,
+    )  # fmt: skip
     build(checkpoint_of(shape, arguments.format), folder, config, device=arguments.device)
     print(f"{shape} built in {time.perf_counter() - start:.0f} s", flush=True)
     return folder
