@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import slipstream
+from slipstream.api.building import BuildOptions, engine_path
 from slipstream.api.llm import LLM
 from slipstream.build.cache import device_for, tuned_choices
+from slipstream.checkpoint import resolve
 from slipstream.distill.hidden import HiddenFiles
-from slipstream.distill.texts import PromptSource, Text, TextSettings, answer
+from slipstream.distill.texts import PromptSource, Text, TextSettings, answer, read_texts
 from slipstream.engine.folder import Engine, open_engine
 from slipstream.engine.tensor_file import TensorFile, write_tensor_file
 from slipstream.errors import EngineError, UsageError
@@ -72,15 +74,25 @@ def train(
     kind = student_of(settings.method)
     options = _options(kind, settings)
     work = _open_folder(output_dir)
-    said, engine_path = _texts(output_dir / "texts.jsonl", texts, prompts, device, max_batch_size, progress)
     where = device_for(device)
-    _free_memory(where)
-    engine = open_engine(engine_path)
+    build = BuildOptions(max_batch_size=max_batch_size)
+    path = engine_path(resolve(texts.model), build, where, show_progress=False)
+    engine = open_engine(path)
+    if engine.manifest.num_ranks > 1:
+        raise EngineError(
+            f"{texts.model} was built for {engine.manifest.num_ranks} ranks; give the model, or an engine of "
+            "--tp_size 1."
+        )
+    said = read_texts(output_dir / "texts.jsonl", texts)
+    if len(said) < texts.num_texts:
+        with LLM(str(path), device=device, max_batch_size=max_batch_size, enable_block_reuse=False) as llm:
+            said = answer(llm, output_dir / "texts.jsonl", texts, prompts, progress)
+        _free_memory(where)
     layers = kind.reads_hidden(engine.manifest.num_layers)
     hidden = HiddenFiles(work, [[*text.prompt, *text.answer] for text in said], layers) if layers else None
     if hidden is not None:
         if not engine.has_hidden_states:
-            raise EngineError(f"{engine_path} gives no hidden states, being of an older build; build it again.")
+            raise EngineError(f"{path} gives no hidden states, being of an older build; build it again.")
         hidden.write(engine, tuned_choices(engine, where), where, progress)
         _free_memory(where)
     data = Data(said, hidden, where)
@@ -102,20 +114,6 @@ def train(
     shutil.rmtree(work)
     engine.close()
     return result
-
-
-def _texts(
-    path: Path, settings: TextSettings, prompts: PromptSource, device: str, max_batch_size: int | None,
-    progress: Progress,
-) -> tuple[list[Text], Path]:  # fmt: skip
-    """What the model says, and the engine that said it."""
-    with LLM(settings.model, device=device, max_batch_size=max_batch_size, enable_block_reuse=False) as llm:
-        if llm.manifest.num_ranks > 1:
-            raise EngineError(
-                f"{settings.model} was built for {llm.manifest.num_ranks} ranks; give "
-                "the model, or an engine of --tp_size 1."
-            )
-        return answer(llm, path, settings, prompts, progress), llm.engine_path
 
 
 def _free_memory(device: torch.device) -> None:

@@ -64,6 +64,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "distill/*": (
         "api",
         "build/cache",
+        "checkpoint",
         "engine",
         "runtime/kv",
         "runtime/worker",
