@@ -12,6 +12,7 @@ import os
 import secrets
 import time
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -47,6 +48,33 @@ def open_one_shot(store: dist.Store, rank: int, size: int, device: torch.device)
     return found if all(store.get(str(other)) for other in range(size)) else None
 
 
+class CountedStore(dist.Store):
+    """Where ranks exchange what torch tells of their memory, as KIND/NUMBER/RANK: numbered from 0 here.
+
+    torch numbers exchanges over all groups of a process, and the first rank's may have had groups before, which the
+    others' new processes have not: they would wait for each other for ever.
+    """
+
+    def __init__(self, store: dist.Store) -> None:
+        super().__init__()
+        self._store, self._first = store, -1
+
+    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
+        self._store.set(self._renumbered(key), value)  # type: ignore[arg-type]
+
+    def get(self, key: str) -> bytes:
+        return self._store.get(self._renumbered(key))
+
+    def wait(self, keys: list[str], *timeout: timedelta) -> None:
+        self._store.wait([self._renumbered(key) for key in keys], *timeout)
+
+    def _renumbered(self, key: str) -> str:
+        kind, number, rank = key.rsplit("/", 2)
+        if self._first < 0:
+            self._first = int(number)
+        return f"{kind}/{int(number) - self._first}/{rank}"
+
+
 class OneShot:
     """What the ranks of one machine read from each other."""
 
@@ -55,8 +83,10 @@ class OneShot:
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # not every machine's NVSwitch has it to give
         from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
 
-        _SymmetricMemory.set_group_info(name, rank, size, store)
-        self._group = dist.ProcessGroup(store, rank, size)  # kept: later versions of torch find the store by its name
+        self._store = CountedStore(store)
+        _SymmetricMemory.set_group_info(name, rank, size, self._store)
+        # kept: later versions of torch find the store by the group's name
+        self._group = dist.ProcessGroup(self._store, rank, size)
         _register_process_group(name, self._group)  # type: ignore[arg-type]
         self._name, self._rank, self._size, self._device = name, rank, size, device
         self._mine = _SymmetricMemory.empty_strided_p2p((MAX_BYTES,), (1,), torch.uint8, device, name)

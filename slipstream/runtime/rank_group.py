@@ -105,6 +105,8 @@ class RankGroup:
         if self._is_closed.is_set():
             return
         self._is_closed.set()
+        if self._ranks is not None and not self.is_lost:
+            self._ranks.close()
         for line in self._lines.values():
             line.end()
         end = time.monotonic() + _GOODBYE_SECONDS

@@ -87,6 +87,11 @@ class ProcessRanks:
         if self._one_shot is not None:
             self._one_shot.release()
 
+    def close(self) -> None:
+        """No step comes any more. The end of the process would wait for communicators with ranks that are gone."""
+        if self._device.type == "cuda":
+            self.abort()
+
     def _wait(self, start: Callable[[], Any]) -> None:
         try:
             start().wait()

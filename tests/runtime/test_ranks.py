@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from slipstream import LLM, SamplingParams
 from slipstream.checkpoint.random import write_random_model
@@ -18,6 +20,7 @@ from slipstream.errors import CapacityError, EngineError, SlipstreamError, Usage
 from slipstream.models import llama
 from slipstream.runtime import rank_group
 from slipstream.runtime.meeting import check_ranks
+from slipstream.runtime.one_shot import CountedStore
 from slipstream.runtime.rank_group import RankGroup, plan_from_json, plan_to_json
 from slipstream.schema.mapping import Mapping
 from slipstream.schema.step import PENDING, BlockCopy, SequenceStep, StepPlan
@@ -154,3 +157,17 @@ def test_a_group_whose_ranks_never_come_is_no_wait() -> None:
     with pytest.raises(SlipstreamError, match="rank 1: ModuleNotFoundError"):
         group.join()
     group.close()
+
+
+def test_a_process_that_has_exchanged_before_meets_one_that_has_not() -> None:
+    """As torch's C++ calls it: through a store of its own around ours."""
+    shared = dist.HashStore()
+    counted = [CountedStore(shared), CountedStore(shared)]
+    old, new = (dist.PrefixStore("memory", each) for each in counted)
+    for exchange in range(3):
+        old.set(f"CUDA/{7 + exchange}/0", f"of 0, {exchange}")
+        new.set(f"CUDA/{exchange}/1", f"of 1, {exchange}")
+        old.wait([f"CUDA/{7 + exchange}/1"], timedelta(seconds=1))
+        new.wait([f"CUDA/{exchange}/0"])
+        assert old.get(f"CUDA/{7 + exchange}/1") == f"of 1, {exchange}".encode()
+        assert new.get(f"CUDA/{exchange}/0") == f"of 0, {exchange}".encode()
