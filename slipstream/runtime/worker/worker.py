@@ -338,7 +338,7 @@ class Worker:
         """Whether the step after this one may be launched before it is collected."""
         if self._device.type != "cuda" or self._manifest.pp_size > 1:  # stages have several steps under way already
             return False
-        if self._drafts.own_kv is not None or any(step.max_drafts for step in flight.plan.sequences):
+        if any(step.max_drafts for step in flight.plan.sequences):
             return False  # how far drafts get decides where it begins
         return not any(flight.wants_all_rows) and flight.draw.is_plain
 
