@@ -70,6 +70,7 @@ class Engine:
     def close(self) -> None:
         """End the other ranks."""
         if self._group is not None:
+            self._worker.close()
             self._group.close()
 
     @property

@@ -1,5 +1,7 @@
 """What ranks in processes of their own do together: numbers go by gloo between CPUs and by NCCL between GPUs."""
 
+import contextlib
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -14,6 +16,8 @@ from slipstream.runtime.meeting import COLLECTIVE_SECONDS, first_line, machine
 from slipstream.runtime.one_shot import open_one_shot
 from slipstream.schema.launch import LOOPBACK
 from slipstream.schema.mapping import Mapping
+
+LEAVE_SECONDS = 5.0
 
 
 class ProcessRanks:
@@ -82,15 +86,26 @@ class ProcessRanks:
 
     def abort(self) -> None:
         """From another thread: whoever waits for a rank that is gone gets an error."""
-        for group in dict.fromkeys((self._all, self._stage)):
-            group.abort()
+        self._leave_groups()
         if self._one_shot is not None:
             self._one_shot.release()
 
     def close(self) -> None:
-        """No step comes any more. The end of the process would wait for communicators with ranks that are gone."""
+        """No step comes any more, and no recording of one is left."""
         if self._device.type == "cuda":
-            self.abort()
+            self._leave_groups().join(LEAVE_SECONDS)
+
+    def _leave_groups(self) -> threading.Thread:
+        """NCCL does not leave before all recordings are gone, and without it the end of the process would wait so."""
+
+        def abort() -> None:
+            for group in dict.fromkeys((self._all, self._stage)):
+                with contextlib.suppress(RuntimeError):
+                    group.abort()
+
+        leaving = threading.Thread(target=abort, name="slipstream-leave", daemon=True)
+        leaving.start()
+        return leaving
 
     def _wait(self, start: Callable[[], Any]) -> None:
         try:

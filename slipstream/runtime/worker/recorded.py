@@ -82,6 +82,13 @@ class RecordedSteps:
             torch.empty(num_bytes, dtype=torch.uint8, device=self._device).zero_()
         self._reserve = graph
 
+    def drop(self) -> None:
+        """All of them: a communicator is not destroyed before the graphs that recorded what it does (NCCL 2.26)."""
+        for recording in self._recordings.values():
+            if recording is not None:
+                recording.graph.reset()
+        self._recordings.clear()
+
     def record_short(self, num_groups: int, max_num_tokens: int, ending: EndingPlan | None = None) -> None:
         """All sizes of short texts, the largest first: the others find room in what it leaves of the pool.
 

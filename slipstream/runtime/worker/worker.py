@@ -169,6 +169,11 @@ class Worker:
         if self._recorded is not None:
             self._recorded.record_short(len(self._groups), max_num_tokens, self._full_ending)
 
+    def close(self) -> None:
+        """No step comes any more."""
+        if self._recorded is not None:
+            self._recorded.drop()
+
     def _largest_step(self, max_num_tokens: int, max_rows: int) -> int:
         """Bytes that the largest step of up to so many tokens and rows of logits takes."""
         longest, ending = self._manifest.max_seq_len, self._full_ending
