@@ -195,9 +195,9 @@ def decode(llm: LLM, bandwidth: float, batches: list[int], times: int) -> None:
 
 
 def step_bytes(llm: LLM) -> int:
-    """Weights that a step reads: all but the embedding table."""
+    """Weights that a step reads, of one rank: all but its part of the embedding table."""
     manifest = llm.manifest
-    return manifest.memory["weights"] - manifest.vocab_size * manifest.hidden_size * 2
+    return manifest.memory["weights"] - manifest.vocab_size * manifest.hidden_size * 2 // manifest.mapping.tp_size
 
 
 def kv_bytes(llm: LLM, num_tokens: int) -> int:
