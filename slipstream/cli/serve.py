@@ -165,8 +165,6 @@ def serve(
     if grpc_port is not None and find_spec("tritonclient") is None:
         raise UsageError("--grpc_port needs tritonclient; install it with: pip install 'slipstream[serve,grpc]'.")
     _check_otlp(otlp_endpoint)
-    if ray and prefill_replicas:
-        raise UsageError("--prefill_replicas is for one machine so far; leave it out, or --ray.")
 
     llm_options = {
         "model": model,

@@ -71,6 +71,10 @@ class ServeConfig:
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
 
+    @property
+    def num_engines(self) -> int:
+        return self.replicas + self.prefill_replicas
+
 
 def make_app(frontend: Frontend, config: ServeConfig) -> FastAPI:
     """The web application over a front that is ready."""

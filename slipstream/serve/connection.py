@@ -17,6 +17,7 @@ from slipstream.serve.messages import (
     BEAT_SECONDS,
     Abort,
     Beat,
+    Discard,
     Events,
     FromEngine,
     FromFront,
@@ -70,6 +71,7 @@ class EngineConnection:
         self._socket: zmq.Socket[bytes] | None = None  # to an engine that is ready
         self._last_beat = self._seconds_stuck = 0.0
         self._num_elsewhere = 0
+        self.kv_address = ""  # of an engine that is ready
         self.stats, self.measures = EngineStats(), Measures()
 
     def attach(self, address: str) -> None:
@@ -140,6 +142,11 @@ class EngineConnection:
         if self._sinks.pop(request_id, None) is not None and self._socket is not None:
             self._send(self._socket, Abort(request_id, reason))
 
+    def discard(self, request_id: str) -> None:
+        """Nobody takes the KV of its prompt any more."""
+        if self._socket is not None:
+            self._send(self._socket, Discard(request_id))
+
     async def profile(self, call_id: str, start: bool) -> str:
         """Where the trace of the engine's steps is, or will be. Raises RequestError, or EngineDown."""
         if self._socket is None:
@@ -185,6 +192,7 @@ class EngineConnection:
             case Profiled(call_id, path, error):
                 self._note_profiled(call_id, path, error)
             case Ready():
+                self.kv_address = message.kv_address
                 await self._on_ready(message)
                 self._socket = socket
 

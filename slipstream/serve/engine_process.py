@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -24,11 +25,13 @@ from slipstream.api.replicas import num_ranks, place_replica
 from slipstream.errors import RequestError, SlipstreamError, UsageError
 from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent
 from slipstream.serve.engine_diagnostics import Profiler, StepLog, Watchdog
+from slipstream.serve.kv_folder import KVFolder, is_elsewhere
 from slipstream.serve.ledger import Ledger
 from slipstream.serve.messages import (
     BEAT_SECONDS,
     Abort,
     Beat,
+    Discard,
     EngineSetup,
     Events,
     FromEngine,
@@ -45,6 +48,7 @@ from slipstream.serve.messages import (
 T = TypeVar("T")
 
 SWITCH_SECONDS = 0.0005  # of the interpreter: the socket's thread waits no longer for the one that plans steps
+FETCHES_AT_ONCE = 16  # of KV from other machines; a thread waits for each
 USER_ERROR = 2  # exit code of a start that failed with a sentence, as the command line's
 
 
@@ -72,8 +76,8 @@ class Mailbox(Generic[T]):
 class EngineServer:
     """Fronts on one side, the engine's loop on the other; one thread, that of the socket."""
 
-    def __init__(self, llm: LLM, address: str, setup: EngineSetup) -> None:
-        self._llm = llm
+    def __init__(self, llm: LLM, address: str, setup: EngineSetup, kv_folder: KVFolder) -> None:
+        self._llm, self._kv_folder = llm, kv_folder
         self._fronts: set[bytes] = set()
         self._gone_fronts: set[bytes] = set()
         self._sent_elsewhere: dict[bytes, list[list[int]]] = {}  # what a front is told of the others with the next beat
@@ -83,6 +87,7 @@ class EngineServer:
         self._outbox: Mailbox[tuple[bytes, TokenEvent]] = Mailbox()
         self._prepared: Mailbox[tuple[bytes, GenerateRequest, SlipstreamError | None]] = Mailbox()
         self._compilers = ThreadPoolExecutor(max_workers=2)  # of grammars
+        self._fetchers = ThreadPoolExecutor(max_workers=FETCHES_AT_ONCE)
         self._num_tokens = 0  # of all steps so far
         self._step_log = None if setup.iteration_log is None else StepLog(_own_log(setup, setup.iteration_log))
         self._watchdog = Watchdog(llm.loop.requests, setup.step_timeout)
@@ -129,6 +134,7 @@ class EngineServer:
             self._gone_fronts.add(front)
             self._fronts.discard(front)
             self._sent_elsewhere.pop(front, None)
+            self._kv_folder.discard_all_of(front.decode())
             for request_id in self._ledger.of_front(front):
                 self._abort(request_id, FinishReason.ABORT)
         return bool(line)
@@ -146,6 +152,8 @@ class EngineServer:
                     self._submit(front, submit)
                 case Abort(request_id, reason):
                     self._abort(request_id, reason)
+                case Discard(request_id):
+                    self._kv_folder.discard([request_id])
                 case Profile(call_id, start):
                     self._llm.loop.call(partial(self._profile, front, call_id, start))
 
@@ -163,15 +171,19 @@ class EngineServer:
         for request in submit.requests:
             is_measured = submit.begins_call and request.kv_to is None  # the one that goes on measures the whole
             self._ledger.open(request, front, sent, is_measured)
-        if any(request.sampling.guided is not None for request in submit.requests):
+        if any(is_elsewhere(request.kv_from) for request in submit.requests):
+            self._fetchers.submit(self._prepare, front, submit.requests)
+        elif any(request.sampling.guided is not None for request in submit.requests):
             self._compilers.submit(self._prepare, front, submit.requests)
-            return
-        for request in submit.requests:
-            self._start(front, request)
+        else:
+            for request in submit.requests:
+                self._start(front, request)
 
     def _prepare(self, front: bytes, requests: Sequence[GenerateRequest]) -> None:
-        """On a thread of its own: compile the grammars, which keeps nobody else waiting."""
+        """On a thread of its own: fetch KV and compile grammars, which keeps nobody else waiting."""
         for request in requests:
+            if request.kv_from is not None and is_elsewhere(request.kv_from):
+                request = replace(request, kv_from=self._kv_folder.fetch(request.kv_from))
             error: SlipstreamError | None = None
             try:
                 self._llm.loop.prepare(request)
@@ -183,7 +195,10 @@ class EngineServer:
 
     def _start(self, front: bytes, request: GenerateRequest, error: SlipstreamError | None = None) -> None:
         if request.request_id not in self._ledger:  # aborted meanwhile
+            self._kv_folder.discard([Path(request.kv_from).name] if request.kv_from else ())
             return
+        if request.kv_to is not None:  # a name, so far
+            request = replace(request, kv_to=self._kv_folder.expect(request.kv_to))
         try:
             if error is not None:
                 raise error
@@ -250,6 +265,7 @@ class EngineServer:
             {**llm.manifest.memory, "kv_cache": kv_bytes},
             sum(llm.startup_seconds.values()),
             self._most,
+            self._kv_folder.address,
         )
 
 
@@ -267,22 +283,33 @@ def _line_from_parent() -> bytes:
 def main() -> None:
     address = sys.argv[1]
     setup = msgspec.json.decode(_line_from_parent(), type=EngineSetup)
+    kv_folder = KVFolder(setup.name)
     try:
-        if setup.hands_over and num_ranks(setup.options) > 1:
-            raise UsageError(
-                "--prefill_replicas is for engines of one rank so far; leave it out, or --tp_size and --pp_size."
-            )
-        num_here = 1 if setup.is_placed else setup.num_replicas
-        llm = LLM(**place_replica(setup.options, setup.replica, num_here))
-        server = EngineServer(llm, address, setup)
+        _serve(address, setup, kv_folder)
     except SlipstreamError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(USER_ERROR)
+    finally:
+        kv_folder.remove()
+    if address.startswith("ipc://"):  # a parent that was killed left its folder
+        shutil.rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)
+
+
+def _serve(address: str, setup: EngineSetup, kv_folder: KVFolder) -> None:
+    if setup.hands_over:
+        if num_ranks(setup.options) > 1:
+            raise UsageError(
+                "--prefill_replicas is for engines of one rank so far; leave it out, or --tp_size and --pp_size."
+            )
+        kv_folder.make()
+        if address.startswith("tcp://"):
+            kv_folder.listen(address.removeprefix("tcp://").rpartition(":")[0])
+    num_here = 1 if setup.is_placed else setup.num_replicas
+    llm = LLM(**place_replica(setup.options, setup.replica, num_here))
+    server = EngineServer(llm, address, setup, kv_folder)
     sys.setswitchinterval(SWITCH_SECONDS)
     with llm:
         server.run()
-    if address.startswith("ipc://"):  # a parent that was killed left its folder
-        shutil.rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)
 
 
 if __name__ == "__main__":

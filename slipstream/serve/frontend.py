@@ -23,7 +23,7 @@ from slipstream.schema.build import QueuePolicy
 from slipstream.schema.request import GenerateRequest, Pooling, TokenEvent
 from slipstream.schema.sampling import SamplingParams
 from slipstream.serve.connection import EngineConnection, EngineDown
-from slipstream.serve.handover import KVFolder, is_worth_it
+from slipstream.serve.handover import Handover, is_worth_it
 from slipstream.serve.messages import Ready
 from slipstream.serve.router import Choice, Room, Router
 from slipstream.text.tokenizer import Tokenizer
@@ -88,9 +88,6 @@ class Frontend:
         self._ids = (f"{name}-{number}" for number in itertools.count())
         self._context = zmq.Context()
         self._router, self._num_decoding, self._num_prefilling = Router(), num_replicas, num_prefill_replicas
-        self._kv_folder = KVFolder(name)
-        if num_prefill_replicas:
-            self._kv_folder.make()
         self.engines: Sequence[EngineConnection] = [
             EngineConnection(
                 name,
@@ -121,7 +118,6 @@ class Frontend:
     async def close(self) -> None:
         await self.detach_all()
         self._context.term()
-        self._kv_folder.remove()
 
     async def _note_ready(self, replica: int, ready: Ready) -> None:
         folder = ready.tokenizer_folder
@@ -162,9 +158,10 @@ class Frontend:
         news: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
         choices = self._choose(asks)
         requests, handles = [self._request(ask) for ask in asks], list[Handle]()
+        handover = Handover()
         try:
             if self._num_prefilling:
-                requests = await clock.limit(self._prefill(requests, choices, asked))
+                requests = await clock.limit(self._prefill(handover, requests, choices, asked))
             handles += [
                 make_handle(
                     self.engines[choice.replica], self.maker.optional_tokenizer, ask.text, request,
@@ -197,11 +194,10 @@ class Frontend:
         finally:
             for handle in handles:
                 handle.abort()
-            if self._num_prefilling:
-                self._kv_folder.discard(requests)
+            handover.end()
 
     async def _prefill(
-        self, requests: Sequence[GenerateRequest], choices: Sequence[Choice], asked: float
+        self, handover: Handover, requests: Sequence[GenerateRequest], choices: Sequence[Choice], asked: float
     ) -> list[GenerateRequest]:
         """With the KV of their prompts, where a prefill engine has computed that."""
 
@@ -211,7 +207,8 @@ class Frontend:
                 return request
             loads = {index: self.engines[index].num_sequences for index in engines}
             chosen = self._router.choose(request.prompt_token_ids, loads, cache_salt=request.cache_salt)
-            return await self._kv_folder.prefill(request, self.engines[chosen.replica], chosen.block_keys, asked)
+            engine, to = self.engines[chosen.replica], self.engines[choice.replica]
+            return await handover.prefill(request, to, engine, chosen.block_keys, asked)
 
         return await asyncio.gather(*map(prefilled, requests, choices))
 

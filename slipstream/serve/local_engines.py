@@ -1,7 +1,6 @@
 """Engines as processes of this machine: children of the supervisor, whose stdin is their lifeline."""
 
 import asyncio
-import secrets
 import shutil
 import signal
 import sys
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from slipstream.serve.kv_folder import KVFolder
 from slipstream.serve.messages import EngineSetup, json_line
 
 STOP_SECONDS = 10.0  # for a process to end by itself
@@ -48,22 +48,25 @@ class LocalEngines:
         self._folder = Path(tempfile.mkdtemp(prefix="slipstream-"))  # of the engines' sockets; nobody else's to enter
 
     async def start(self, setup: EngineSetup) -> "LocalEngine":
-        address = f"ipc://{self._folder}/{secrets.token_hex(4)}"
-        return LocalEngine(await start_child("slipstream.serve.engine_process", setup, address), address)
+        address = f"ipc://{self._folder}/{setup.name}"
+        process = await start_child("slipstream.serve.engine_process", setup, address)
+        return LocalEngine(process, address, KVFolder(setup.name))
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class LocalEngine:
-    def __init__(self, process: Process, address: str) -> None:
-        self._process, self.address = process, address
+    def __init__(self, process: Process, address: str, kv_folder: KVFolder) -> None:
+        self._process, self.address, self._kv_folder = process, address, kv_folder
 
     def tell(self, message: msgspec.Struct) -> None:
         tell(self._process, message)
 
     async def wait(self) -> str:
-        return ending(await self._process.wait())
+        how = ending(await self._process.wait())
+        self._kv_folder.remove()  # which a process that was killed has left
+        return how
 
     async def end(self, is_ready: bool) -> None:
         assert self._process.stdin is not None
@@ -71,6 +74,7 @@ class LocalEngine:
         if not is_ready:  # it is still opening the model, and would not look
             send_signal(self._process, signal.SIGTERM)
         await ended(self._process, STOP_SECONDS)
+        self._kv_folder.remove()
 
 
 # --- children, of which fronts are some, too ---

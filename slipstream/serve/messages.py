@@ -34,6 +34,12 @@ class Abort(msgspec.Struct, tag=True):
     reason: FinishReason  # STOP where a stop string was found, which the engine cannot see
 
 
+class Discard(msgspec.Struct, tag=True):
+    """Nobody takes the KV of this request any more that the engine may have kept, or fetched."""
+
+    request_id: str
+
+
 class Profile(msgspec.Struct, tag=True):
     """Answered by Profiled, under the same id."""
 
@@ -54,6 +60,7 @@ class Ready(msgspec.Struct, tag=True):
     memory: dict[str, int]  # bytes: weights, activations of the largest step, KV cache
     startup_seconds: float
     max_concurrent_requests: int  # sequences that may run and wait
+    kv_address: str  # where others find the KV of a prompt that it has computed for them (kv_folder.py)
 
 
 class Events(msgspec.Struct, tag=True):
@@ -82,6 +89,7 @@ class Profiled(msgspec.Struct, tag=True):
 class EngineSetup(msgspec.Struct):
     """The first line."""
 
+    name: str  # no other engine's process has or had it
     options: dict[str, Any]  # of LLM(...)
     replica: int  # of so many engines
     num_replicas: int
@@ -131,7 +139,7 @@ class FrontReady(msgspec.Struct):
     engine: Ready
 
 
-FromFront = Hello | Submit | Abort | Profile
+FromFront = Hello | Submit | Abort | Discard | Profile
 FromEngine = Ready | Events | Beat | Profiled
 ToFront = EngineStarted | EngineEnded
 

@@ -21,6 +21,7 @@ import msgspec
 
 from slipstream.errors import UsageError
 from slipstream.schema.launch import Launch
+from slipstream.serve.kv_folder import KVFolder
 from slipstream.serve.local_engines import STOP_SECONDS, EngineLost, ending
 from slipstream.serve.messages import EngineSetup, json_line
 
@@ -58,7 +59,9 @@ class Seat:
         gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
         return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), ports, tuple(gpus))
 
-    def start(self, arguments: Sequence[str], environment: Mapping[str, str], first_line: bytes) -> None:
+    def start(self, arguments: Sequence[str], environment: Mapping[str, str], first_line: bytes, name: str) -> None:
+        """name: of the engine's process."""
+        self._kv_folder = KVFolder(name)
         self._process = subprocess.Popen(
             [sys.executable, "-m", *arguments], stdin=subprocess.PIPE, env={**os.environ, **environment},
             start_new_session=True,
@@ -72,7 +75,9 @@ class Seat:
             self._process.stdin.flush()
 
     def wait(self) -> int:
-        return self._process.wait()
+        code = self._process.wait()
+        self._kv_folder.remove()  # which a process that was killed has left
+        return code
 
     def end(self, number: int) -> None:
         """number: of a signal, or 0."""
@@ -136,9 +141,11 @@ class RayEngines:
             address = f"tcp://{places[0].host}:{places[0].ports[1]}"
             setup = msgspec.structs.replace(setup, options=dict(self._options), is_placed=True)
             first, *others = zip(seats, rank_environments(places), strict=True)
-            starts = [seat.start.remote(["slipstream.runtime.rank_process"], said, b"") for seat, said in others]
-            engine = first[0].start.remote(["slipstream.serve.engine_process", address], first[1], json_line(setup))
-            await asyncio.gather(engine, *starts)
+            name = setup.name
+            starts = [seat.start.remote(["slipstream.runtime.rank_process"], said, b"", name) for seat, said in others]
+            engine = ["slipstream.serve.engine_process", address]
+            starts.append(first[0].start.remote(engine, first[1], json_line(setup), name))
+            await asyncio.gather(*starts)
         except ray.exceptions.RayError as error:
             _give_back(group, seats)
             raise EngineLost(f"Ray could not start it: {str(error).splitlines()[0]}") from None

@@ -18,7 +18,6 @@ import msgspec
 
 from slipstream.errors import SlipstreamError, UsageError
 from slipstream.serve.app import ServeConfig
-from slipstream.serve.handover import KVFolder
 from slipstream.serve.local_engines import (
     STOP_SECONDS,
     EngineLost,
@@ -66,7 +65,7 @@ def run_server(options: Mapping[str, Any], config: ServeConfig, on_ready: OnRead
         _with_grpc_port(config) as config,
         redirect_stdout(sys.stderr),  # what Ray prints of its nodes is for people, and stdout for programs
     ):
-        engines = RayEngines.connect(options, config.replicas) if on_ray else LocalEngines()
+        engines = RayEngines.connect(options, config.num_engines) if on_ray else LocalEngines()
         try:
             asyncio.run(_run(Supervisor(options, config, engines, listener, on_ready)))
         finally:
@@ -108,7 +107,7 @@ class Supervisor:
     ) -> None:  # fmt: skip
         self._options, self._config, self._listener, self._on_ready = dict(options), config, listener, on_ready
         self._engines = engines
-        self._replicas = [_Replica(index) for index in range(config.replicas + config.prefill_replicas)]
+        self._replicas = [_Replica(index) for index in range(config.num_engines)]
         self._fronts: dict[str, Process] = {}
         self._ready: set[tuple[str, int]] = set()  # which front has said so of which engine
         self._has_started = self._is_closing = False
@@ -151,8 +150,9 @@ class Supervisor:
         replica.is_ready = False
         config = self._config
         setup = EngineSetup(
-            self._options, replica.index, len(self._replicas), config.max_queue_size, config.max_concurrent_requests,
-            config.step_timeout, config.iteration_log, config.profile_dir, hands_over=config.prefill_replicas > 0,
+            secrets.token_hex(4), self._options, replica.index, len(self._replicas), config.max_queue_size,
+            config.max_concurrent_requests, config.step_timeout, config.iteration_log, config.profile_dir,
+            hands_over=config.prefill_replicas > 0,
         )  # fmt: skip
         try:
             engine = replica.engine = await self._engines.start(setup)
@@ -184,7 +184,6 @@ class Supervisor:
             was_ready = await self._listen_to(name, front)
             why = ending(await front.wait())
             del self._fronts[name]
-            KVFolder(name).remove()
             self._ready = {(front_name, index) for front_name, index in self._ready if front_name != name}
             for replica in self._replicas:
                 if replica.engine is not None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import httpx
 import pytest
 
 from slipstream import LLM, SamplingParams
+from slipstream.serve.kv_folder import KVFolder, is_elsewhere
 from tests.serve.conftest import START_SECONDS, Server, eventually, serving, start
 from tests.serve.load import LOAD_OPTIONS, Crowd, make_tasks
 from tests.serve.test_replicas import ENDLESS, Reader, statuses
@@ -26,10 +28,15 @@ soon = partial(eventually, seconds=START_SECONDS)
 
 
 class Split(Server):
-    folder: Path  # of its front
+    others: set[Path]  # folders that were there before
+
+    @property
+    def folders(self) -> set[Path]:
+        """Of its engines."""
+        return set(SHARED_MEMORY.glob("slipstream-*")) - self.others
 
     def files(self) -> list[Path]:
-        return list(self.folder.iterdir())
+        return [file for folder in self.folders for file in folder.glob("*")]
 
 
 @contextmanager
@@ -37,9 +44,9 @@ def splitting(engine: Path, *options: object) -> Iterator[Split]:
     before = set(SHARED_MEMORY.glob("slipstream-*"))
     with serving(engine, *TWO, *options) as server:
         split = Split(server.process, server.url, server.ready_line)
-        [split.folder] = set(SHARED_MEMORY.glob("slipstream-*")) - before
+        split.others = before
         yield split
-    assert not split.folder.exists()
+    assert not split.folders
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +125,7 @@ def pids(server: Split) -> tuple[int, int]:
 
 
 class Waiting(threading.Thread):
-    """A client whose prompt the prefill engine has been sent, and stands still with."""
+    """A client whose prompt the prefill engine is sent, and stands still with."""
 
     def __init__(self, server: Split, prompt: list[int]) -> None:
         super().__init__(daemon=True)
@@ -127,7 +134,8 @@ class Waiting(threading.Thread):
         _, prefill = pids(server)
         os.kill(prefill, signal.SIGSTOP)
         self.start()
-        soon(lambda: bool(server.files()) or not self.is_alive())
+        for _ in range(3):  # the front answers one after the other
+            server.health()
 
     def run(self) -> None:
         asyncio.run(self._wait())
@@ -179,14 +187,11 @@ def test_a_prefill_engine_that_hangs_is_not_waited_for(split: Split) -> None:
     assert not split.files()
 
 
-@pytest.mark.parametrize(
-    ("more", "why"), [(("--tp_size", 2), "for engines of one rank"), (("--ray",), "for one machine")]
-)
-def test_what_is_not_there_yet_is_one_sentence(more: tuple[object, ...], why: str, engine: Path) -> None:
-    process = start(engine.with_name("talker"), *TWO, *more, stderr=subprocess.PIPE)
+def test_what_is_not_there_yet_is_one_sentence(engine: Path) -> None:
+    process = start(engine.with_name("talker"), *TWO, "--tp_size", 2, stderr=subprocess.PIPE)
     _, errors = process.communicate(timeout=START_SECONDS)
     assert process.returncode == 2
-    assert f"--prefill_replicas is {why} so far; leave it out, or --" in errors
+    assert "--prefill_replicas is for engines of one rank so far; leave it out, or --tp_size" in errors
 
 
 def test_a_lost_engine_costs_only_what_it_answers(patient_engine: Path) -> None:
@@ -216,5 +221,49 @@ def test_a_lost_engine_costs_only_what_it_answers(patient_engine: Path) -> None:
         waiting = wait_with_a_prompt(server, seed=90)
         os.kill(front, signal.SIGKILL)
         os.kill(pids(server)[1], signal.SIGCONT)
-        soon(lambda: not server.folder.exists())
+        soon(lambda: not server.files())
         soon(lambda: server.front_pids not in ([], [front]))
+
+
+# --- from one machine to another ---
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[KVFolder, KVFolder]]:
+    """One that gives, over TCP, and one that takes, as on another machine."""
+    giving, taking = KVFolder(f"giving-{tmp_path.name}"), KVFolder(f"taking-{tmp_path.name}")
+    for folder in (giving, taking):
+        folder.remove()
+        folder.make()
+    giving.listen("127.0.0.1")
+    yield giving, taking
+    for folder in (giving, taking):
+        folder.remove()
+
+
+def test_a_file_is_fetched_once(folders: tuple[KVFolder, KVFolder]) -> None:
+    giving, taking = folders
+    content = os.urandom(5 << 20)
+    Path(giving.expect("front-1")).write_bytes(content)
+    place = f"{giving.address}/front-1"
+    assert is_elsewhere(place) and not is_elsewhere(f"{taking.address}/front-1")
+    path = taking.fetch(place)
+    assert path is not None and Path(path).read_bytes() == content
+    assert taking.fetch(place) is None
+
+
+def test_what_is_not_there_is_not_fetched(folders: tuple[KVFolder, KVFolder]) -> None:
+    giving, taking = folders
+    assert taking.fetch("tcp://127.0.0.1:1/front-1") is None
+    for name in ("front-1", "front-2", "other-1"):
+        Path(giving.expect(name)).write_bytes(b"1")
+    giving.discard(["front-1"])
+    giving.discard_all_of("front")
+    assert taking.fetch(f"{giving.address}/front-1") is taking.fetch(f"{giving.address}/front-2") is None
+    assert taking.fetch(f"{giving.address}/other-1")
+    beside = Path(giving.expect("front-1")).parent.with_suffix(".secret")
+    beside.write_text("not to be read")
+    with socket.create_connection(("127.0.0.1", int(giving.address.rpartition(":")[2])), 10) as connection:
+        connection.sendall(f"../{beside.name}\n".encode())
+        assert connection.recv(10) == b""
+    beside.unlink()

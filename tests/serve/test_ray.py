@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from slipstream import LLM, SamplingParams
 from slipstream.build import build
 from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.errors import UsageError
@@ -20,6 +21,7 @@ from slipstream.serve import ray_engines
 from slipstream.serve.messages import EngineSetup
 from slipstream.serve.ray_engines import Place, RayEngines, cores_each, rank_environments
 from tests.serve.conftest import START_SECONDS, Server, descendants, eventually, serving, words_of
+from tests.serve.test_handover import SHARED_MEMORY, computed
 from tests.serve.test_replicas import ENDLESS, Reader, running, statuses
 
 LOST_SECONDS = 60.0  # within which requests of a lost node end: Ray notices after some 3
@@ -119,6 +121,22 @@ def test_a_replica_whose_node_is_lost_takes_its_own_requests_only(cluster: Clust
             reader.leaves = True
 
 
+def test_a_prompts_kv_goes_from_node_to_node(cluster: Cluster, engine: Path) -> None:
+    """Over TCP; without the prefill engine the other one computes the prompt, as on one machine (test_handover.py)."""
+    before = set(SHARED_MEMORY.glob("slipstream-*"))
+    with serving(engine, "--ray", "--prefill_replicas", 1, RAY_ADDRESS=cluster.address) as server:
+        asked = ASKED | {"prompt": [(7 * place * place) % 320 for place in range(100)]}
+        with LLM(engine) as llm:
+            alone = llm.generate(asked["prompt"], SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+        for seen in (0, 1):  # the second time it is known there
+            response = server.post("/v1/completions", asked)
+            assert response.json()["choices"][0]["text"] == alone.outputs[0].text
+            eventually(lambda: computed(server) == [1 + seen, 99], seconds=60)  # noqa: B023
+        folders = set(SHARED_MEMORY.glob("slipstream-*")) - before
+        assert len(folders) == 2 and not [file for folder in folders for file in folder.iterdir()]
+    eventually(lambda: set(SHARED_MEMORY.glob("slipstream-*")) <= before, seconds=60)
+
+
 def test_a_node_that_says_nothing_is_lost(
     cluster: Cluster, patient_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +144,7 @@ def test_a_node_that_says_nothing_is_lost(
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     monkeypatch.setattr(ray_engines, "SILENCE_SECONDS", 3.0)
     options = {"model": str(patient_engine), "device": "cpu", "kv_cache_free_memory_fraction": 0.1}
-    setup = EngineSetup(options, 0, 1, 8, None, 120.0, None, None)
+    setup = EngineSetup("one", options, 0, 1, 8, None, 120.0, None, None)
 
     async def stop_it(engines: RayEngines) -> str:
         engine = await asyncio.wait_for(engines.start(setup), START_SECONDS)
