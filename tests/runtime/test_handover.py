@@ -138,19 +138,23 @@ def test_each_finds_the_prefixes_that_it_has(plain: Pair) -> None:
 
 
 def test_without_a_file_that_fits_the_prompt_is_computed(plain: Pair, tmp_path: Path) -> None:
-    """A file may be gone, empty, cut off, or of another prompt: each costs the time to compute it, and no more."""
+    """A file may be gone, empty, cut off, of another prompt or cache, or point beyond its blocks: that costs the time
+    to compute the prompt, and no more."""
     expected = token_ids(ask(plain.prefill, plain.request(prompt_of(40), GREEDY)))
-    cut = plain.prefilled(plain.request(prompt_of(40), GREEDY)).kv_from
-    assert cut is not None
-    Path(cut).write_bytes(Path(cut).read_bytes()[:-100])
-    other = plain.prefilled(plain.request(prompt_of(39), GREEDY)).kv_from
-    empty = tmp_path / "empty"
-    empty.touch()
-    for number, path in enumerate([str(tmp_path / "gone"), str(empty), cut, other]):
-        request = replace(plain.request(prompt_of(40), GREEDY), kv_from=path, cache_salt=str(number))
+    ready = [plain.prefilled(plain.request(prompt_of(length), GREEDY)) for length in (40, 39)]
+    good, shorter = (Path(request.kv_from or "").read_bytes() for request in ready)
+    renamed = good.replace(b'"kv.0"', b'"kv.x"')
+    data = 8 + int.from_bytes(good[:8], "little")  # where the places are first
+    beyond = good[:data] + (99).to_bytes(8, "little") + good[data + 8 :]
+    for number, content in enumerate([None, b"", good[:-100], shorter, renamed, beyond]):
+        path = tmp_path / str(number)
+        if content is not None:
+            path.write_bytes(content)
+        request = replace(plain.request(prompt_of(40), GREEDY), kv_from=str(path), cache_salt=str(number))
         before = plain.num_computed()
         assert token_ids(ask(plain.decode, request)) == expected
         assert plain.num_computed() - before == 40
+        assert not path.exists()
 
 
 def test_a_prompt_that_nobody_waits_for_leaves_no_file(plain: Pair, tmp_path: Path) -> None:

@@ -66,10 +66,10 @@ class HandedKV:
             file = TensorFile.open(path)
         except SlipstreamError:
             return None
-        with contextlib.suppress(OSError):
-            Path(path).unlink()
-        fits = file.metadata.get(_NUM_TOKENS) == str(num_tokens) and len(file.names()) == 1 + len(caches)
-        return cls(file) if fits and all(map(_fits, _spans(file), caches)) else None
+        finally:
+            with contextlib.suppress(OSError):
+                Path(path).unlink()
+        return cls(file) if _fits(file, num_tokens, caches) else None
 
     def fill(self, load: BlockLoad, caches: Sequence[Tensor]) -> None:
         """Put its blocks where the table has its own for them."""
@@ -89,11 +89,18 @@ class HandedKV:
             cache_PNBKD[:, targets_C] = blocks_PCBKD.to(cache_PNBKD.device)
 
 
-def _spans(file: TensorFile) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    names = [f"kv.{index}" for index in range(len(file.names()) - 1)]
-    return [(file.shape(name), file.dtype(name)) for name in names]
+def _fits(file: TensorFile, num_tokens: int, caches: Sequence[Tensor]) -> bool:
+    """All that `fill` relies on: the file may have come over a network."""
+    blocks = {f"kv.{index}": cache_PNBKD for index, cache_PNBKD in enumerate(caches)}
+    if file.metadata.get(_NUM_TOKENS) != str(num_tokens) or set(file.names()) != {_PLACES, *blocks}:
+        return False
+    if not all(_are_of(cache_PNBKD, file.shape(name), file.dtype(name)) for name, cache_PNBKD in blocks.items()):
+        return False
+    places, num_blocks = file.read(_PLACES), min(file.shape(name)[1] for name in blocks)
+    covers = places.ndim == 2 and len(places) * caches[0].shape[2] >= num_tokens
+    return covers and places.dtype == torch.int64 and bool(((places >= -1) & (places < num_blocks)).all())
 
 
-def _fits(span: tuple[tuple[int, ...], torch.dtype], cache_PNBKD: Tensor) -> bool:
-    (planes, _, *block), dtype = span
-    return (planes, *block) == (cache_PNBKD.shape[0], *cache_PNBKD.shape[2:]) and dtype == cache_PNBKD.dtype
+def _are_of(cache_PNBKD: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    planes, _, *block = cache_PNBKD.shape
+    return shape[:1] + shape[2:] == (planes, *block) and dtype == cache_PNBKD.dtype
