@@ -142,10 +142,10 @@ class EngineConnection:
         if self._sinks.pop(request_id, None) is not None and self._socket is not None:
             self._send(self._socket, Abort(request_id, reason))
 
-    def discard(self, request_id: str) -> None:
-        """Nobody takes the KV of its prompt any more."""
+    def discard(self, name: str) -> None:
+        """Nobody takes the KV of a prompt in a file of this name any more."""
         if self._socket is not None:
-            self._send(self._socket, Discard(request_id))
+            self._send(self._socket, Discard(name))
 
     async def profile(self, call_id: str, start: bool) -> str:
         """Where the trace of the engine's steps is, or will be. Raises RequestError, or EngineDown."""

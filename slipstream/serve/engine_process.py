@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from slipstream.api.replicas import num_ranks, place_replica
 from slipstream.errors import RequestError, SlipstreamError, UsageError
 from slipstream.schema.request import EngineStats, FinishReason, GenerateRequest, TokenEvent
 from slipstream.serve.engine_diagnostics import Profiler, StepLog, Watchdog
-from slipstream.serve.kv_folder import KVFolder, is_elsewhere
+from slipstream.serve.kv_folder import FETCH_SECONDS, KVFolder, is_elsewhere
 from slipstream.serve.ledger import Ledger
 from slipstream.serve.messages import (
     BEAT_SECONDS,
@@ -78,10 +79,12 @@ class EngineServer:
 
     def __init__(self, llm: LLM, address: str, setup: EngineSetup, kv_folder: KVFolder) -> None:
         self._llm, self._kv_folder = llm, kv_folder
+        runtime = llm.runtime_config
+        self._kv_bytes = runtime.num_blocks * llm.manifest.kv_block_bytes(runtime.kv_groups)
         self._fronts: set[bytes] = set()
         self._gone_fronts: set[bytes] = set()
         self._sent_elsewhere: dict[bytes, list[list[int]]] = {}  # what a front is told of the others with the next beat
-        batch_and_queue = llm.runtime_config.max_batch_size + setup.max_queue_size
+        batch_and_queue = runtime.max_batch_size + setup.max_queue_size
         self._most = setup.max_concurrent_requests or batch_and_queue
         self._ledger = Ledger(self._most)
         self._outbox: Mailbox[tuple[bytes, TokenEvent]] = Mailbox()
@@ -126,6 +129,10 @@ class EngineServer:
                 self._beat()
         sys.exit("error: The engine's loop has died; its traceback is above.")
 
+    def close(self) -> None:
+        """What has not begun to be fetched would keep the process from ending."""
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+
     def _obey_parent(self) -> bool:
         """False where there is none any more."""
         line = _line_from_parent()
@@ -152,8 +159,8 @@ class EngineServer:
                     self._submit(front, submit)
                 case Abort(request_id, reason):
                     self._abort(request_id, reason)
-                case Discard(request_id):
-                    self._kv_folder.discard([request_id])
+                case Discard(name):
+                    self._kv_folder.discard([name])
                 case Profile(call_id, start):
                     self._llm.loop.call(partial(self._profile, front, call_id, start))
 
@@ -172,18 +179,19 @@ class EngineServer:
             is_measured = submit.begins_call and request.kv_to is None  # the one that goes on measures the whole
             self._ledger.open(request, front, sent, is_measured)
         if any(is_elsewhere(request.kv_from) for request in submit.requests):
-            self._fetchers.submit(self._prepare, front, submit.requests)
+            self._fetchers.submit(self._prepare, front, submit.requests, time.monotonic() + FETCH_SECONDS)
         elif any(request.sampling.guided is not None for request in submit.requests):
             self._compilers.submit(self._prepare, front, submit.requests)
         else:
             for request in submit.requests:
                 self._start(front, request)
 
-    def _prepare(self, front: bytes, requests: Sequence[GenerateRequest]) -> None:
-        """On a thread of its own: fetch KV and compile grammars, which keeps nobody else waiting."""
+    def _prepare(self, front: bytes, requests: Sequence[GenerateRequest], until: float = 0.0) -> None:
+        """On a thread of its own: fetch KV, until then, and compile grammars, which keeps nobody else waiting."""
         for request in requests:
             if request.kv_from is not None and is_elsewhere(request.kv_from):
-                request = replace(request, kv_from=self._kv_folder.fetch(request.kv_from))
+                most = 2 * self._kv_bytes  # with a drafter's
+                request = replace(request, kv_from=self._kv_folder.fetch(request.kv_from, until, most))
             error: SlipstreamError | None = None
             try:
                 self._llm.loop.prepare(request)
@@ -199,6 +207,8 @@ class EngineServer:
             return
         if request.kv_to is not None:  # a name, so far
             request = replace(request, kv_to=self._kv_folder.expect(request.kv_to))
+        if request.kv_from is not None:
+            request = replace(request, kv_from=self._kv_folder.near(request.kv_from))
         try:
             if error is not None:
                 raise error
@@ -255,14 +265,12 @@ class EngineServer:
 
     def _ready(self) -> Ready:
         llm = self._llm
-        runtime = llm.runtime_config
-        kv_bytes = runtime.num_blocks * llm.manifest.kv_block_bytes(runtime.kv_groups)
         return Ready(
             llm.request_maker.facts,
             None if llm.tokenizer_folder is None else str(llm.tokenizer_folder),
-            runtime,
+            llm.runtime_config,
             llm.manifest.dtype,
-            {**llm.manifest.memory, "kv_cache": kv_bytes},
+            {**llm.manifest.memory, "kv_cache": self._kv_bytes},
             sum(llm.startup_seconds.values()),
             self._most,
             self._kv_folder.address,
@@ -306,9 +314,8 @@ def _serve(address: str, setup: EngineSetup, kv_folder: KVFolder) -> None:
             kv_folder.listen(address.removeprefix("tcp://").rpartition(":")[0])
     num_here = 1 if setup.is_placed else setup.num_replicas
     llm = LLM(**place_replica(setup.options, setup.replica, num_here))
-    server = EngineServer(llm, address, setup, kv_folder)
-    sys.setswitchinterval(SWITCH_SECONDS)
-    with llm:
+    with llm, closing(EngineServer(llm, address, setup, kv_folder)) as server:
+        sys.setswitchinterval(SWITCH_SECONDS)
         server.run()
 
 

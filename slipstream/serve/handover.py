@@ -5,6 +5,7 @@ way, the decode engine computes the prompt itself.
 """
 
 import asyncio
+import secrets
 from dataclasses import replace
 
 from slipstream.schema.request import GenerateRequest, TokenEvent
@@ -30,7 +31,7 @@ class Handover:
     """Of the prompts of one call."""
 
     def __init__(self) -> None:
-        self._engines: dict[str, tuple[EngineConnection, EngineConnection]] = {}  # of each request id
+        self._engines: dict[str, tuple[EngineConnection, EngineConnection]] = {}  # that may have a file of this name
 
     async def prefill(
         self, request: GenerateRequest, to: EngineConnection, engine: EngineConnection, block_keys: list[int],
@@ -40,13 +41,14 @@ class Handover:
 
         to: who will go on with it.  block_keys, asked: as EngineConnection.together wants them.
         """
+        name = f"{request.request_id}-{secrets.token_hex(16)}"  # who knows it gets the file
         prefill = replace(
             request, prompt_token_ids=request.prompt_token_ids[:-1], sampling=_ONE_TOKEN, max_tokens=1,
-            eos_token_ids=frozenset(), bad_words_ids=(), kv_to=request.request_id,
+            eos_token_ids=frozenset(), bad_words_ids=(), kv_to=name,
         )  # fmt: skip
         end: asyncio.Future[TokenEvent] = asyncio.get_running_loop().create_future()
-        place = f"{engine.kv_address}/{request.request_id}"
-        self._engines[request.request_id] = engine, to
+        place = f"{engine.kv_address}/{name}"
+        self._engines[name] = engine, to
         try:
             with engine.together([block_keys], asked):
                 engine.submit(prefill, end.set_result)
@@ -61,6 +63,6 @@ class Handover:
 
     def end(self) -> None:
         """The call is over: nobody will take what is left."""
-        for request_id, engines in self._engines.items():
+        for name, engines in self._engines.items():
             for engine in engines:
-                engine.discard(request_id)
+                engine.discard(name)

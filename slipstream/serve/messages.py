@@ -35,9 +35,9 @@ class Abort(msgspec.Struct, tag=True):
 
 
 class Discard(msgspec.Struct, tag=True):
-    """Nobody takes the KV of this request any more that the engine may have kept, or fetched."""
+    """Nobody takes the KV of a prompt any more that the engine may have kept, or fetched."""
 
-    request_id: str
+    name: str  # of the file
 
 
 class Profile(msgspec.Struct, tag=True):

@@ -3,21 +3,31 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx
 import pytest
 
 from slipstream import LLM, SamplingParams
+from slipstream.schema.request import FinishReason, GenerateRequest, TokenEvent
+from slipstream.serve import kv_folder
+from slipstream.serve.frontend import Frontend
+from slipstream.serve.handover import Handover
 from slipstream.serve.kv_folder import KVFolder, is_elsewhere
+from slipstream.serve.messages import EngineSetup, json_line
 from tests.serve.conftest import START_SECONDS, Server, eventually, serving, start
 from tests.serve.load import LOAD_OPTIONS, Crowd, make_tasks
 from tests.serve.test_replicas import ENDLESS, Reader, statuses
@@ -241,29 +251,144 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[K
         folder.remove()
 
 
+@pytest.fixture
+def peer() -> Iterator[socket.socket]:
+    """Another machine that listens and does no more by itself."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+def place_at(peer: socket.socket) -> str:
+    return f"tcp://127.0.0.1:{peer.getsockname()[1]}/front-1"
+
+
+def fetch(folder: KVFolder, place: str, seconds: float = 30.0, most: int = 8 << 20) -> str | None:
+    return folder.fetch(place, time.monotonic() + seconds, most)
+
+
 def test_a_file_is_fetched_once(folders: tuple[KVFolder, KVFolder]) -> None:
     giving, taking = folders
     content = os.urandom(5 << 20)
     Path(giving.expect("front-1")).write_bytes(content)
     place = f"{giving.address}/front-1"
     assert is_elsewhere(place) and not is_elsewhere(f"{taking.address}/front-1")
-    path = taking.fetch(place)
+    path = fetch(taking, place)
     assert path is not None and Path(path).read_bytes() == content
-    assert taking.fetch(place) is None
+    assert fetch(taking, place) is None
 
 
-def test_what_is_not_there_is_not_fetched(folders: tuple[KVFolder, KVFolder]) -> None:
+def test_a_files_name_cannot_be_guessed() -> None:
+    """Request ids can: they are counted."""
+    engine = MagicMock(kv_address="tcp://host:1")
+    engine.submit = lambda request, sink: sink(TokenEvent(request.request_id, finish_reason=FinishReason.LENGTH))
+    request = GenerateRequest("front-1", tuple(range(100)), SamplingParams(), seed=0, max_tokens=1)
+
+    async def place() -> str:
+        return (await Handover().prefill(request, engine, engine, [], 0.0)).kv_from or ""
+
+    places = {asyncio.run(place()) for _ in range(2)}
+    assert len(places) == 2 and all(re.fullmatch("tcp://host:1/front-1-[0-9a-f]{32}", each) for each in places)
+
+
+def test_what_is_not_there_is_not_fetched(
+    folders: tuple[KVFolder, KVFolder], capfd: pytest.CaptureFixture[str]
+) -> None:
     giving, taking = folders
-    assert taking.fetch("tcp://127.0.0.1:1/front-1") is None
     for name in ("front-1", "front-2", "other-1"):
         Path(giving.expect(name)).write_bytes(b"1")
     giving.discard(["front-1"])
     giving.discard_all_of("front")
-    assert taking.fetch(f"{giving.address}/front-1") is taking.fetch(f"{giving.address}/front-2") is None
-    assert taking.fetch(f"{giving.address}/other-1")
+    assert fetch(taking, f"{giving.address}/front-1") is fetch(taking, f"{giving.address}/front-2") is None
+    assert fetch(taking, f"{giving.address}/other-1")
     beside = Path(giving.expect("front-1")).parent.with_suffix(".secret")
     beside.write_text("not to be read")
-    with socket.create_connection(("127.0.0.1", int(giving.address.rpartition(":")[2])), 10) as connection:
-        connection.sendall(f"../{beside.name}\n".encode())
-        assert connection.recv(10) == b""
+    for name in (f"../{beside.name}".encode(), b"..", b"", b"\xff", b"a\0b", b"x" * 1000):
+        with socket.create_connection(("127.0.0.1", int(giving.address.rpartition(":")[2])), 10) as connection:
+            connection.sendall(name + b"\n")
+            with suppress(ConnectionResetError):  # it has not read all of the long one
+                assert connection.recv(10) == b""
     beside.unlink()
+    assert capfd.readouterr().err == ""
+
+
+def test_nobody_is_waited_for_long(
+    folders: tuple[KVFolder, KVFolder], peer: socket.socket, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Not for one that is not there, says nothing, talks for ever or too long; what has come of it is not kept."""
+    _, taking = folders
+
+    def warned(place: str, **limits: Any) -> str:
+        assert fetch(taking, place, **limits) is None
+        assert not list(Path(taking.address).iterdir())
+        said = capfd.readouterr().err
+        assert said.startswith("warning: a prompt's KV could not be fetched from 127.0.0.1:")
+        return said
+
+    monkeypatch.setattr(kv_folder, "SILENCE_SECONDS", 1.0)
+    assert "(Connection refused); the prompt is computed here.\n" in warned("tcp://127.0.0.1:1/front-1")
+    assert "(timed out)" in warned(place_at(peer))
+    peer.accept()[0].close()
+    assert "(timed out)" in warned(place_at(peer), seconds=-1.0)
+
+    def talk() -> None:
+        for _ in range(2):
+            connection, _ = peer.accept()
+            with connection, suppress(OSError):
+                while True:
+                    connection.sendall(bytes(1000))
+                    time.sleep(0.01)
+
+    talking = threading.Thread(target=talk, daemon=True)
+    talking.start()
+    assert "(timed out)" in warned(place_at(peer), seconds=0.5)
+    assert "(it has more than 5000 bytes)" in warned(place_at(peer), most=5000)
+    talking.join()
+
+
+def test_a_folder_that_is_removed_gives_nothing_more(folders: tuple[KVFolder, KVFolder]) -> None:
+    giving, _ = folders
+    giving.remove()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(giving.address.rpartition(":")[2])), 10)
+
+
+def test_others_go_on_while_one_waits_for_its_kv(engine: Path, peer: socket.socket, tmp_path: Path) -> None:
+    """An engine as Ray starts it. What comes breaks off, so that it computes the prompt. A file elsewhere it leaves."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    options = {"model": str(engine), "device": "cpu", "kv_cache_free_memory_fraction": 0.1}
+    setup = EngineSetup(f"test-{os.getpid()}", options, 0, 1, 8, None, 120.0, None, None, hands_over=True)
+    beside = tmp_path / "beside"
+    beside.write_text("not to be taken")
+
+    async def ask_all() -> None:
+        are_ready = asyncio.Event()
+        front = Frontend("front", on_ready=lambda replica, ready: are_ready.set())
+        front.attach(0, address)
+        await asyncio.wait_for(are_ready.wait(), START_SECONDS)
+        ends = {name: asyncio.get_running_loop().create_future() for name in ("alone", "beside", "waits")}
+        for name, place in (("waits", place_at(peer)), ("beside", str(beside)), ("alone", None)):
+            request = front.maker.request(name, tuple(prompt_of(100)), SamplingParams(max_tokens=1, temperature=0))
+            front.engines[0].submit(replace(request, kv_from=place), ends[name].set_result)
+        connection = (await asyncio.to_thread(peer.accept))[0]
+        connection.sendall(bytes(100))
+        first = [await asyncio.wait_for(ends[name], 60) for name in ("alone", "beside")]
+        assert not ends["waits"].done()
+        connection.close()
+        events = [*first, await asyncio.wait_for(ends["waits"], 60)]
+        assert len({event.token_ids for event in events}) == 1 and not any(event.error for event in events)
+        await front.close()
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slipstream.serve.engine_process", address], stdin=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    process.stdin.write(json_line(setup))
+    process.stdin.flush()
+    try:
+        asyncio.run(ask_all())
+    finally:
+        process.stdin.close()
+        assert process.wait(60) == 0
+    assert beside.exists() and not (SHARED_MEMORY / f"slipstream-{setup.name}").exists()
