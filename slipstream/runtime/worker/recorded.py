@@ -2,8 +2,9 @@
 
 Sizes come from short lists, and a plan fills the next larger one in part (inputs.py: fill_inputs). Those of short texts
 are recorded when an engine starts (some hundredths of a second each), since a step that has to be recorded first is one
-that all requests wait for; those of longer texts, and those that end with drafts, when one is needed. Steps beyond the
-lists are long enough for their launches to hide behind the work; they run from Python.
+that all requests wait for; where drafts are made, also those in which each sequence verifies some. Others are recorded
+when one is needed. Steps beyond the lists are long enough for their launches to hide behind the work; they run from
+Python.
 """
 
 import warnings
