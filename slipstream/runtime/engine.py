@@ -25,7 +25,7 @@ from slipstream.schema.launch import Launch
 from slipstream.schema.request import EngineStats, GenerateRequest, RequestState, TokenEvent
 from slipstream.schema.speculative import Speculation
 from slipstream.schema.step import StepPlan
-from slipstream.speculative.drafter import AnyDrafter, LayerDrafter, Target
+from slipstream.speculative.drafter import AnyDrafter, LayerDrafter, ModelDrafter, Target
 
 MAX_SEQ_LEN = 2**31 - 1
 # Tokens of a step on a CPU where nobody asks for more: what ops hand on stays in its caches, and streams wait less.
@@ -200,17 +200,16 @@ def start_engine(
     guidance = Guidance(read_tokenizer, manifest.eos_token_ids)
     drafter = None
     if speculation is not None:
-        target = Target(
-            folder, device, max_batch_size, max_seq_len, kv_cache_free_memory_fraction, draft_engine=draft_engine
-        )
+        target = Target(folder, device, max_batch_size, max_seq_len, draft_engine=draft_engine)
         drafter = open_drafter(speculation, target)
         if drafter.reads_hidden and not folder.has_hidden_states:
             raise EngineError(
                 f"{speculation.method} drafts from hidden states, which this engine does not give; build it again."
             )
-    max_draft_len, draft_shape = 0, DraftShape.CHAIN
+    max_draft_len, tokens_ahead, draft_shape = 0, 0, DraftShape.CHAIN
     if drafter is not None:
         max_draft_len, draft_shape = drafter.max_draft_len, _shape_of(drafter)
+        tokens_ahead = max_draft_len if isinstance(drafter, ModelDrafter) else 0
     usual = manifest.max_num_tokens
     if device.type == "cpu" and enable_chunked_prefill:
         usual = min(usual, max(CPU_STEP, max_batch_size * (1 + max_draft_len)))
@@ -225,6 +224,7 @@ def start_engine(
         sink_token_length=sink_token_length,
         deterministic=deterministic,
         max_draft_len=max_draft_len,
+        tokens_ahead=tokens_ahead,
         drafts_branch=drafter is not None and drafter.can_branch,
         reads_hidden=() if drafter is None else drafter.reads_hidden,
     )
@@ -250,6 +250,7 @@ def start_engine(
         # Their number follows the clock, and the last bit of a sum may follow their number.
         is_adaptive=speculation is not None and speculation.adaptive and not deterministic,
         recomputes_last_found=isinstance(drafter, LayerDrafter),
+        tokens_ahead=tokens_ahead,
         num_stages=manifest.pp_size if drafter is None else 1,  # drafts are known when the step before has ended
     )
     return Engine(config, worker, guidance, group)

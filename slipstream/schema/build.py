@@ -87,4 +87,5 @@ class RuntimeConfig:
     is_adaptive: bool = False  # whether fewer drafts are asked for, or none, where that is faster
     # A drafter's KV of a token may depend on the next one: of a prefix found, the last token is computed again.
     recomputes_last_found: bool = False
+    tokens_ahead: int = 0  # beyond a step's, whose KV a drafter computes in the sequence's next blocks
     num_stages: int = 1  # of a pipeline: as many steps are under way at once, each of other sequences

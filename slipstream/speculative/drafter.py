@@ -5,8 +5,8 @@
     stop(slot)                        the sequence has left; the slot may be empty
 
 A Drafter makes lists of what it reads on the host. A DeviceDrafter makes tensors of where texts end, and nobody waits
-for it: it is part of the step, and of its recording. A LayerDrafter is one that has a layer with a KV cache of its own,
-and is told of each step's rows besides.
+for it: it is part of the step, and of its recording. One with a KV cache of its own (KVDrafter) is told of the step's
+rows besides: a LayerDrafter of what the model made of them, a ModelDrafter of their tokens.
 
 Nothing that a drafter does changes a text (accept.py): it decides how many tokens a step gives, not which.
 
@@ -62,7 +62,8 @@ class Ends(NamedTuple):
     token_ids: Tensor  # [S] the last token
     positions: Tensor  # [S] its place
     hidden: Tensor | None = None  # [S, F] what reads_hidden asks for, where that token was chosen
-    block_tables: Tensor | None = None  # [S, B] the KV blocks of each, as far as the step's rows
+    block_tables: Tensor | None = None  # [S, B] the KV blocks of each, as far as the step's rows and tokens_ahead
+    previous_ids: Tensor | None = None  # [S] the token before the last one; negative where that was the tree's root
 
 
 class DraftTensors(NamedTuple):
@@ -93,20 +94,35 @@ class Computed(NamedTuple):
     hidden: Tensor  # [T, F]
 
 
+class Rows(NamedTuple):
+    """T tokens of S sequences as a step has them (kernels/attention/metadata.py), drafts among them."""
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    query_starts: Tensor
+    kv_lens: Tensor
+    block_tables: Tensor
+
+
 class OwnKV(NamedTuple):
     """The KV cache of one layer of a drafter's own."""
 
+    num_planes: int
     num_heads: int
     head_dim: int
-    num_ahead: int  # tokens beyond the end of a text that it computes at most
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_planes * self.num_heads * self.head_dim * self.dtype.itemsize
 
 
 class Running(NamedTuple):
-    """The target's own embedding and head, whatever format they are in, and how far the layers see that see most."""
+    """The target's own embedding and head, whatever format they are in."""
 
     embed: Callable[[Tensor], Tensor]  # token ids [N] -> what the first layer reads, [N, hidden_size]
     head: Callable[[Tensor], Tensor]  # what the head reads, [N, hidden_size] -> logits [N, vocab_size]
-    window: int
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,6 @@ class Target:
     device: torch.device
     max_batch_size: int
     max_seq_len: int
-    memory_fraction: float  # of what is free, for KV caches
     draft_engine: tuple[Engine, Choices] | None = None  # of the model that a method's option `model` names
 
     @property
@@ -162,25 +177,57 @@ class Drafter(AnyDrafter, ABC):
 class DeviceDrafter(AnyDrafter, ABC):
     """What it does depends on nothing but shapes, so that it can be recorded: it reads no tensor's values."""
 
+    can_be_recorded: bool = True  # unless a kernel that it calls says no
+
+    def start(self, slot: int, request: GenerateRequest) -> None:
+        """A sequence enters a slot, before its first step."""
+
     @abstractmethod
     def draft(self, ends: Ends, most: int) -> DraftTensors:
         """At most `most` for each; max_draft_len where that many are asked for."""
 
 
-class LayerDrafter(DeviceDrafter):
-    """One with a layer of its own on top of the target's hidden states. Its KV lies in blocks that are numbered as the
-    target's, and are shared, copied and found again with these."""
+class KVDrafter(DeviceDrafter):
+    """One whose KV lies in blocks that are numbered as the target's, and are shared, copied and found again with these.
 
-    reads_ends = True
-    own_kv: OwnKV
+    own_kv: of each of its layers. num_beyond: tokens of a slot for which it has blocks of its own behind the target's.
+    """
+
+    own_kv: Sequence[OwnKV]
+    num_beyond: int = 0
 
     @abstractmethod
-    def take_kv(self, kv_PNBKD: Tensor, num_blocks: int) -> None:
-        """Its cache: the first num_blocks are the target's blocks, the others for what is beyond a text's end."""
+    def lend_blocks(self, window: int) -> None:
+        """Before anything else. window: tokens that a token sees in the target's blocks, 0 for all."""
+
+    @abstractmethod
+    def take_kv(self, kv: Sequence[Tensor], num_blocks: int) -> None:
+        """The cache of each layer, [planes, blocks, tokens_per_block, heads, head_dim].
+
+        The first num_blocks are the target's blocks.
+        """
+
+
+class LayerDrafter(KVDrafter):
+    """One with a layer of its own on top of the target's hidden states."""
+
+    reads_ends = True
 
     @abstractmethod
     def follow(self, computed: Computed) -> None:
         """After each step, before `draft`: of all its sequences, also those that no drafts are asked for."""
+
+
+class ModelDrafter(KVDrafter):
+    """One that reads texts as the target does.
+
+    Of the tokens from the last one on it has computed as many as it has drafted, in the blocks that come next: tables
+    reach max_draft_len tokens beyond each step.
+    """
+
+    @abstractmethod
+    def follow(self, rows: Rows) -> None:
+        """Read rows that it did not compute when it drafted: prompts, and what came without drafts."""
 
 
 def read_options(kind: type[Any], speculation: Speculation) -> Any:

@@ -67,7 +67,7 @@ def test_drafts_change_no_text(method: str, tmp_path: Path) -> None:
         assert 0 < sum(llm.stats.num_accepted_tokens) < llm.stats.num_draft_tokens
 
 
-@pytest.mark.parametrize("method", ["medusa", "eagle", "redrafter"])
+@pytest.mark.parametrize("method", ["medusa", "eagle", "redrafter", "draft_model"])
 def test_a_step_with_drafts_is_one_launch(method: str, tmp_path: Path) -> None:
     """Verified, accepted and drafted again; nobody waits in between."""
     model = write_random_model(tmp_path / "model", model_file("llama").TINY, seed=2)

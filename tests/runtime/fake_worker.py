@@ -176,7 +176,9 @@ class FakeWorker:
         end, size = step.start + len(step.token_ids), self.config.tokens_per_block
         assert 0 <= step.num_drafts <= len(row.drafts) and (step.sample or not step.num_drafts)
         num_places, num_steps = end + step.num_drafts, max(2, self.config.num_stages)
-        row.most_places = max(row.most_places, num_places)
+        most = len(row.request.prompt_token_ids) + row.request.max_tokens - 1
+        reach = min(num_places + self.config.tokens_ahead * step.sample, most)  # where blocks are left
+        row.most_places = max(row.most_places, num_places, reach)
         if not row.has_failed:
             own = tuple(row.token_ids[step.start : end])
             assert len(own) == len(step.token_ids) > 0

@@ -44,6 +44,7 @@ def random_config(rng: random.Random) -> RuntimeConfig:
         enable_chunked_prefill=rng.random() < 0.7,
         enable_block_reuse=rng.random() < 0.9,
         max_draft_len=rng.choice((0, 0, 1, 3, 6)),
+        tokens_ahead=rng.choice((0, 0, 1, 6)),
         draft_shape=rng.choice(list(DraftShape)),
         is_adaptive=rng.random() < 0.7,
     )

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from slipstream import LLM, SamplingParams
 from slipstream.api.outputs import RequestOutput
 from slipstream.checkpoint.random import write_random_model
+from slipstream.kernels.sampling import SlotTable
 from slipstream.models import gemma3_text, llama, qwen3
 from slipstream.runtime.draft_control import DraftControl
 from slipstream.runtime.speculation import methods
@@ -31,6 +32,7 @@ from slipstream.runtime.worker.recorded import RecordedSteps, StepOutputs
 from slipstream.runtime.worker.worker import Worker
 from slipstream.schema.build import DraftShape
 from slipstream.schema.step import StepPlan
+from slipstream.speculative.draft_model import drafter as draft_model
 from tests.speculative.heads import write_eagle, write_eagle3, write_medusa, write_redrafter
 from tests.speculative.likeness import write_likeness
 from tests.speculative.test_lossless import LIMITS, REQUESTS, assert_same, prompts, run, texts_of
@@ -153,6 +155,16 @@ class Unseen(TorchDispatchMode):
         return call(*args, **(kwargs or {}))
 
 
+def looking(call: Callable[..., Any]) -> Callable[..., Any]:
+    """What has kernels of its own on a GPU: a CPU's may look."""
+
+    def looked(*arguments: Any) -> Any:
+        with _disable_current_modes():
+            return call(*arguments)
+
+    return looked
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_are_as_a_gpu_replays_them(
     method: str, adapting: tuple[Path, list[RequestOutput]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -175,6 +187,8 @@ def test_steps_are_as_a_gpu_replays_them(
         with Unseen():
             return end(self, *inputs)
 
+    monkeypatch.setattr(draft_model.Drafter, "_compute", looking(draft_model.Drafter._compute))
+    monkeypatch.setattr(SlotTable, "choose", looking(SlotTable.choose))
     monkeypatch.setattr(Worker, "allocate_kv", allocate_and_record)
     monkeypatch.setattr(Ending, "run", end_unseen)
     monkeypatch.setattr(Replayed, "run", note)

@@ -42,7 +42,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "speculative/head_file": ("checkpoint/trtllm", "engine/tensor_file", "engine/bounded_json"),
     "speculative/*/head": ("engine/tensor_file", "engine/bounded_json", "layers", "models", "schema"),
     # A draft model is run by what runs every model.
-    "speculative/draft_model/drafter": ("runtime/worker", "runtime/kv", "engine", "kernels", "schema"),
+    "speculative/draft_model/drafter": ("runtime/worker", "engine", "kernels", "schema"),
     # What it trains is the graph that a build captures.
     "speculative/draft_model/training": ("build/capture", "checkpoint", "models", "engine", "kernels", "schema"),
     "speculative/*": ("kernels", "engine", "schema"),

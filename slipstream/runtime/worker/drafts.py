@@ -14,16 +14,17 @@ from slipstream.kernels.attention.tree import WORD
 from slipstream.runtime.transfer import on_device
 from slipstream.runtime.worker.inputs import draft_name
 from slipstream.runtime.worker.memory import zeros
+from slipstream.schema.kv import KVGroup
 from slipstream.schema.request import GenerateRequest
 from slipstream.schema.step import PENDING, SequenceStep, StepPlan
 from slipstream.speculative.accept import Accepted
 from slipstream.speculative.drafter import (
     AnyDrafter,
+    DeviceDrafter,
     Draft,
     Drafter,
     DraftTensors,
-    LayerDrafter,
-    OwnKV,
+    KVDrafter,
     Running,
     Verified,
 )
@@ -58,7 +59,8 @@ class Drafts:
         another rank has it."""
         self._drafter = drafter
         self._on_host = drafter if isinstance(drafter, Drafter) else None
-        self._layer = drafter if isinstance(drafter, LayerDrafter) else None
+        self._on_device = drafter if isinstance(drafter, DeviceDrafter) else None
+        self._with_kv = drafter if isinstance(drafter, KVDrafter) else None
         self._vocab_size, self._device, self._texts = vocab_size, device, texts
         self._may_look = device.type == "cpu"  # at what tensors hold: a GPU would be waited for
         self.max_len, self.can_branch = max_len, can_branch
@@ -75,22 +77,28 @@ class Drafts:
         self._told = [0] * num_slots  # tokens of each that the drafter was told of, where it was not asked since
         self.group = 0  # whose KV blocks the drafter is lent
 
-    def attach(self, running: Running, group: int) -> None:
-        """The engine's weights are there. group: of the KV blocks that a drafter's own layer is lent."""
-        self.group = group
+    def lend(self, groups: Sequence[KVGroup]) -> None:
+        """A drafter's own KV lies in the blocks of the group that sees most."""
+        self.group = min(range(len(groups)), key=lambda index: (groups[index].window != 0, -groups[index].window))
+        if self._with_kv is not None:
+            self._with_kv.lend_blocks(groups[self.group].window)
+
+    def attach(self, running: Running) -> None:
+        """The engine's weights are there."""
         assert self._drafter is not None
         self._drafter.attach(running)
 
-    def allocate_kv(self, num_blocks: int, tokens_per_block: int, dtype: torch.dtype) -> list[Tensor]:
+    def allocate_kv(self, num_blocks: int, tokens_per_block: int) -> list[Tensor]:
         """The drafter's own cache, if it has one: where the model's blocks are copied, its are too."""
-        if self._layer is None:
+        if self._with_kv is None:
             return []
-        own = self._layer.own_kv
-        num_more = -(-own.num_ahead // tokens_per_block) * len(self._token_ids)
-        shape = (2, num_blocks + num_more, tokens_per_block, own.num_heads, own.head_dim)
-        kv_PNBKD = zeros(shape, dtype, self._device)
-        self._layer.take_kv(kv_PNBKD, num_blocks)
-        return [kv_PNBKD]
+        total = num_blocks + -(-self._with_kv.num_beyond // tokens_per_block) * len(self._token_ids)
+        kv = [
+            zeros((own.num_planes, total, tokens_per_block, own.num_heads, own.head_dim), own.dtype, self._device)
+            for own in self._with_kv.own_kv
+        ]
+        self._with_kv.take_kv(kv, num_blocks)
+        return kv
 
     def add(self, slot: int, request: GenerateRequest, output_token_ids: tuple[int, ...]) -> None:
         if self._drafter is None:
@@ -101,6 +109,8 @@ class Drafts:
         self._is_taking[slot] = not request.sampling.logits_processors and request.max_tokens > 1
         if self._on_host is not None and self._is_taking[slot]:
             self._on_host.start(slot, self._known[slot], request)
+        if self._on_device is not None:
+            self._on_device.start(slot, request)
 
     def remove(self, slot: int) -> None:
         if self._on_host is not None:
@@ -115,8 +125,13 @@ class Drafts:
         return self._drafter is not None and self._drafter.reads_ends
 
     @property
-    def own_kv(self) -> OwnKV | None:
-        return None if self._layer is None else self._layer.own_kv
+    def can_be_recorded(self) -> bool:
+        return self._on_device is None or self._on_device.can_be_recorded
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of a block, for the drafter's own KV."""
+        return 0 if self._with_kv is None else sum(own.bytes_per_token for own in self._with_kv.own_kv)
 
     def asked(self, plan: StepPlan) -> tuple[int, ...]:
         """The sequences of a step that are to have drafts in the next."""

@@ -1,7 +1,7 @@
 """How a step ends where drafts are verified or made. Nothing here waits for the device or depends on what it holds, so
 all of it can be recorded with the step.
 
-    chosen tokens ── accept ── accepted nodes move behind their root ── a drafter's own layer follows ── next drafts
+    chosen tokens ── accept ── accepted nodes move behind their root ── a drafter's own KV follows ── next drafts
 
 Rows of a step that are text after it, and what follows each, for a drafter with a layer of its own:
 
@@ -26,12 +26,13 @@ from slipstream.kernels.collectives import Ranks
 from slipstream.kernels.sampling import NOTHING_TO_SAMPLE
 from slipstream.runtime.transfer import on_device
 from slipstream.runtime.worker.drafts import Drafts
-from slipstream.runtime.worker.groups import group_input
+from slipstream.runtime.worker.followed import Followed
+from slipstream.runtime.worker.groups import ONE_A_GROUP, group_input
 from slipstream.runtime.worker.inputs import NO_TEXT
 from slipstream.schema.kv import KVGroup
-from slipstream.schema.step import StepPlan
+from slipstream.schema.step import SequenceStep, StepPlan
 from slipstream.speculative.accept import Accepted, accept
-from slipstream.speculative.drafter import Computed, DeviceDrafter, Ends, LayerDrafter
+from slipstream.speculative.drafter import Computed, DeviceDrafter, Ends, LayerDrafter, ModelDrafter, Rows
 
 Inputs = Mapping[str, Tensor]
 KV = Sequence[Tensor]  # [2, blocks, tokens_per_block, heads, head_dim] of each place in a group; integers for FP8
@@ -43,6 +44,7 @@ class EndingPlan(NamedTuple):
     num_nodes: int  # of the trees that are verified, the root among them
     max_drafts: int  # that are made on the device for the next step
     asked: tuple[int, ...] | None = None  # the sequences that they are made for; None: all
+    is_followed: bool = False  # by a drafter that is a model, which has not computed all rows
 
 
 class Ended(NamedTuple):
@@ -72,24 +74,47 @@ class Ending:
         tokens_per_block: int,
         device: torch.device,
         ranks: Ranks,
+        followed: Followed | None,
     ) -> None:
+        """followed: where the drafter is a model."""
         self._drafts, self._drafter, self._device, self._ranks = drafts, drafter, device, ranks
         self._groups, self._block_size = groups, tokens_per_block
         self._may_look = device.type == "cpu"  # at what tensors hold: a GPU would be waited for
         self._layer = drafter if isinstance(drafter, LayerDrafter) else None
+        self._model, self._followed = drafter if isinstance(drafter, ModelDrafter) else None, followed
         self.known = drafts.known if self._layer else None  # as fill_inputs has it
+
+    def missed(self, plan: StepPlan) -> list[SequenceStep]:
+        """What a draft model has to read before this step, whose plan the tables have."""
+        if self._followed is None:
+            return []
+        self._followed.enter(plan)
+        return self._followed.missed(plan.sequences[index] for index in self._drafts.asked(plan))
+
+    def catch_up(self, inputs: Inputs) -> None:
+        """Read what was missed."""
+        assert self._model is not None
+        self._model.follow(self._rows(inputs))
 
     def plan(self, plan: StepPlan) -> EndingPlan | None:
         """None of a step that verifies no drafts, and that none are made from here."""
         verified = max((step.num_drafts for step in plan.sequences), default=0)
         asked = self._drafts.asked(plan) if self._drafter is not None else ()
+        is_followed = self._followed is not None and self._is_followed(plan, asked, self._followed)
         if not (verified or asked or self._layer):
             return None
         most = max((plan.sequences[index].max_drafts for index in asked), default=0)
         if self._may_look:  # a shorter step is a faster one there
-            return EndingPlan(1 + verified, most, asked)
+            return EndingPlan(1 + verified, most, asked, is_followed)
         most_there_are = self._drafts.max_len  # so that steps have few sizes
-        return EndingPlan(1 + (verified and most_there_are), most and most_there_are)
+        return EndingPlan(1 + (verified and most_there_are), most and most_there_are, None, is_followed)
+
+    def _is_followed(self, plan: StepPlan, asked: Sequence[int], followed: Followed) -> bool:
+        """Whether drafts are asked for after rows that the draft model has not read."""
+        is_followed = not all(followed.has_read(plan.sequences[index]) for index in asked)
+        for index, step in enumerate(plan.sequences):
+            followed.note(step, is_followed=is_followed, is_asked=index in asked)
+        return is_followed
 
     def in_full(self) -> EndingPlan | None:
         """Of steps in which each sequence verifies drafts, and more are made; None where nothing is drafted."""
@@ -105,6 +130,8 @@ class Ending:
         if self._layer is not None:
             assert hidden_TF is not None
             self._layer.follow(self._computed(inputs, accepted, last_S, hidden_TF))
+        if self._model is not None and ending.is_followed:
+            self._model.follow(self._rows(inputs))
         num_drafts_S = torch.zeros_like(last_S)
         if self._drafter is not None and ending.max_drafts:
             hidden_SF = None if hidden_TF is None else hidden_TF[last_S]
@@ -147,6 +174,10 @@ class Ending:
                 rows_PCKD = kv_PNBKD.flatten(1, 2)
                 rows_PCKD[:, targets_C] = rows_PCKD[:, sources_C]
 
+    def _rows(self, inputs: Inputs) -> Rows:
+        names, group = (f"step.{name}" for name in Rows._fields), self._drafts.group
+        return Rows(*(inputs[group_input(name, group) if name in ONE_A_GROUP else name] for name in names))
+
     def _computed(self, inputs: Inputs, accepted: Accepted, last_S: Tensor, hidden_TF: Tensor) -> Computed:
         """Which rows are text: those of prompts, and of each tree the root and what was accepted."""
         known_T, kv_slots_T = inputs["trees.next_ids"], inputs[group_input("step.slots", self._drafts.group)]
@@ -172,7 +203,9 @@ class Ending:
         last_token_S = accepted.token_ids.gather(1, accepted.counts[:, None] - 1)[:, 0].clamp(min=0)
         positions_S = inputs["step.tree_starts"] + accepted.counts
         tables_SB = inputs[group_input("step.block_tables", self._drafts.group)]
-        return Ends(inputs["trees.slots"], last_token_S, positions_S, hidden_SF, tables_SB)
+        before_S = accepted.token_ids.gather(1, (accepted.counts[:, None] - 2).clamp(min=0))[:, 0]
+        previous_S = before_S.where(accepted.counts > 1, NO_TEXT)
+        return Ends(inputs["trees.slots"], last_token_S, positions_S, hidden_SF, tables_SB, previous_S)
 
     def _draft(self, drafter: DeviceDrafter, ending: EndingPlan, ends: Ends) -> Tensor:
         """How many each sequence has now."""

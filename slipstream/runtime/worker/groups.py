@@ -11,7 +11,7 @@ from slipstream.engine.graph import Graph, Node, TensorType
 from slipstream.errors import EngineError
 from slipstream.schema.kv import KVGroup
 
-_ONE_A_GROUP = ("step.slots", "step.block_tables")
+ONE_A_GROUP = ("step.slots", "step.block_tables")
 _ONLY_WRITE = ("kv_write", "rope_kv_write")
 
 
@@ -32,7 +32,7 @@ def with_groups(graph: Graph, groups: Sequence[KVGroup]) -> Graph:
     more = {
         group_input(name, index): graph.inputs[name]
         for index in range(1, len(groups))
-        for name in _ONE_A_GROUP
+        for name in ONE_A_GROUP
         if name in graph.inputs
     }
     return replace(graph, nodes=nodes, inputs=graph.inputs | more, types=graph.types | more)
@@ -61,7 +61,7 @@ def _with_tree(node: Node, tree: tuple[str, ...]) -> Node:
 
 
 def _of_group(node: Node, index: int, groups: Sequence[KVGroup]) -> Node:
-    inputs = tuple(group_input(name, index) if name in _ONE_A_GROUP else name for name in node.inputs)
+    inputs = tuple(group_input(name, index) if name in ONE_A_GROUP else name for name in node.inputs)
     attributes = node.attributes
     if "window" in attributes:
         attributes = attributes | {"window": groups[index].window}

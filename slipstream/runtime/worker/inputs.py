@@ -97,7 +97,7 @@ def rows_wanted(plan: StepPlan, wants_all_rows: Sequence[bool]) -> list[int]:
 def sizes_of(plan: StepPlan, logit_counts: Iterable[int], tables: BlockTables) -> StepSizes:
     """Exactly what the plan needs, without trees that end it."""
     longest = max(sequence.start + sequence.num_tokens for sequence in plan.sequences)
-    width, num_rows = -(-longest // tables.tokens_per_block), sum(logit_counts)
+    width, num_rows = -(-(longest + tables.tokens_ahead) // tables.tokens_per_block), sum(logit_counts)
     return StepSizes(plan.num_tokens, len(plan.sequences), num_rows, width, tables.num_groups)
 
 

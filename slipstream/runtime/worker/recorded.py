@@ -41,6 +41,7 @@ class StepOutputs(NamedTuple):
     hidden: Tensor | None = None  # [T, hidden_size], which logits are made of; None of engines that do not give them
     drafted_from: Tensor | None = None  # [T, F], the hidden states that a drafter asks for
     ended: Tensor | None = None  # of a step with its ending, what that gives
+    read_ids: Tensor | None = None  # [T] the tokens of its rows, drafts and what was pending among them
 
 
 @dataclass(frozen=True)

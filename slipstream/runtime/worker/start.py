@@ -32,6 +32,7 @@ class StartOptions:
     deterministic: bool
     # of the drafter
     max_draft_len: int
+    tokens_ahead: int
     drafts_branch: bool
     reads_hidden: Sequence[int]
 
@@ -66,7 +67,7 @@ def open_worker(
     groups = manifest.those_here(options.groups(manifest.windows))
     worker = Worker(
         folder, choices, groups, options.max_batch_size, device,
-        guidance=guidance, drafter=drafter, max_draft_len=options.max_draft_len,
+        guidance=guidance, drafter=drafter, max_draft_len=options.max_draft_len, tokens_ahead=options.tokens_ahead,
         drafts_branch=options.drafts_branch, reads_hidden=options.reads_hidden,
         is_deterministic=options.deterministic, ranks=ranks, announce=announce,
     )  # fmt: skip

@@ -10,8 +10,9 @@ Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 class BlockTables:
     """For each KV group and slot the ids of its KV blocks; NULL_BLOCK (0) where it has none."""
 
-    def __init__(self, num_groups: int, num_slots: int, tokens_per_block: int) -> None:
-        self.tokens_per_block = tokens_per_block
+    def __init__(self, num_groups: int, num_slots: int, tokens_per_block: int, tokens_ahead: int = 0) -> None:
+        """tokens_ahead: of each text, beyond a step's rows, that a drafter computes."""
+        self.tokens_per_block, self.tokens_ahead = tokens_per_block, tokens_ahead
         self._ids = np.zeros((num_groups, num_slots, 1), dtype=np.int64)
 
     @property
@@ -36,6 +37,12 @@ class BlockTables:
         """The first `width` blocks of each of these slots, [S, width]."""
         self._widen(width)
         return self._ids[group, slots, :width]
+
+    def ids(self, group: int, slot: int, count: int) -> list[int]:
+        """The first `count` blocks of a slot."""
+        self._widen(count)
+        found: list[int] = self._ids[group, slot, :count].tolist()
+        return found
 
     def block_of(self, group: int, slots: Numbers, places: Numbers) -> Numbers:
         """The block at a place of a slot's table, for each pair."""

@@ -16,6 +16,7 @@ from slipstream.runtime.transfer import on_device
 from slipstream.runtime.worker.drafts import Drafts
 from slipstream.runtime.worker.ending import Ending, EndingPlan, Inputs
 from slipstream.runtime.worker.ends import embedding_of, head_of
+from slipstream.runtime.worker.followed import Followed
 from slipstream.runtime.worker.graphs import compile_graph
 from slipstream.runtime.worker.groups import with_groups, with_trees
 from slipstream.runtime.worker.handover import HandedKV, Saving
@@ -31,7 +32,7 @@ from slipstream.schema.build import MAX_RECORDED_TOKENS
 from slipstream.schema.kv import KVGroup
 from slipstream.schema.step import BlockCopy, SequenceResult, SequenceStep, StepPlan, StepResult
 from slipstream.speculative.accept import Accepted
-from slipstream.speculative.drafter import AnyDrafter, DeviceDrafter, Running
+from slipstream.speculative.drafter import AnyDrafter, DeviceDrafter, ModelDrafter, Running
 
 CUBLAS_WORKSPACES = 64 << 20  # cuBLAS and cuBLASLt, 32 MiB each on an H100: once more for the stream of recordings
 
@@ -73,6 +74,7 @@ class Worker:
         guidance: Guidance | None = None,
         drafter: AnyDrafter | None = None,
         max_draft_len: int = 0,
+        tokens_ahead: int = 0,
         drafts_branch: bool = False,
         reads_hidden: Sequence[int] = (),
         is_deterministic: bool = False,
@@ -81,8 +83,8 @@ class Worker:
     ) -> None:
         """Weights are loaded; before the first step comes allocate_kv.
 
-        max_draft_len, drafts_branch, reads_hidden: of the drafter, which only the first rank has. announce: tells the
-        other ranks of a step.
+        max_draft_len, drafts_branch, reads_hidden: of the drafter, which only the first rank has. tokens_ahead: as
+        RuntimeConfig has it. announce: tells the other ranks of a step.
         """
         manifest = engine.manifest
         self._device, self._manifest, self._groups = device, manifest, groups
@@ -110,23 +112,28 @@ class Worker:
         self._kv_inputs: dict[str, Tensor] = {}
         compiled = compile_graph(graph, weights, choices, device, is_batch_invariant=is_deterministic, ranks=ranks)
         self._graph, self._is_last_stage = compiled.run, engine.is_last_stage
+        self._tables = BlockTables(len(groups), max_batch_size, manifest.tokens_per_block, tokens_ahead)
+        self._drafts.lend(groups)
+        followed = None
+        if isinstance(drafter, ModelDrafter):
+            followed = Followed(self._tables, self._drafts.group, max_batch_size, self._sampler.token_ids)
         device_drafter = drafter if isinstance(drafter, DeviceDrafter) else None
-        self._ending = Ending(self._drafts, device_drafter, groups, manifest.tokens_per_block, device, ranks)
+        self._ending = Ending(self._drafts, device_drafter, groups, manifest.tokens_per_block, device, ranks, followed)
         # What a recording has to have room for. With several ranks endings are by themselves (_run_and_draw).
         self._full_ending = self._ending.in_full() if ranks.size == 1 else None
         # With several stages the plan knows all tokens but drafts, and nobody waits for the first rank.
         self._copies_tokens = ranks.size > 1 and (manifest.pp_size == 1 or max_draft_len > 0)
         self._copies_trees = ranks.size > 1 and drafts_branch
         if self._drafts.reads_ends:
-            group = min(range(len(groups)), key=lambda index: (groups[index].window != 0, -groups[index].window))
             embed, head = (part(engine, weights, choices, device) for part in (embedding_of, head_of))
-            self._drafts.attach(Running(embed, head, groups[group].window), group)
+            self._drafts.attach(Running(embed, head))
         self._drafter_kv: list[Tensor] = []
         self._pooler = Pooler()
-        self._tables = BlockTables(len(groups), max_batch_size, manifest.tokens_per_block)
         self._most_rows = max_batch_size * (1 + max_draft_len)  # of logits in most steps
         self._recorded: RecordedSteps | None = None
-        if device.type == "cuda" and ranks.least(compiled.can_be_recorded):  # stages may differ
+        if device.type == "cuda" and ranks.least(
+            compiled.can_be_recorded and self._drafts.can_be_recorded
+        ):  # stages may differ
             self._recorded = RecordedSteps(
                 self._run, self._tables, max_batch_size, self._most_rows, device, self._ending.known
             )
@@ -134,8 +141,7 @@ class Worker:
     @property
     def drafter_bytes_per_token(self) -> int:
         """Of a block, for a drafter's own layer."""
-        own = self._drafts.own_kv
-        return 0 if own is None else 2 * own.num_heads * own.head_dim * getattr(torch, self._manifest.dtype).itemsize
+        return self._drafts.bytes_per_token
 
     def memory_left(self, max_num_tokens: int) -> int:
         """Bytes that a KV cache could have, beside the weights and the steps that run and that are recorded.
@@ -160,8 +166,7 @@ class Worker:
         self._kv_inputs = {
             f"kv.{layer}": self._kv[place] for group in self._groups for place, layer in enumerate(group.layers)
         }
-        dtype = getattr(torch, self._manifest.dtype)
-        self._drafter_kv = self._drafts.allocate_kv(num_blocks, self._manifest.tokens_per_block, dtype)
+        self._drafter_kv = self._drafts.allocate_kv(num_blocks, self._manifest.tokens_per_block)
 
     @torch.inference_mode()
     def record(self, max_num_tokens: int) -> None:
@@ -229,6 +234,7 @@ class Worker:
             self._copy(plan.copies)
         for load in plan.loads:
             load.kv.fill(load, self._caches())
+        self._catch_up(self._ending.missed(plan))
         steps = [each for each in plan.sequences if each.sample]
         outputs, draw = self._run_and_draw(plan, counts, steps)
         vectors = self._pooler.pool(plan, outputs.hidden)
@@ -238,6 +244,14 @@ class Worker:
             hidden_SF = self._where_chosen(plan, outputs.drafted_from, draw.accepted)
         num_drafts = self._drafts.propose(steps, draw.accepted, hidden_SF)
         return Flight(plan, counts, begun.wants_all_rows, outputs.logits, draw, vectors, num_drafts, saving)
+
+    def _catch_up(self, missed: Sequence[SequenceStep]) -> None:
+        """Have a draft model read these tokens, some at a time."""
+        most = self._manifest.max_num_tokens
+        for step in missed:
+            for first in range(0, len(step.token_ids), most):
+                part = step._replace(start=step.start + first, token_ids=step.token_ids[first : first + most])
+                self._ending.catch_up(self._inputs(StepPlan(0, (part,)), [0], [False], None))
 
     def _run_and_draw(
         self, plan: StepPlan, counts: list[int], steps: Sequence[SequenceStep]
@@ -251,13 +265,15 @@ class Worker:
         ending = self._ending.plan(plan)
         drafted = self._drafts.verified_by(steps) if has_edits else None
         outputs = self._run_sized(plan, counts, is_chosen, ending if is_whole else None)
-        logits_RV, token_ids_R, _, hidden_TF, ended_SX = outputs
+        logits_RV, token_ids_R, _, hidden_TF, ended_SX, read_ids_T = outputs
 
         def end(chosen_R: Tensor) -> Tensor:
             assert ending is not None
             ended = ended_SX
             if ended is None:
                 inputs = self._inputs(plan, counts, is_chosen, ending)
+                assert read_ids_T is not None
+                inputs["step.token_ids"] = read_ids_T[: plan.num_tokens]
                 ended = self._ending.run(ending, inputs, chosen_R, hidden_TF, self._kv_rows())
             if len(steps) == len(plan.sequences):
                 return ended[: len(steps)]  # a recorded step has more
@@ -391,7 +407,8 @@ class Worker:
         ended_SX = None
         if ending is not None:
             ended_SX = self._ending.run(ending, inputs, token_ids_R, drafted_from_TF, self._kv_rows())
-        return StepOutputs(logits_RV, token_ids_R, hidden_TH[0] if hidden_TH else None, drafted_from_TF, ended_SX)
+        hidden = hidden_TH[0] if hidden_TH else None
+        return StepOutputs(logits_RV, token_ids_R, hidden, drafted_from_TF, ended_SX, inputs["step.token_ids"])
 
     def _kv_rows(self) -> list[Tensor]:
         return [_indexable(kv_PNBKD) for kv_PNBKD in self._kv]

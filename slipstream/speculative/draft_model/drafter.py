@@ -1,29 +1,35 @@
-"""Drafts of a smaller model: its own engine, KV pool and block tables, on the target's device.
+"""Drafts of a smaller model, whose KV lies in blocks that are numbered as the target's.
 
-    target     … the  cat │ sat  on   the  rug          said by a step that took "sat on the" and rejected "mat"
-    draft's KV … the  cat │ sat  on   the  mat          "mat" was drafted last or its KV is overwritten
-    next                                   [rug]        computed now; then one token a step, as many as are drafted
+    place        0    1    2    3    4    5     one block table for both
+    target     the  cat  sat   on  the  rug     the step's rows: "sat on the mat", of which "sat on the" is accepted
+    draft      the  cat  sat   on  the [rug]    it has computed "sat on the" when it drafted; now "rug", then its drafts
+
+So prompts that are found again, copied or given up are so for both, and a step with its drafts is one program, which a
+GPU records. Rows that drafting has not computed are computed by the draft model as the target has them: a prompt's in
+their step, and before it what came while no drafts were asked for (runtime/worker/followed.py). Where all drafts were
+accepted, the last of them was never computed: so a draft begins with the last two tokens, the first of which goes to
+the null block where it is known.
 
 Drafts are drawn as the request draws: with its temperature, filters and seed, at the same positions, so with the same
-noise (accept.py). What it edits (penalties, bans, grammars) the draft model does not know of. Where all drafts were
-accepted, the last of them was never computed: then two tokens are. A prompt is computed when its first token is there.
+noise (accept.py). What it edits (penalties, bans, grammars) the draft model does not know of.
 
-Steps of the draft model are the worker's, as any model's; each is launched before the one before it has ended.
+Shape suffixes: S sequences, Q tokens of each, T tokens, N drafts, B blocks, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
-from slipstream.errors import CapacityError
-from slipstream.runtime.kv import BlockTable, KVCacheManager
-from slipstream.runtime.worker.memory import count_blocks, free_memory, left_by_plan
-from slipstream.runtime.worker.worker import Flight, Worker
+import torch
+from torch import Tensor
+
+from slipstream.kernels.sampling import SlotTable
+from slipstream.runtime.worker.graphs import compile_graph
+from slipstream.runtime.worker.groups import group_input, with_groups
+from slipstream.runtime.worker.weights import load_weights
+from slipstream.schema.kv import group_layers, narrow
 from slipstream.schema.request import GenerateRequest
-from slipstream.schema.sampling import SamplingParams
 from slipstream.schema.speculative import Speculation
-from slipstream.schema.step import PENDING, SequenceStep, StepPlan
-from slipstream.speculative.drafter import Draft, Target, Verified, read_options
-from slipstream.speculative.drafter import Drafter as Base
+from slipstream.speculative.drafter import DraftTensors, Ends, ModelDrafter, OwnKV, Rows, Target, read_options
 
 
 @dataclass(frozen=True)
@@ -31,165 +37,82 @@ class Options:
     model: str  # as slipstream run has it: a folder, an engine, a Hub id
 
 
-@dataclass(eq=False, slots=True)
-class _Text:
-    """A sequence as the draft model knows it."""
-
-    request: GenerateRequest
-    token_ids: list[int]
-    table: BlockTable
-    drafts: list[int] = field(default_factory=list)  # after token_ids
-    num_computed: int = 0  # tokens in the KV cache, drafts among them; of these those that were rejected do not count
-    is_new: bool = True  # the worker does not know it yet
-    is_lost: bool = False  # it has a token that the draft model has not
-
-    def extend(self, token_ids: Sequence[int]) -> None:
-        """The target's own next tokens, of which the first may be drafts."""
-        num_right = 0
-        for draft, token_id in zip(self.drafts, token_ids, strict=False):
-            if draft != token_id:
-                break
-            num_right += 1
-        num_right += len(self.token_ids)
-        self.token_ids += token_ids
-        # What follows the last token is asked for again, also where a draft was that token and more came after it.
-        self.num_computed = min(self.num_computed, num_right, len(self.token_ids) - 1)
-        self.drafts = []
-
-
-class Drafter(Base):
+class Drafter(ModelDrafter):
     default_draft_len = 5
 
     def __init__(self, speculation: Speculation, target: Target) -> None:
         super().__init__(speculation, target)
         read_options(Options, speculation)
         assert target.draft_engine is not None, "api/drafting.py opens it"
-        engine, choices = target.draft_engine
-        self._manifest = manifest = engine.manifest
-        self._vocab_size = target.manifest.vocab_size
-        if manifest.max_batch_size < target.max_batch_size:
-            raise CapacityError(
-                f"The draft model's engine takes {manifest.max_batch_size} sequences and the target's "
-                f"{target.max_batch_size}; lower --max_batch_size to {manifest.max_batch_size}, or build it for more."
-            )
-        groups, device = manifest.kv_groups, target.device
-        self._worker = Worker(engine, choices, groups, target.max_batch_size, device)
-        left = self._worker.memory_left(manifest.max_num_tokens)
-        left -= free_memory(device) - left_by_plan(target.manifest, device)  # what the target will take
-        share = manifest.kv_bytes_per_token / (manifest.kv_bytes_per_token + target.manifest.kv_bytes_per_token)
-        num_blocks = count_blocks(
-            manifest, groups, device, max(0, left), fraction=target.memory_fraction * share,
-            max_seq_len=min(manifest.max_seq_len, target.max_seq_len),
-        )  # fmt: skip
-        self._worker.allocate_kv(num_blocks)
-        self._worker.record(manifest.max_num_tokens)
-        self._kv = KVCacheManager(num_blocks, manifest.tokens_per_block, True, groups)
-        self._texts: dict[int, _Text] = {}
-        self._freed_slots: list[int] = []
-        self._num_steps = 0
+        self._engine, self._choices = target.draft_engine
+        self._manifest = manifest = self._engine.manifest
+        self._device, self._block_size = target.device, target.manifest.tokens_per_block
+        self._weights = load_weights(self._engine.weights, list(self._engine.graph.weights), target.device)
+        self._slots = SlotTable(target.max_batch_size, target.device)
+        dtypes = [getattr(torch, manifest.kv_dtype_of(layer)) for layer in range(manifest.num_layers)]
+        self.own_kv = [OwnKV(manifest.kv_planes, manifest.num_kv_heads, manifest.head_dim, dtype) for dtype in dtypes]
 
-    def start(self, slot: int, token_ids: Sequence[int], request: GenerateRequest) -> None:
-        table = BlockTable(salt=request.cache_salt)
-        self._texts[slot] = _Text(_without_edits(request), list(token_ids), table)
+    def lend_blocks(self, window: int) -> None:
+        groups = group_layers(narrow(self._manifest.windows, [window] if window else (), self._manifest.max_seq_len))
+        graph = with_groups(self._engine.graph, groups)
+        self._run, self.can_be_recorded = compile_graph(graph, self._weights, self._choices, self._device)
+        self._num_groups = len(groups)
 
-    def stop(self, slot: int) -> None:
-        text = self._texts.pop(slot, None)
-        if text is not None:
-            self._kv.release(text.table, text.token_ids, min(text.num_computed, len(text.token_ids)))
-            if not text.is_new:
-                self._freed_slots.append(slot)
+    def take_kv(self, kv: Sequence[Tensor], num_blocks: int) -> None:
+        self._kv = {f"kv.{layer}": each for layer, each in enumerate(kv)}
 
-    def draft(self, verified: Verified) -> list[Draft]:
-        for slot, token_ids in zip(verified.slots, verified.lists(), strict=True):
-            text = self._texts[slot]
-            text.extend(token_ids)
-            text.is_lost |= max(token_ids, default=0) >= self._manifest.vocab_size
-            self._kv.commit(text.table, text.token_ids, text.num_computed)
-        asked = zip(verified.slots, verified.max_drafts, strict=True)
-        lengths = {slot: length for slot, most in asked if (length := self._make_room(slot, most))}
-        flights = self._catch_up(list(lengths))
-        for place in range(1, max(verified.max_drafts)):
-            steps = [
-                SequenceStep(slot, len(self._texts[slot].token_ids) + place - 1, (PENDING,), sample=True)
-                for slot, length in lengths.items()
-                if place < length
-            ]
-            if steps:
-                flights.append(self._launch(steps))
-        for flight in flights:
-            self._collect(flight)
-        return [Draft(self._texts[slot].drafts) for slot in verified.slots]
+    def start(self, slot: int, request: GenerateRequest) -> None:
+        self._slots.write(slot, request.sampling, request.seed)
 
-    def _make_room(self, slot: int, most: int) -> int:
-        """How many tokens can be drafted, none where the pool or the draft model's positions come to an end."""
-        text = self._texts[slot]
-        length = min(most, self._manifest.max_seq_len - len(text.token_ids))
-        if text.is_lost or length < 1:
-            return 0
-        if not len(text.table):
-            return length if self._admit(text, length) else 0
-        num_tokens = len(text.token_ids) + length - 1
-        if not self._kv.can_extend(text.table, num_tokens):
-            return 0
-        self._kv.extend(text.table, num_tokens)
-        return length
+    @torch.inference_mode()
+    def follow(self, rows: Rows) -> None:
+        self._compute(rows, torch.zeros(1, dtype=torch.int64, device=self._device))
 
-    def _admit(self, text: _Text, length: int) -> bool:
-        """What another text began with is not computed again."""
-        num_tokens = len(text.token_ids) + length - 1
-        match = self._kv.match(text.table.salt, text.token_ids).without_copy()
-        if not self._kv.can_admit(match, num_tokens):
-            return False
-        self._kv.admit(text.table, match)
-        self._kv.extend(text.table, num_tokens)
-        text.num_computed = match.num_tokens
-        return True
+    @torch.inference_mode()
+    def draft(self, ends: Ends, most: int) -> DraftTensors:
+        assert ends.block_tables is not None and ends.previous_ids is not None
+        num_sequences, places_S = len(ends.slots), ends.positions
+        tables_SB = ends.block_tables.where(ends.slots[:, None] >= 0, 0)  # what is no text writes into the null block
+        starts = torch.arange(num_sequences + 1, device=self._device)
+        token_ids_SQ = torch.stack((ends.previous_ids, ends.token_ids), 1)
+        places_SQ = torch.stack((places_S - 1, places_S), 1).clamp(min=0)
+        drafts = list[Tensor]()
+        while True:
+            rows = self._rows(token_ids_SQ, places_SQ, starts, tables_SB)
+            logits_SV = self._compute(rows, rows.query_starts[1:] - 1)
+            drafts.append(self._slots.choose(logits_SV, ends.slots, places_S + 1 + len(drafts)))
+            if len(drafts) == most:
+                break
+            token_ids_SQ, places_SQ = drafts[-1][:, None], (places_S + len(drafts))[:, None]
+        token_ids_SN = torch.stack(drafts, 1)
+        parents_SN = torch.arange(most, device=self._device).expand_as(token_ids_SN)
+        counts_S = (self._manifest.max_seq_len - 1 - places_S).clamp(0, most)
+        return DraftTensors(token_ids_SN, parents_SN, counts_S)
 
-    def _catch_up(self, slots: list[int]) -> list[Flight]:
-        """Compute all known tokens, in as many steps as it takes; each text's last one draws its first draft."""
-        flights, waiting = [], slots
-        while waiting:
-            budget, steps = self._manifest.max_num_tokens, []
-            for slot in waiting:
-                text = self._texts[slot]
-                start = text.num_computed
-                token_ids = tuple(text.token_ids[start : start + budget])
-                if token_ids:
-                    text.num_computed += len(token_ids)
-                    budget -= len(token_ids)
-                    steps.append(SequenceStep(slot, start, token_ids, sample=self._is_at_its_end(slot)))
-            waiting = [slot for slot in waiting if not self._is_at_its_end(slot)]
-            flights.append(self._launch(steps))
-        return flights
+    def _rows(self, token_ids_SQ: Tensor, places_SQ: Tensor, starts: Tensor, tables_SB: Tensor) -> Rows:
+        """Q tokens of each sequence, of which the last is at the end; those below 0 are computed for nobody."""
+        is_here_SQ = (token_ids_SQ >= 0) & (places_SQ < self._manifest.max_seq_len)
+        blocks_SQ = tables_SB.gather(1, places_SQ // self._block_size).where(is_here_SQ, 0)
+        return Rows(
+            token_ids=token_ids_SQ.flatten(),
+            positions=places_SQ.flatten(),
+            slots=(blocks_SQ * self._block_size + places_SQ % self._block_size).flatten(),
+            query_starts=starts * token_ids_SQ.shape[1],
+            kv_lens=places_SQ[:, -1] + 1,
+            block_tables=tables_SB,
+        )
 
-    def _is_at_its_end(self, slot: int) -> bool:
-        text = self._texts[slot]
-        return text.num_computed == len(text.token_ids)
-
-    def _launch(self, steps: list[SequenceStep]) -> Flight:
-        told = []
-        for step in steps:
-            text = self._texts[step.slot]
-            new, text.is_new = text.request if text.is_new else None, False
-            told.append(step._replace(table_changes=text.table.take_changes(), new=new))
-        freed, self._freed_slots = tuple(self._freed_slots), []
-        self._num_steps += 1
-        return self._worker.launch(self._worker.begin(StepPlan(self._num_steps, tuple(told), (), freed)))
-
-    def _collect(self, flight: Flight) -> None:
-        for step, result in zip(flight.plan.sequences, self._worker.collect(flight).sequences, strict=True):
-            text = self._texts[step.slot]
-            text.num_computed = max(text.num_computed, step.start + len(step.token_ids))
-            text.is_lost |= result.error is not None or max(result.token_ids, default=0) >= self._vocab_size
-            if not text.is_lost:
-                text.drafts += result.token_ids
-
-
-def _without_edits(request: GenerateRequest) -> GenerateRequest:
-    """How it draws, and no more."""
-    asked = request.sampling
-    sampling = SamplingParams(
-        temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, min_p=asked.min_p,
-        typical_p=asked.typical_p,
-    )  # fmt: skip
-    return replace(request, sampling=sampling)
+    def _compute(self, rows: Rows, logit_rows: Tensor) -> Tensor:
+        """The logits of these rows. What the model has no token or place for is computed as another one."""
+        inputs = {
+            "step.token_ids": rows.token_ids.clamp(0, self._manifest.vocab_size - 1),
+            "step.positions": rows.positions.clamp(max=self._manifest.max_seq_len - 1),
+            "step.query_starts": rows.query_starts,
+            "step.kv_lens": rows.kv_lens,
+            "step.logit_rows": logit_rows,
+        }
+        for group in range(self._num_groups):
+            inputs[group_input("step.slots", group)] = rows.slots
+            inputs[group_input("step.block_tables", group)] = rows.block_tables
+        logits_RV, *_ = self._run({**inputs, **self._kv})
+        return logits_RV if self._manifest.logits == "selected" else logits_RV[logit_rows]

@@ -16,7 +16,7 @@ Shape suffixes: S sequences, T rows of a step, N any rows, H hidden size, Z, X a
 a tree, W a level's, K ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -93,7 +93,8 @@ class Drafter(LayerDrafter):
         self._trees = self._make_trees(options)
         self.max_draft_len = self._trees.num_drafts
         self.reads_hidden = config.hidden_layers
-        self.own_kv = OwnKV(config.num_kv_heads, config.head_dim, num_ahead=self._trees.num_nodes - 1)
+        self.own_kv = (OwnKV(2, config.num_kv_heads, config.head_dim, self._dtype),)
+        self.num_beyond = self._trees.num_nodes - 1
         self._inv_freq = config.inv_freq.to(target.device)
         self._block_size = manifest.tokens_per_block
 
@@ -110,8 +111,11 @@ class Drafter(LayerDrafter):
     def attach(self, running: Running) -> None:
         self._running = running
 
-    def take_kv(self, kv_PNBKD: Tensor, num_blocks: int) -> None:
-        self._kv, self._num_shared = kv_PNBKD, num_blocks
+    def lend_blocks(self, window: int) -> None:
+        self._window = window
+
+    def take_kv(self, kv: Sequence[Tensor], num_blocks: int) -> None:
+        (self._kv,), self._num_shared = kv, num_blocks
 
     @torch.inference_mode()
     def follow(self, computed: Computed) -> None:
@@ -166,7 +170,7 @@ class Drafter(LayerDrafter):
 
     def _with_blocks_ahead(self, roots_S: Tensor, tables_SB: Tensor, slots_S: Tensor) -> Tensor:
         """Behind each root's block those that are its slot's own."""
-        num_ahead = -(-(self._trees.num_nodes - 1) // self._block_size)
+        num_ahead = -(-self.num_beyond // self._block_size)
         places_B = torch.arange(tables_SB.shape[1] + num_ahead, device=self._device)
         ahead_SB = places_B - roots_S[:, None] // self._block_size - 1
         own_SB = self._num_shared + slots_S[:, None] % self._num_rows * num_ahead + ahead_SB.clamp(max=num_ahead - 1)
@@ -191,7 +195,7 @@ class Drafter(LayerDrafter):
             tree_attention, forest.queries[:, :end].flatten(0, 1), self._kv,
             starts, lengths_S, forest.block_tables,
             forest.positions[:, :end].flatten(), forest.roots, forest.masks[:, :end].flatten(0, 1), None, None, None,
-            self._config.head_dim**-0.5, self._running.window, 0.0, self._config.head_dim,
+            self._config.head_dim**-0.5, self._window, 0.0, self._config.head_dim,
         )  # fmt: skip
         attended_SMX = attended_NX.view(num_trees, end, -1)
         hidden_NH = self._head.leave(attended_SMX[:, first:].flatten(0, 1), residual_NH)
