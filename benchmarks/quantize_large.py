@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("--calib_size", default="4")
     parser.add_argument("--length", default="32", help="tokens of a text; 16 are judged by")
     parser.add_argument("--kill", default="", help="of the qformats")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     model = arguments.folder / "model"
     if not model.exists():
@@ -66,7 +67,7 @@ def main() -> int:
             "--model_dir",
             str(model),
         ]
-        command += ["--qformat", qformat, "--output_dir", str(made), "--device", "cpu"]
+        command += ["--qformat", qformat, "--output_dir", str(made), "--device", arguments.device]
         command += ["--calib_size", arguments.calib_size, "--calib_max_seq_length", arguments.length]
         cost, layer = run(command, made)
         print(

@@ -75,12 +75,13 @@ class Followed:
         return num_tokens
 
     def _mark(self, slot: int, start: int, end: int, read: int) -> None:
-        """The blocks with tokens from start to end, of which those before `read` are read."""
+        """Of the tokens from start to end those before `read` are read."""
         size = self._tables.tokens_per_block
         for place, block_id in enumerate(self._ids(slot, start, end), start // size):
             is_read = read >= min(end, (place + 1) * size)
             (self._blocks.add if is_read or not block_id else self._blocks.discard)(block_id)
 
     def _ids(self, slot: int, start: int, end: int) -> list[int]:
+        """The blocks with tokens from start to end."""
         size = self._tables.tokens_per_block
-        return self._tables.ids(self._group, slot, -(-end // size))[start // size :]
+        return self._tables.ids(self._group, slot, start // size, -(-end // size))

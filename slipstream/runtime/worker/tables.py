@@ -38,10 +38,10 @@ class BlockTables:
         self._widen(width)
         return self._ids[group, slots, :width]
 
-    def ids(self, group: int, slot: int, count: int) -> list[int]:
-        """The first `count` blocks of a slot."""
-        self._widen(count)
-        found: list[int] = self._ids[group, slot, :count].tolist()
+    def ids(self, group: int, slot: int, first: int, end: int) -> list[int]:
+        """The blocks of a slot at these places of its table."""
+        self._widen(end)
+        found: list[int] = self._ids[group, slot, first:end].tolist()
         return found
 
     def block_of(self, group: int, slots: Numbers, places: Numbers) -> Numbers:

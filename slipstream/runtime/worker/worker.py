@@ -131,9 +131,8 @@ class Worker:
         self._pooler = Pooler()
         self._most_rows = max_batch_size * (1 + max_draft_len)  # of logits in most steps
         self._recorded: RecordedSteps | None = None
-        if device.type == "cuda" and ranks.least(
-            compiled.can_be_recorded and self._drafts.can_be_recorded
-        ):  # stages may differ
+        can_be_recorded = compiled.can_be_recorded and self._drafts.can_be_recorded
+        if device.type == "cuda" and ranks.least(can_be_recorded):  # stages may differ
             self._recorded = RecordedSteps(
                 self._run, self._tables, max_batch_size, self._most_rows, device, self._ending.known
             )
