@@ -48,6 +48,18 @@ def test_a_head_beside_its_model_is_the_published_one(method: str, tp_size: int,
     assert found[0] == found[1]
 
 
+def test_beams_are_those_that_the_folder_names(model: Path, tmp_path: Path) -> None:
+    head = write_redrafter(model, tmp_path / "head")
+    folder = add_head(write_as_tensorrt_llm(model, tmp_path / "both", 1), head, "redrafter", 1)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"redrafter_num_beams": 3, "redrafter_draft_len_per_beam": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    for given, most in (({}, 12), ({"width": 2}, 8), ({"length": 1}, 3)):
+        speculative = {"method": "redrafter", "model": str(folder), **given}
+        with LLM(folder, **LIMITS, speculative=speculative) as llm:
+            assert llm.runtime_config.max_draft_len == most
+
+
 @pytest.mark.parametrize(
     ("method", "change", "error", "sentence"),
     [

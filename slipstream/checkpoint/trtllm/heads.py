@@ -120,6 +120,8 @@ def _redrafter(options: Options, tp_size: int) -> tuple[dict[str, Any], Split, C
         "exit_dim": options.integer("redrafter_exit_dim"),
         "num_draft_layers": num_layers,
         "rnn": options.boolean("redrafter_is_rnn"),
+        "width": options.integer("redrafter_num_beams", 5),
+        "length": options.integer("redrafter_draft_len_per_beam", 5),
     }
     return config, split, published
 

@@ -26,8 +26,8 @@ from slipstream.speculative.redrafter.head import load
 @dataclass(frozen=True)
 class Options:
     model: str = ""  # a folder of a ReDrafter head; by default the one that ships for the target
-    width: int = 5  # beams
-    length: int = 5  # tokens of each
+    width: int = 0  # beams, and
+    length: int = 0  # tokens of each; by default those that the head's folder names
 
 
 class Drafter(DeviceDrafter):
@@ -37,20 +37,20 @@ class Drafter(DeviceDrafter):
 
     def __init__(self, speculation: Speculation, target: Target) -> None:
         super().__init__(speculation, target)
-        self._options = options = read_options(Options, speculation)
-        most = options.width * options.length
+        options, manifest = read_options(Options, speculation), target.manifest
+        folder, dtype = head_folder("redrafter", options.model, manifest.name), getattr(torch, manifest.dtype)
+        self._head = head = load(
+            folder, manifest.hidden_size, manifest.vocab_size, dtype, target.device,
+            lambda token_ids_D: head_of_tokens(target.engine, token_ids_D, dtype, target.device),
+        )  # fmt: skip
+        self._width, self._length = options.width or head.width, options.length or head.length
+        most = self._width * self._length
         if most > MAX_DRAFT_LEN:
             raise UsageError(
                 f"speculative has width · length = {most} drafts a step; lower them to at most {MAX_DRAFT_LEN}, such "
                 "as width 5, length 5."
             )
         self.max_draft_len = min(speculation.max_draft_len or most, most)
-        manifest = target.manifest
-        folder, dtype = head_folder("redrafter", options.model, manifest.name), getattr(torch, manifest.dtype)
-        self._head = load(
-            folder, manifest.hidden_size, manifest.vocab_size, dtype, target.device,
-            lambda token_ids_D: head_of_tokens(target.engine, token_ids_D, dtype, target.device),
-        )  # fmt: skip
 
     def attach(self, running: Running) -> None:
         self._embed = running.embed
@@ -58,8 +58,8 @@ class Drafter(DeviceDrafter):
     @torch.inference_mode()
     def draft(self, ends: Ends, most: int) -> DraftTensors:
         assert ends.hidden is not None
-        length = min(self._options.length, most)
-        beams_SBL = beam_search(self._head, self._embed, ends.hidden, ends.token_ids, self._options.width, length)
+        length = min(self._length, most)
+        beams_SBL = beam_search(self._head, self._embed, ends.hidden, ends.token_ids, self._width, length)
         tree = merged_beams(beams_SBL)
         return tree._replace(
             token_ids=tree.token_ids[:, : self.max_draft_len], parents=tree.parents[:, : self.max_draft_len]

@@ -4,7 +4,7 @@
     s        0, and with each token silu(rnn_w e + rnn_u s), or e + s without rnn; e is the model's embedding of it
     logits   of the token after it: lm_head [h; s]
 
-    config.json                         vocab_size, hidden_size, exit_dim (X), num_draft_layers, rnn
+    config.json                         vocab_size, hidden_size, exit_dim (X), num_draft_layers, rnn; width, length (5)
     input_proj.weight, .bias            [X, 2H] and [X], where X is not 2H
     lm_head.{layer}.linear.weight       [X, X], with a .bias [X]: x + silu(linear(x))
     lm_head.{num_draft_layers}.weight   [V, X]
@@ -52,6 +52,8 @@ class Head:
     output: Product  # [..., X] -> [..., D]
     rnn_w: Tensor | None
     rnn_u: Linear | None
+    width: int  # beams that it is to be searched with
+    length: int  # tokens of each
     token_ids_D: Tensor | None = None  # noqa: N815 - a tensor's name carries its shape; of a shared head's rows
 
     def state(self, e_H: Tensor, s_H: Tensor) -> Tensor:
@@ -121,6 +123,8 @@ def load(
             else head_of_tokens(token_ids_D),
             read("rnn_w.weight", hidden_size, hidden_size) if has_rnn else None,
             linear("rnn_u", hidden_size, hidden_size) if has_rnn else None,
+            options.integer("width", 5),
+            options.integer("length", 5),
             None if token_ids_D is None else token_ids_D.to(device),
         )
     if unknown := sorted(stored.values()):
