@@ -36,6 +36,7 @@ CPU_STEP = 256
 class _Step:
     plan: StepPlan
     began_at: float
+    num_recordings: int  # when it began
     begun: Begun | None = None
     flight: Flight | None = None  # once it is launched
     error: Exception | None = None  # instead of either
@@ -131,10 +132,13 @@ class Engine:
         except Exception as error:  # whatever a kernel raises ends this step's requests, and no others
             return self._scheduler.fail_step(oldest.plan, f"the step failed: {in_words(error)}")
         began_at, self._last_collected = max(oldest.began_at, self._last_collected), time.perf_counter()
-        return self._scheduler.commit(oldest.plan, result, self._last_collected - began_at)
+        seconds = self._last_collected - began_at
+        if self._worker.num_recordings > oldest.num_recordings:  # once, and longer than the step
+            return self._scheduler.commit(oldest.plan, result)
+        return self._scheduler.commit(oldest.plan, result, seconds)
 
     def _begin(self, plan: StepPlan) -> _Step:
-        step = _Step(plan, time.perf_counter())
+        step = _Step(plan, time.perf_counter(), self._worker.num_recordings)
         self._steps.append(step)
         try:
             step.begun = self._worker.begin(plan)

@@ -6,13 +6,20 @@ Nothing here looks at a clock: a step takes the seconds that the engine's formul
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain, repeat
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slipstream import LLM, SamplingParams
 from slipstream.runtime.draft_control import DraftControl, Observed
+from slipstream.runtime.scheduler import Scheduler
+from slipstream.runtime.worker.worker import Worker
 from slipstream.schema.build import DraftShape
+from slipstream.schema.request import TokenEvent
+from slipstream.schema.step import StepPlan, StepResult
 
 MOST = 8
 Cost = Callable[[int, int, int], float]  # of sequences, drafts verified, longest draft asked for
@@ -202,3 +209,19 @@ def test_whatever_happens_it_asks_for_what_may_be_asked_for(rng: random.Random, 
         control.observe(told, rng.choice((None, rng.uniform(0.5, 2), 1e-6, 1e6)))
         drafts.update(zip(slots, given, strict=True))
         assert sum(control.draft_lens) >= sum(asked)
+
+
+def test_a_step_that_had_to_be_recorded_first_is_not_timed(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many drafts pay is decided by these times."""
+    times, commit, numbers = list[float | None](), Scheduler.commit, chain([0], repeat(1))
+
+    def note(self: Scheduler, plan: StepPlan, result: StepResult, seconds: float | None = None) -> list[TokenEvent]:
+        times.append(seconds)
+        return commit(self, plan, result, seconds)
+
+    monkeypatch.setattr(Scheduler, "commit", note)
+    monkeypatch.setattr(Worker, "num_recordings", property(lambda self: next(numbers)))
+    with LLM(tiny_model) as llm:
+        llm.generate([1, 2, 3], SamplingParams(max_tokens=5, temperature=0, ignore_eos=True))
+    first, *others = times
+    assert first is None and len(others) == 4 and all(others)

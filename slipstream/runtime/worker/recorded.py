@@ -84,6 +84,10 @@ class RecordedSteps:
             torch.empty(num_bytes, dtype=torch.uint8, device=self._device).zero_()
         self._reserve = graph
 
+    @property
+    def num_recordings(self) -> int:
+        return len(self._recordings)
+
     def drop(self) -> None:
         """All of them: a communicator is not destroyed before the graphs that recorded what it does (NCCL 2.26)."""
         for recording in self._recordings.values():

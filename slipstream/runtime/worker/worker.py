@@ -173,6 +173,11 @@ class Worker:
         if self._recorded is not None:
             self._recorded.record_short(len(self._groups), max_num_tokens, self._full_ending)
 
+    @property
+    def num_recordings(self) -> int:
+        """Of steps, so far."""
+        return 0 if self._recorded is None else self._recorded.num_recordings
+
     def close(self) -> None:
         """No step comes any more."""
         if self._recorded is not None:

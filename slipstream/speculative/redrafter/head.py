@@ -52,9 +52,9 @@ class Head:
     output: Product  # [..., X] -> [..., D]
     rnn_w: Tensor | None
     rnn_u: Linear | None
-    width: int  # beams that it is to be searched with
-    length: int  # tokens of each
     token_ids_D: Tensor | None = None  # noqa: N815 - a tensor's name carries its shape; of a shared head's rows
+    width: int = 5  # beams that it is to be searched with, and
+    length: int = 5  # tokens of each
 
     def state(self, e_H: Tensor, s_H: Tensor) -> Tensor:
         """With one more token."""
@@ -123,9 +123,9 @@ def load(
             else head_of_tokens(token_ids_D),
             read("rnn_w.weight", hidden_size, hidden_size) if has_rnn else None,
             linear("rnn_u", hidden_size, hidden_size) if has_rnn else None,
-            options.integer("width", 5),
-            options.integer("length", 5),
             None if token_ids_D is None else token_ids_D.to(device),
+            options.integer("width", Head.width),
+            options.integer("length", Head.length),
         )
     if unknown := sorted(stored.values()):
         raise ModelError(f"{file.path} has {unknown[0]}, which its config.json does not tell of.")
