@@ -9,7 +9,7 @@ from slipstream import LLM
 from slipstream.checkpoint.random import write_random_model
 from slipstream.engine.folder import open_engine
 from slipstream.models import llama
-from slipstream.speculative.redrafter.drafter import Options as Drafting
+from slipstream.speculative.redrafter.head import Head
 from slipstream.speculative.redrafter.training import Options, Student
 from slipstream.speculative.training import Batch, Teacher
 from tests.cli.conftest import Call, call  # noqa: F401
@@ -30,13 +30,13 @@ def test_the_loss_is_of_each_token_after_the_right_ones(tmp_path: Path) -> None:
     is_answer_SL = (torch.arange(20) >= 4) & (torch.arange(20) < torch.tensor([[20], [15]]))
     found = student.loss(Batch(token_ids_SL, is_answer_SL, hidden_SLH))
 
-    losses: list[list[torch.Tensor]] = [[] for _ in range(Drafting.length)]
+    losses: list[list[torch.Tensor]] = [[] for _ in range(Head.length)]
     head = student._head()
     for text, ids in enumerate(token_ids_SL.tolist()):
         end = [20, 15][text]
         for place in range(3, end - 1):
             state_H = torch.zeros(64)
-            for ahead in range(Drafting.length):
+            for ahead in range(Head.length):
                 if place + 2 + ahead >= end:
                     break
                 state_H = head.state(embed_VH[ids[place + 1 + ahead]], state_H)

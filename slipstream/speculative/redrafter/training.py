@@ -21,7 +21,6 @@ from torch.nn import functional
 
 from slipstream.speculative.head_file import DRAFT_TOKENS
 from slipstream.speculative.redrafter.beams import beam_search
-from slipstream.speculative.redrafter.drafter import Options as Drafting
 from slipstream.speculative.redrafter.head import MODEL_TYPE, WEIGHTS_FILE, Head
 from slipstream.speculative.training import Batch, SharedHead, Teacher, begins, later, write_head
 from slipstream.speculative.training import Student as Base
@@ -68,7 +67,7 @@ class Student(Base):
         A label is a place in the shared head; -1 where the token cannot be drafted, or the text has ended.
         """
         is_place_SL, labels_SL = begins(batch), self._shared.labels(batch)
-        for ahead in range(1, 1 + Drafting.length):
+        for ahead in range(1, 1 + Head.length):
             taken_SL = later(batch.token_ids, ahead, fill=0)
             yield taken_SL[is_place_SL], later(labels_SL, 1 + ahead, fill=-1)[is_place_SL]
 
@@ -86,10 +85,10 @@ class Student(Base):
 
     def evaluate(self, batches: Iterable[Batch]) -> list[float]:
         """How far one of the beams says what the text says."""
-        num_accepted, num_places = torch.zeros(Drafting.length), 0
+        num_accepted, num_places = torch.zeros(Head.length), 0
         for batch in batches:
             assert batch.hidden is not None
-            farthest, is_place_SL = 1 + Drafting.length, begins(batch, Drafting.length)
+            farthest, is_place_SL = 1 + Head.length, begins(batch, Head.length)
             after_SLN = functional.pad(batch.token_ids, (0, farthest)).unfold(1, 1 + farthest, 1)[..., 1:]
             rows = zip(
                 batch.hidden[is_place_SL].split(PLACES_AT_ONCE),
@@ -99,7 +98,7 @@ class Student(Base):
             for h_PH, after_PN in rows:
                 beams_PBN = beam_search(
                     self._head(), lambda token_ids: self._embed(token_ids).float(), h_PH, after_PN[:, 0],
-                    Drafting.width, Drafting.length,
+                    Head.width, Head.length,
                 )  # fmt: skip
                 is_right_PN = (beams_PBN == after_PN[:, None, 1:]).int().cumprod(2).amax(1)
                 num_accepted += is_right_PN.sum(0).cpu()
@@ -113,5 +112,5 @@ class Student(Base):
             tensors[f"lm_head.{layer}.linear.bias"] = bias
         tensors[DRAFT_TOKENS] = self._shared.token_ids_D
         config = {"model_type": MODEL_TYPE, "exit_dim": self.bias.shape[1], "rnn": True}
-        config |= {"num_draft_layers": len(self.weight), "num_lookback_tokens": Drafting.length, **facts}
+        config |= {"num_draft_layers": len(self.weight), "num_lookback_tokens": Head.length, **facts}
         write_head(folder, WEIGHTS_FILE, tensors, config)
