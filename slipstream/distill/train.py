@@ -76,7 +76,7 @@ def train(
     work = _open_folder(output_dir)
     where = device_for(device)
     build = BuildOptions(max_batch_size=max_batch_size)
-    path = engine_path(resolve(texts.model), build, where, show_progress=False)
+    path = engine_path(resolve(texts.model), build, where, show_progress=True)
     engine = open_engine(path)
     if engine.manifest.num_ranks > 1:
         raise EngineError(

@@ -133,7 +133,7 @@ class Engine:
             return self._scheduler.fail_step(oldest.plan, f"the step failed: {in_words(error)}")
         began_at, self._last_collected = max(oldest.began_at, self._last_collected), time.perf_counter()
         seconds = self._last_collected - began_at
-        if self._worker.num_recordings > oldest.num_recordings:  # once, and longer than the step
+        if self._worker.num_recordings > oldest.num_recordings:  # which takes longer than the step, and not again
             return self._scheduler.commit(oldest.plan, result)
         return self._scheduler.commit(oldest.plan, result, seconds)
 

@@ -17,7 +17,7 @@ from slipstream.runtime.one_shot import open_one_shot
 from slipstream.schema.launch import LOOPBACK
 from slipstream.schema.mapping import Mapping
 
-LEAVE_SECONDS = 5.0
+LEAVE_SECONDS = 5.0  # that an engine's end waits for its communicators to be given up
 
 
 class ProcessRanks:

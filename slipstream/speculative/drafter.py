@@ -25,6 +25,7 @@ from slipstream.engine.choices import Choices
 from slipstream.engine.folder import Engine
 from slipstream.engine.manifest import Manifest
 from slipstream.errors import UsageError
+from slipstream.kernels.attention.metadata import StepTensors
 from slipstream.schema.request import GenerateRequest
 from slipstream.schema.speculative import Speculation
 
@@ -92,17 +93,6 @@ class Computed(NamedTuple):
     places: Tensor  # [T] of each row in its text
     kv_slots: Tensor  # [T] where its keys and values belong; in the null block where it is no text
     hidden: Tensor  # [T, F]
-
-
-class Rows(NamedTuple):
-    """T tokens of S sequences as a step has them (kernels/attention/metadata.py), drafts among them."""
-
-    token_ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    query_starts: Tensor
-    kv_lens: Tensor
-    block_tables: Tensor
 
 
 class OwnKV(NamedTuple):
@@ -226,8 +216,11 @@ class ModelDrafter(KVDrafter):
     """
 
     @abstractmethod
-    def follow(self, rows: Rows) -> None:
-        """Read rows that it did not compute when it drafted: prompts, and what came without drafts."""
+    def follow(self, step: StepTensors) -> None:
+        """Read rows that it did not compute when it drafted: prompts, and what came without drafts.
+
+        step: as the target has it, drafts among its rows; no logits are wanted.
+        """
 
 
 def read_options(kind: type[Any], speculation: Speculation) -> Any:

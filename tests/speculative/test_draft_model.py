@@ -14,11 +14,11 @@ from slipstream.build import build
 from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.checkpoint.random import write_random_model
 from slipstream.errors import SlipstreamError, UsageError
+from slipstream.kernels.attention.metadata import StepTensors
 from slipstream.models import llama
 from slipstream.runtime.draft_control import DraftControl
 from slipstream.schema.build import BuildConfig
 from slipstream.speculative.draft_model import drafter as draft_model
-from slipstream.speculative.drafter import Rows
 from tests.speculative.likeness import write_likeness
 from tests.speculative.test_lossless import LIMITS, REQUESTS, assert_same, prompts, run
 
@@ -112,9 +112,9 @@ def test_texts_may_be_longer_than_its_positions(model: Path, tmp_path: Path) -> 
 def test_a_text_that_returns_finds_what_it_had_computed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, compute = list[int](), draft_model.Drafter._compute
 
-    def count(self: draft_model.Drafter, rows: Rows, logit_rows: Tensor) -> Tensor:
-        seen.append(len(rows.token_ids))
-        return compute(self, rows, logit_rows)
+    def count(self: draft_model.Drafter, step: StepTensors) -> Tensor:
+        seen.append(len(step.token_ids))
+        return compute(self, step)
 
     with LLM(model, **LIMITS, speculative=drafted_by(model)) as llm:
         prompt = [index % 7 for index in range(60)]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.kernels.attention.metadata import STEP_SHAPES, StepTensors
 from slipstream.kernels.collectives import Ranks
 from slipstream.kernels.sampling import NOTHING_TO_SAMPLE
 from slipstream.runtime.transfer import on_device
@@ -32,7 +33,7 @@ from slipstream.runtime.worker.inputs import NO_TEXT
 from slipstream.schema.kv import KVGroup
 from slipstream.schema.step import SequenceStep, StepPlan
 from slipstream.speculative.accept import Accepted, accept
-from slipstream.speculative.drafter import Computed, DeviceDrafter, Ends, LayerDrafter, ModelDrafter, Rows
+from slipstream.speculative.drafter import Computed, DeviceDrafter, Ends, LayerDrafter, ModelDrafter
 
 Inputs = Mapping[str, Tensor]
 KV = Sequence[Tensor]  # [2, blocks, tokens_per_block, heads, head_dim] of each place in a group; integers for FP8
@@ -94,7 +95,7 @@ class Ending:
     def catch_up(self, inputs: Inputs) -> None:
         """Read what was missed."""
         assert self._model is not None
-        self._model.follow(self._rows(inputs))
+        self._model.follow(self._step(inputs))
 
     def plan(self, plan: StepPlan) -> EndingPlan | None:
         """None of a step that verifies no drafts, and that none are made from here."""
@@ -131,7 +132,7 @@ class Ending:
             assert hidden_TF is not None
             self._layer.follow(self._computed(inputs, accepted, last_S, hidden_TF))
         if self._model is not None and ending.is_followed:
-            self._model.follow(self._rows(inputs))
+            self._model.follow(self._step(inputs))
         num_drafts_S = torch.zeros_like(last_S)
         if self._drafter is not None and ending.max_drafts:
             hidden_SF = None if hidden_TF is None else hidden_TF[last_S]
@@ -174,9 +175,10 @@ class Ending:
                 rows_PCKD = kv_PNBKD.flatten(1, 2)
                 rows_PCKD[:, targets_C] = rows_PCKD[:, sources_C]
 
-    def _rows(self, inputs: Inputs) -> Rows:
-        names, group = (f"step.{name}" for name in Rows._fields), self._drafts.group
-        return Rows(*(inputs[group_input(name, group) if name in ONE_A_GROUP else name] for name in names))
+    def _step(self, inputs: Inputs) -> StepTensors:
+        """In the blocks that the drafter is lent."""
+        names, group = (f"step.{name}" for name in STEP_SHAPES), self._drafts.group
+        return StepTensors(*(inputs[group_input(name, group) if name in ONE_A_GROUP else name] for name in names))
 
     def _computed(self, inputs: Inputs, accepted: Accepted, last_S: Tensor, hidden_TF: Tensor) -> Computed:
         """Which rows are text: those of prompts, and of each tree the root and what was accepted."""

@@ -17,19 +17,20 @@ Shape suffixes: S sequences, Q tokens of each, T tokens, N drafts, B blocks, V v
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from slipstream.kernels.attention.metadata import STEP_SHAPES, StepTensors
 from slipstream.kernels.sampling import SlotTable
 from slipstream.runtime.worker.graphs import compile_graph
-from slipstream.runtime.worker.groups import group_input, with_groups
+from slipstream.runtime.worker.groups import ONE_A_GROUP, group_input, with_groups
 from slipstream.runtime.worker.weights import load_weights
 from slipstream.schema.kv import group_layers, narrow
 from slipstream.schema.request import GenerateRequest
 from slipstream.schema.speculative import Speculation
-from slipstream.speculative.drafter import DraftTensors, Ends, ModelDrafter, OwnKV, Rows, Target, read_options
+from slipstream.speculative.drafter import DraftTensors, Ends, ModelDrafter, OwnKV, Target, read_options
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Drafter(ModelDrafter):
         self._slots.write(slot, request.sampling, request.seed)
 
     @torch.inference_mode()
-    def follow(self, rows: Rows) -> None:
-        self._compute(rows, torch.zeros(1, dtype=torch.int64, device=self._device))
+    def follow(self, step: StepTensors) -> None:
+        self._compute(replace(step, logit_rows=torch.zeros(1, dtype=torch.int64, device=self._device)))
 
     @torch.inference_mode()
     def draft(self, ends: Ends, most: int) -> DraftTensors:
@@ -78,8 +79,7 @@ class Drafter(ModelDrafter):
         places_SQ = torch.stack((places_S - 1, places_S), 1).clamp(min=0)
         drafts = list[Tensor]()
         while True:
-            rows = self._rows(token_ids_SQ, places_SQ, starts, tables_SB)
-            logits_SV = self._compute(rows, rows.query_starts[1:] - 1)
+            logits_SV = self._compute(self._step(token_ids_SQ, places_SQ, starts, tables_SB))
             drafts.append(self._slots.choose(logits_SV, ends.slots, places_S + 1 + len(drafts)))
             if len(drafts) == most:
                 break
@@ -89,30 +89,30 @@ class Drafter(ModelDrafter):
         counts_S = (self._manifest.max_seq_len - 1 - places_S).clamp(0, most)
         return DraftTensors(token_ids_SN, parents_SN, counts_S)
 
-    def _rows(self, token_ids_SQ: Tensor, places_SQ: Tensor, starts: Tensor, tables_SB: Tensor) -> Rows:
+    def _step(self, token_ids_SQ: Tensor, places_SQ: Tensor, starts: Tensor, tables_SB: Tensor) -> StepTensors:
         """Q tokens of each sequence, of which the last is at the end; those below 0 are computed for nobody."""
         is_here_SQ = (token_ids_SQ >= 0) & (places_SQ < self._manifest.max_seq_len)
         blocks_SQ = tables_SB.gather(1, places_SQ // self._block_size).where(is_here_SQ, 0)
-        return Rows(
+        query_starts = starts * token_ids_SQ.shape[1]
+        return StepTensors(
             token_ids=token_ids_SQ.flatten(),
             positions=places_SQ.flatten(),
             slots=(blocks_SQ * self._block_size + places_SQ % self._block_size).flatten(),
-            query_starts=starts * token_ids_SQ.shape[1],
+            query_starts=query_starts,
             kv_lens=places_SQ[:, -1] + 1,
             block_tables=tables_SB,
+            logit_rows=query_starts[1:] - 1,
         )
 
-    def _compute(self, rows: Rows, logit_rows: Tensor) -> Tensor:
-        """The logits of these rows. What the model has no token or place for is computed as another one."""
-        inputs = {
-            "step.token_ids": rows.token_ids.clamp(0, self._manifest.vocab_size - 1),
-            "step.positions": rows.positions.clamp(max=self._manifest.max_seq_len - 1),
-            "step.query_starts": rows.query_starts,
-            "step.kv_lens": rows.kv_lens,
-            "step.logit_rows": logit_rows,
-        }
-        for group in range(self._num_groups):
-            inputs[group_input("step.slots", group)] = rows.slots
-            inputs[group_input("step.block_tables", group)] = rows.block_tables
+    def _compute(self, step: StepTensors) -> Tensor:
+        """The logits of its logit_rows. What the model has no token or place for is computed as another one."""
+        step = replace(
+            step,
+            token_ids=step.token_ids.clamp(0, self._manifest.vocab_size - 1),
+            positions=step.positions.clamp(max=self._manifest.max_seq_len - 1),
+        )
+        inputs = {f"step.{name}": getattr(step, name) for name in STEP_SHAPES}
+        for group in range(1, self._num_groups):
+            inputs |= {group_input(name, group): inputs[name] for name in ONE_A_GROUP}
         logits_RV, *_ = self._run({**inputs, **self._kv})
-        return logits_RV if self._manifest.logits == "selected" else logits_RV[logit_rows]
+        return logits_RV if self._manifest.logits == "selected" else logits_RV[step.logit_rows]
