@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -274,24 +274,29 @@ def token_tensors(token_ids: list[int], max_tokens: int) -> dict[str, np.ndarray
 
 @pytest.mark.parametrize(("model", "count"), [("ensemble", 8), ("tensorrt_llm_bls", 4)])
 def test_streams_run_in_one_batch(server: TritonServer, offline: LLM, model: str, count: int) -> None:
-    """All are in the running batch at once, and each gets its own answer."""
-    params = greedy(1500)  # the first still runs when the last has begun, on a busy machine, too
+    """Each gets its own answer, and in one of a few rounds, however busy the machine, all run at once."""
+    params = greedy(1500)
     prompts = [f"{number} {PROMPT}" for number in range(count)]
-    begun = threading.Barrier(count, action=lambda: eventually(runs(server, count)), timeout=60)
+    expected = [output.outputs[0].text for output in offline.generate(prompts, params)]
 
     def run(prompt: str) -> str:
         stream = Stream(server)
         stream.ask(model, text_tensors(prompt, params.max_tokens))
-        responses = stream.responses()
-        first = next(responses)
-        begun.wait()
-        text = "".join(map(text_of, [first, *responses]))
+        text = "".join(map(text_of, stream.responses()))
         stream.close()
         return text
 
+    most = 0.0
     with ThreadPoolExecutor(count) as pool:
-        texts = list(pool.map(run, prompts))
-    assert texts == [output.outputs[0].text for output in offline.generate(prompts, params)]
+        for _ in range(5):
+            streams = [pool.submit(run, prompt) for prompt in prompts]
+            while not all(stream.done() for stream in streams):
+                most = max(most, server.gauge("num_requests_running"))
+                time.sleep(0.01)
+            assert [stream.result() for stream in streams] == expected
+            if most == count:
+                return
+    pytest.fail(f"at most {most:.0f} of {count} ran at once")
 
 
 def text_of(result: Any) -> str:
