@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/replicas_cpu.py [--rounds 7] [--parts scaling,prefixes]
 
 Engines are pinned, fronts and this client are not: they run on the same two cores, which with one replica leaves them
-the core without an engine. All servers run all the time and take turns in an order that changes; who is not asked
+the core without an engine. So answers come whole, and each token by itself with --stream, which is more of their work,
+this client's most of all. All servers run all the time and take turns in an order that changes; who is not asked
 sleeps. Round robin is what a balancer that knows nothing does: two servers of one replica each, asked in turn.
 """
 
@@ -43,14 +44,16 @@ class Run:
         return statistics.median(reply.tokens[0] - reply.asked for reply in self.replies)
 
 
-async def run(urls: Sequence[str], prompts: Sequence[list[int]], num_tokens: int, num_clients: int) -> Run:
+async def run(
+    urls: Sequence[str], prompts: Sequence[list[int]], num_tokens: int, num_clients: int, *, stream: bool = True
+) -> Run:
     """Clients who ask again as soon as they have their answer, of the servers in turn."""
     coming = zip(prompts, itertools.cycle(urls), itertools.count(), strict=False)
     replies: list[Reply] = []
 
     async def client() -> None:
         for prompt, url, seed in coming:
-            replies.append(await ask(url, prompt, num_tokens, seed))
+            replies.append(await ask(url, prompt, num_tokens, seed, stream=stream))
 
     loop = asyncio.get_running_loop()
     started = loop.time()
@@ -95,7 +98,8 @@ def compare_scaling(arguments: argparse.Namespace, one: Sequence[str], two: Sequ
         samples = random_tokens(draw, VOCABULARY, [arguments.input] * count, [0] * count)
         prompts = [list(map(int, sample.prompt)) for sample in samples]
         for name in list(ways) if round_index % 2 else reversed(list(ways)):
-            result = asyncio.run(run(ways[name], prompts, arguments.output, 4 * BATCH))
+            way = run(ways[name], prompts, arguments.output, 4 * BATCH, stream=arguments.stream)
+            result = asyncio.run(way)
             if round_index >= 0:
                 rates[name].append(len(prompts) * arguments.output / result.seconds)
     print(
@@ -141,6 +145,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=96, help="of a round")
     parser.add_argument("--input", type=int, default=32, help="tokens of a prompt, for scaling; and of an answer:")
     parser.add_argument("--output", type=int, default=64)
+    parser.add_argument("--stream", action="store_true", help="the answers, for scaling")
     parser.add_argument("--prefixes", type=int, default=8)
     parser.add_argument("--prefix_len", type=int, default=256)
     parser.add_argument("--cache", type=int, default=1792, help="tokens of an engine's KV cache, for prefixes")

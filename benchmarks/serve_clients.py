@@ -50,20 +50,21 @@ class Run:
 # --- asking ---
 
 
-async def ask(url: str, prompt: list[int], num_tokens: int, seed: int) -> Reply:
+async def ask(url: str, prompt: list[int], num_tokens: int, seed: int, *, stream: bool = True) -> Reply:
     """One request on a connection of its own, read as it comes."""
     host, port = url.removeprefix("http://").split(":")
-    fields = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    fields = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, "stream": stream}
     body = json.dumps(fields | {"seed": seed}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
     reader, writer = await asyncio.open_connection(host, int(port))
     reply = Reply(time.monotonic(), [])
     writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     async for line in reader:
-        if not line.startswith(b"data: {"):
+        data = line.removeprefix(b"data: ")
+        if not data.startswith(b"{"):
             continue
         came = time.monotonic()
-        [choice] = json.loads(line[6:])["choices"] or [{"text": ""}]
+        [choice] = json.loads(data)["choices"] or [{"text": ""}]
         reply.tokens += [came] * bool(choice["text"])
     writer.close()
     assert reply.tokens, "nothing came"

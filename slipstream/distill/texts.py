@@ -4,7 +4,8 @@
     {"prompt": [1, 9, …], "answer": [4, …]}    token ids, one text a line
 
 Prompts are given, or the target makes them too: after the opening of a user's turn a chat model says what users say
-(Magpie, arXiv:2406.08464). A model without a chat template goes on from single tokens.
+(Magpie, arXiv:2406.08464). By itself a small one says much the same again and again, so three prompts of four go on from
+first words that it is given. A model without a chat template goes on from single tokens.
 """
 
 import json
@@ -23,6 +24,24 @@ from slipstream.schema.sampling import SamplingParams
 
 PROMPT_TOKENS, PROMPT_TOP_P = 128, 0.9  # of a prompt that the target makes: tokens at most, and how it is drawn
 BATCHES_AT_ONCE = 2  # of texts that are made, then written
+FIRST_WORDS = (
+    *("Why", "Why do", "Why is", "How", "How do", "How does", "How can", "What", "What is", "What are", "What does"),
+    *("What happens", "When", "When did", "Where", "Where is", "Which", "Who", "Who is", "Who was", "Whose"),
+    *("Explain", "Explain how", "Describe", "Define", "Compare", "List", "Name", "Give me", "Tell me about", "Show me"),
+    *(
+        "Write",
+        "Write a",
+        "Write a story about",
+        "Write a poem",
+        "Write an email",
+        "Write a Python function",
+        "Fix this",
+    ),
+    *("Summarize", "Summarize this text:", "Rewrite", "Translate", "Correct", "Repeat", "Complete", "Classify"),
+    *("Can you", "Could you", "Do you", "Is it", "Is there", "Are there", "Should I", "I am", "I have", "I want to"),
+    *("I need", "I would like", "My", "We", "The", "In", "If", "Suppose", "Imagine", "Help me", "Please", "Plan"),
+    *("Suggest", "Recommend", "Create", "Design", "Calculate", "Solve", "Find", "Prove", "Hello", "Let's"),
+)
 
 
 class Text(NamedTuple):
@@ -54,20 +73,27 @@ def own_prompts(seed: int) -> PromptSource:
     def make(llm: LLM, first: int, count: int) -> list[list[int]]:
         if llm.request_maker.chat_template is None:
             return [[_seed(seed, first + index, "prompt") % llm.manifest.vocab_size] for index in range(count)]
+        begun = [_first_words(seed, first + index) for index in range(count)]
         asked = [
             SamplingParams(top_p=PROMPT_TOP_P, max_tokens=PROMPT_TOKENS, seed=_seed(seed, first + index, "prompt"))
             for index in range(count)
         ]
-        outputs = llm.generate([opening_of_user_turn(llm)] * count, asked)
-        texts = [output.outputs[0].text.strip() or "Hello" for output in outputs]
-        return [llm.chat_prompt([{"role": "user", "content": text}]) for text in texts]
+        openings = {words: opening_of_user_turn(llm, words) for words in {*begun}}
+        outputs = llm.generate([openings[words] for words in begun], asked)
+        texts = [(words + output.outputs[0].text).strip() for words, output in zip(begun, outputs, strict=True)]
+        return [llm.chat_prompt([{"role": "user", "content": text or "Hello"}]) for text in texts]
 
     return make
 
 
-def opening_of_user_turn(llm: LLM) -> list[int]:
-    """How a conversation begins, to where the user's words are."""
-    one, other = (llm.chat_prompt([{"role": "user", "content": words}]) for words in ("Why", "how"))
+def _first_words(seed: int, index: int) -> str:
+    return random.Random(f"{seed} {index} words").choice(FIRST_WORDS) if index % 4 else ""
+
+
+def opening_of_user_turn(llm: LLM, words: str = "") -> list[int]:
+    """How a conversation begins, to where the user goes on after these words."""
+    others = (f"{words} why", f"{words} how") if words else ("Why", "how")
+    one, other = (llm.chat_prompt([{"role": "user", "content": text}]) for text in others)
     return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 
 
