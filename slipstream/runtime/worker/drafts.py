@@ -4,20 +4,21 @@ Shape suffixes: S sequences, N drafts, M nodes (a sequence's last known token an
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from slipstream.kernels.attention.tree import WORD
+from slipstream.kernels.sampling import NOTHING_TO_SAMPLE
 from slipstream.runtime.transfer import on_device
 from slipstream.runtime.worker.inputs import draft_name
 from slipstream.runtime.worker.memory import zeros
 from slipstream.schema.kv import KVGroup
 from slipstream.schema.request import GenerateRequest
 from slipstream.schema.step import PENDING, SequenceStep, StepPlan
-from slipstream.speculative.accept import Accepted
+from slipstream.speculative.accept import Accepted, accept
 from slipstream.speculative.drafter import (
     AnyDrafter,
     DeviceDrafter,
@@ -39,6 +40,15 @@ class Drafted(NamedTuple):
     num_nodes: list[int]  # of each, its last token included: so many rows of logits it has
     token_ids: Tensor  # [S, M]
     parents: Tensor  # [S, M]
+
+
+def tree_kernels(device: torch.device) -> Any:
+    """The module of them for a GPU; elsewhere torch does what they do."""
+    if device.type != "cuda":
+        return None
+    from slipstream.kernels.triton import trees
+
+    return trees
 
 
 class Drafts:
@@ -72,6 +82,7 @@ class Drafts:
         self._token_ids, self._parents = of_slots(self.max_len), of_slots(self.max_len)
         # Of drafts that may branch, and their roots: how far a node is from the root, and what is above it.
         self._depths, self._masks = of_slots(1 + self.max_len), of_slots(1 + self.max_len, self.num_mask_words)
+        self.kernels = tree_kernels(device)
         self._is_taking = [False] * num_slots
         self._known: list[Sequence[int]] = [()] * num_slots  # tokens that each text had when it came
         self._told = [0] * num_slots  # tokens of each that the drafter was told of, where it was not asked since
@@ -173,19 +184,19 @@ class Drafts:
             num_drafts[index] = min(len(draft.token_ids), steps[index].max_drafts)
         tensors = self._checked(drafts)
         if any(num_drafts):
-            self._keep(on_device(verified.slots, torch.int64, self._device), tensors.token_ids, tensors.parents)
+            self.keep(on_device(verified.slots, torch.int64, self._device), tensors)
         return num_drafts
 
     def keep(self, slots_S: Tensor, drafts: DraftTensors) -> None:
         """For the next step of these slots. What nobody looks at is kept within its bounds."""
+        if self.kernels is not None:
+            self.kernels.keep(slots_S, drafts.token_ids, drafts.parents, self._tables(), self._vocab_size)
+            return
         padding = (0, self.max_len - drafts.token_ids.shape[1])
         token_ids_SN = functional.pad(drafts.token_ids.clamp(0, self._vocab_size - 1), padding)
         parents_SN = torch.arange(self.max_len, device=self._device).expand_as(token_ids_SN)
         if self.can_branch:
             parents_SN = functional.pad(drafts.parents.clamp(min=0), padding).minimum(parents_SN)
-        self._keep(slots_S, token_ids_SN, parents_SN)
-
-    def _keep(self, slots_S: Tensor, token_ids_SN: Tensor, parents_SN: Tensor) -> None:
         self._token_ids[slots_S], self._parents[slots_S] = token_ids_SN, parents_SN
         if self.can_branch:
             parents_SM = functional.pad(parents_SN, _ROOT)
@@ -242,6 +253,8 @@ class Drafts:
         if not self.max_len:
             return {}
         token_ids_T, slots_T = inputs["step.token_ids"], inputs["token_slots"]
+        if self.kernels is not None:
+            return self._fill(self.kernels, inputs)
         is_draft_T = token_ids_T < PENDING
         if self._may_look and not bool(is_draft_T.any()):
             shape = (len(token_ids_T), self.num_mask_words)
@@ -255,6 +268,29 @@ class Drafts:
         positions_T += (self._depths[slots_T, nodes_T] - nodes_T).where(is_draft_T, 0)
         inputs["row_positions"].copy_(1 + positions_T[inputs["step.logit_rows"]])
         return {"step.tree_masks": self._masks[slots_T, nodes_T].where(is_draft_T[:, None], -1)}
+
+    def _fill(self, kernels: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        positions_T = inputs["step.positions"]
+        masks_TW = kernels.fill(
+            inputs["step.token_ids"], inputs["token_slots"], positions_T, self._tables(), draft_name(0)
+        )
+        if masks_TW is None:
+            return {}
+        torch.add(positions_T[inputs["step.logit_rows"]], 1, out=inputs["row_positions"])
+        return {"step.tree_masks": masks_TW}
+
+    def accepted(self, slots_S: Tensor, rows_S: Tensor, sizes_S: Tensor, num_nodes: int, chosen_R: Tensor) -> Accepted:
+        """Of the drafts of each slot those that were chosen. rows, sizes: its first row of logits, and its nodes."""
+        if self.kernels is not None:
+            return Accepted(*self.kernels.accept(chosen_R, rows_S, sizes_S, slots_S, num_nodes, self._tables()))
+        nodes_M = torch.arange(num_nodes, device=self._device)
+        rows_SM = (rows_S[:, None] + nodes_M).clamp(max=len(chosen_R))
+        chosen_SM = functional.pad(chosen_R, (0, 1), value=NOTHING_TO_SAMPLE)[rows_SM]
+        return accept(chosen_SM, *self.trees(slots_S, num_nodes), sizes_S)
+
+    def _tables(self) -> Any:
+        assert self.kernels is not None
+        return self.kernels.TreeTables(self._token_ids, self._parents, self._depths, self._masks, self.can_branch)
 
     def trees(self, slots_S: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
         """The first nodes of each slot's drafts after their root: tokens and parents, [S, M]."""

@@ -24,7 +24,6 @@ from torch.nn import functional
 
 from slipstream.kernels.attention.metadata import STEP_SHAPES, StepTensors
 from slipstream.kernels.collectives import Ranks
-from slipstream.kernels.sampling import NOTHING_TO_SAMPLE
 from slipstream.runtime.transfer import on_device
 from slipstream.runtime.worker.drafts import Drafts
 from slipstream.runtime.worker.followed import Followed
@@ -32,7 +31,7 @@ from slipstream.runtime.worker.groups import ONE_A_GROUP, group_input
 from slipstream.runtime.worker.inputs import NO_TEXT
 from slipstream.schema.kv import KVGroup
 from slipstream.schema.step import SequenceStep, StepPlan
-from slipstream.speculative.accept import Accepted, accept
+from slipstream.speculative.accept import Accepted
 from slipstream.speculative.drafter import Computed, DeviceDrafter, Ends, LayerDrafter, ModelDrafter
 
 Inputs = Mapping[str, Tensor]
@@ -124,7 +123,8 @@ class Ending:
 
     def run(self, ending: EndingPlan, inputs: Inputs, token_ids_R: Tensor, hidden_TF: Tensor | None, kv: KV) -> Tensor:
         """Ended, packed. hidden: what the drafter asks for of the model."""
-        accepted = self._accept(ending.num_nodes, inputs, token_ids_R)
+        slots_S, rows_S, sizes_S = (inputs[f"trees.{name}"] for name in ("slots", "rows", "sizes"))
+        accepted = self._drafts.accepted(slots_S, rows_S, sizes_S, ending.num_nodes, token_ids_R)
         if ending.num_nodes > 1:
             self._compact(inputs, accepted, kv)
         last_S = inputs["trees.roots"] + accepted.last_nodes()
@@ -146,13 +146,6 @@ class Ending:
             nothing_SM = torch.zeros(num_sequences, ending.num_nodes, dtype=torch.int64, device=self._device)
             self._compact(inputs, Accepted(nothing_SM[:, 0], nothing_SM, nothing_SM, nothing_SM), kv)
 
-    def _accept(self, num_nodes: int, inputs: Inputs, token_ids_R: Tensor) -> Accepted:
-        nodes_M = torch.arange(num_nodes, device=self._device)
-        rows_SM = (inputs["trees.rows"][:, None] + nodes_M).clamp(max=len(token_ids_R))
-        chosen_SM = functional.pad(token_ids_R, (0, 1), value=NOTHING_TO_SAMPLE)[rows_SM]
-        drafted_SM, parents_SM = self._drafts.trees(inputs["trees.slots"], num_nodes)
-        return accept(chosen_SM, drafted_SM, parents_SM, inputs["trees.sizes"])
-
     def _compact(self, inputs: Inputs, accepted: Accepted, kv: KV) -> None:
         """The accepted nodes of each tree move to the places after its root, where those of a chain are."""
         if not self._drafts.can_branch:
@@ -160,6 +153,12 @@ class Ending:
         counts_and_path = torch.cat((accepted.counts[:, None], accepted.path), 1)
         self._ranks.copy_first(counts_and_path)  # the others learn of it here
         counts_S1, path_SM = counts_and_path[:, :1], counts_and_path[:, 1:]
+        if self._drafts.kernels is not None:
+            for index, group in enumerate(self._groups):
+                tables_SB, layers = inputs[group_input("step.block_tables", index)], kv[: len(group.layers)]
+                places = inputs["step.tree_starts"], inputs["trees.sizes"]
+                self._drafts.kernels.move(layers, counts_S1[:, 0], path_SM, *places, tables_SB)
+            return
         nodes_M, size = torch.arange(path_SM.shape[1], device=self._device), self._block_size
         last_S1 = (inputs["trees.sizes"][:, None] - 1).clamp(min=0)
         places_SM = inputs["step.tree_starts"][:, None] + nodes_M.minimum(last_S1)
