@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from slipstream.kernels.collectives import ShownRows
 from slipstream.kernels.sampling import SlotTable
-from slipstream.kernels.triton import attention, experts, linear, rope, router, rows, sampling
+from slipstream.kernels.triton import attention, experts, linear, rope, router, rows, sampling, trees
 
 MEASURED = 90  # benchmarks/; for other GPUs fewer calls show which instructions they lack
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -51,7 +51,7 @@ def main(capability: int) -> None:
     for module in (attention, experts, linear, rope, router, rows):
         module.starts_early = lambda device: capability >= 90
     attention.num_processors = lambda device: 132
-    for call in (attend, attend_with_everything, place, sample, norm):
+    for call in (attend, attend_with_everything, place, sample, norm, draft):
         call()
     numbers = {torch.bfloat16, torch.int8, torch.uint8, torch.float8_e4m3fn}
     if capability != MEASURED:
@@ -91,6 +91,20 @@ def attend_tree() -> None:
         places = torch.zeros(num_tokens, dtype=torch.int64)
         tree = places, places[:num_sequences], torch.zeros(num_tokens, 1, dtype=torch.int64)
         _attend(num_tokens, num_sequences, window=4096, alibi_slopes_H=torch.ones(32), tree=tree)
+
+
+def draft() -> None:
+    """Trees of a word of nodes, of two, and chains."""
+    for num_drafts, can_branch in ((8, True), (80, True), (8, False)):
+        shape = (5, num_drafts), (5, num_drafts), (5, 1 + num_drafts), (5, 1 + num_drafts, 1 + num_drafts // 64)
+        tables = trees.TreeTables(*(torch.zeros(each, dtype=torch.int64) for each in shape), can_branch)
+        slots_S, drafts_SN = torch.zeros(4, dtype=torch.int64), torch.zeros(4, num_drafts, dtype=torch.int64)
+        trees.keep(slots_S, drafts_SN, drafts_SN, tables, 100)
+        trees.fill(drafts_SN.flatten(), drafts_SN.flatten(), drafts_SN.flatten(), tables, -2)
+        trees.accept(drafts_SN.flatten(), slots_S, slots_S, slots_S, 1 + num_drafts, tables)
+    for dtype in (torch.bfloat16, torch.int8):
+        kv = [torch.empty(2, 4, 32, 8, 128, dtype=dtype)] * 3
+        trees.move(kv, slots_S, drafts_SN, slots_S, slots_S, drafts_SN)
 
 
 def attend_latent() -> None:

@@ -1,6 +1,8 @@
 """Trees of drafts by kernels: tables of slots, tokens, what is accepted and what moves are as torch has them."""
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,14 +10,19 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from slipstream.checkpoint.random import write_random_model
 from slipstream.kernels.sampling import NOTHING_TO_SAMPLE
+from slipstream.models import gemma3_text
 from slipstream.runtime.worker.drafts import Drafts
 from slipstream.runtime.worker.ending import Ending
 from slipstream.runtime.worker.inputs import NO_SLOT, draft_name
 from slipstream.schema.kv import KVGroup
 from slipstream.speculative.accept import Accepted
 from slipstream.speculative.drafter import DraftTensors
+from tests.speculative.heads import write_medusa
+from tests.speculative.parrot import offered
 from tests.speculative.test_accept import parents_of
+from tests.speculative.test_lossless import BUSH, NGRAM, REQUESTS, assert_same, run
 
 kernels = pytest.importorskip("slipstream.kernels.triton.trees")
 
@@ -51,7 +58,7 @@ def kept(data: st.DataObject, device: torch.device, max_len: int, can_branch: bo
 
 
 @pytest.mark.parametrize("can_branch", [True, False])
-@settings(max_examples=10, deadline=None, phases=PHASES)
+@settings(max_examples=25, deadline=None, phases=PHASES)
 @given(data=st.data())
 def test_slots_hold_the_same(device: torch.device, can_branch: bool, data: st.DataObject) -> None:
     slots, (expected, found) = kept(data, device, data.draw(st.sampled_from((1, 6, 63, 64, 80))), can_branch)
@@ -63,7 +70,7 @@ def test_slots_hold_the_same(device: torch.device, can_branch: bool, data: st.Da
 
 
 @pytest.mark.parametrize("can_branch", [True, False])
-@settings(max_examples=10, deadline=None, phases=PHASES)
+@settings(max_examples=25, deadline=None, phases=PHASES)
 @given(data=st.data())
 def test_names_become_drafts_at_their_places(device: torch.device, can_branch: bool, data: st.DataObject) -> None:
     max_len = data.draw(st.sampled_from((1, 9, 70)))
@@ -86,7 +93,7 @@ def test_names_become_drafts_at_their_places(device: torch.device, can_branch: b
 
 
 @pytest.mark.parametrize("can_branch", [True, False])
-@settings(max_examples=20, deadline=None, phases=PHASES)
+@settings(max_examples=50, deadline=None, phases=PHASES)
 @given(data=st.data())
 def test_the_same_drafts_are_accepted(device: torch.device, can_branch: bool, data: st.DataObject) -> None:
     max_len = data.draw(st.sampled_from((1, 6, 66)))
@@ -138,3 +145,21 @@ def test_what_is_accepted_moves(device: torch.device, dtype: torch.dtype) -> Non
         made.append(own)
     for ours, theirs, before in zip(made[1], made[0], kv, strict=True):
         assert torch.equal(ours, theirs) and not torch.equal(ours.cpu(), before)
+
+
+@pytest.mark.parametrize("method", ["bush", "ngram", "medusa"])
+def test_texts_are_those_without_drafts(
+    device: torch.device, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it together: trees and chains, from the host and from the device, with windows and edits in one batch."""
+    model = write_random_model(tmp_path / "model", gemma3_text.TINY)
+    speculative: dict[str, Any] = {"bush": BUSH, "ngram": NGRAM}.get(method, {"method": method, "adaptive": False})
+    if method == "medusa":
+        speculative |= {"model": str(write_medusa(model, tmp_path / "heads")), "max_draft_len": 6}
+    requests, options = [{**each, "max_tokens": 16} for each in REQUESTS[:8]], {"device": str(device)}
+    expected, _ = run(model, requests, **options)
+    monkeypatch.setattr("slipstream.runtime.worker.drafts.tree_kernels", lambda device: kernels)
+    with offered(tmp_path, monkeypatch, bush="tests.speculative.parrot:Bush"):
+        found, stats = run(model, requests, speculative=speculative, **options)
+    assert_same(found, expected)
+    assert sum(stats.num_accepted_tokens) > 0 or method == "medusa"
