@@ -73,9 +73,10 @@ def own_prompts(seed: int) -> PromptSource:
     def make(llm: LLM, first: int, count: int) -> list[list[int]]:
         if llm.request_maker.chat_template is None:
             return [[_seed(seed, first + index, "prompt") % llm.manifest.vocab_size] for index in range(count)]
+        most = min(PROMPT_TOKENS, llm.manifest.max_seq_len // 4)  # what is said may have more tokens when it is asked
         begun = [_first_words(seed, first + index) for index in range(count)]
         asked = [
-            SamplingParams(top_p=PROMPT_TOP_P, max_tokens=PROMPT_TOKENS, seed=_seed(seed, first + index, "prompt"))
+            SamplingParams(top_p=PROMPT_TOP_P, max_tokens=most, seed=_seed(seed, first + index, "prompt"))
             for index in range(count)
         ]
         openings = {words: opening_of_user_turn(llm, words) for words in {*begun}}

@@ -52,7 +52,7 @@ class Drafter(DeviceDrafter):
         own = folder / CHOICES_FILE
         given = options.choices or (str(own) if own.is_file() else "")
         choices = read_choices(given) if given else default_choices()
-        self._choices = fitting(choices, len(self._heads.layers), self._heads.num_tokens)[: self.max_draft_len]
+        self._choices = fitting(choices, self._heads.num_heads, self._heads.num_tokens)[: self.max_draft_len]
         self.max_draft_len = len(self._choices)
         self._heads = self._heads.first(max(map(len, self._choices)))
         self._num_ranks = 1 + max(rank for choice in self._choices for rank in choice)

@@ -27,22 +27,24 @@ from slipstream.speculative.head_file import CONFIG_FILE, Product, open_head, re
 WEIGHTS_FILE, PICKLED_FILE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
 CHOICES_FILE = "medusa_choices.json"
 
-Layers = Sequence[tuple[Tensor, Tensor]]  # weight and bias of each
-
 
 class Heads(NamedTuple):
-    layers: Sequence[Layers]  # of each head
+    num_heads: int
+    layers: Sequence[tuple[Tensor, Tensor]]  # one above the other: weights [N, H, H] and biases [N, 1, H] of all heads
     lm_heads: Sequence[Product]  # of each head, or one for all
     num_tokens: int  # that can be drafted
     token_ids_D: Tensor | None = None  # noqa: N815 - a tensor's name carries its shape; of the shared one's rows
 
     def first(self, count: int) -> "Heads":
         """Only these: a tree of few nodes does not reach the others."""
-        return self._replace(layers=self.layers[:count], lm_heads=self.lm_heads[:count])
+        layers = [(weight_NHH[:count], bias_N1H[:count]) for weight_NHH, bias_N1H in self.layers]
+        return self._replace(num_heads=min(count, self.num_heads), layers=layers, lm_heads=self.lm_heads[:count])
 
     def logits(self, x_SH: Tensor) -> Tensor:
         """[N, S, V], or [N, S, D] of heads that share the model's."""
-        x_NSH = torch.stack([_through(layers, x_SH) for layers in self.layers])
+        x_NSH = x_SH.expand(self.num_heads, -1, -1)
+        for weight_NHH, bias_N1H in self.layers:
+            x_NSH = x_NSH + functional.silu(torch.baddbmm(bias_N1H, x_NSH, weight_NHH.mT))
         if len(self.lm_heads) == 1:
             return self.lm_heads[0](x_NSH)
         return torch.stack([head(x) for x, head in zip(x_NSH, self.lm_heads, strict=True)])
@@ -52,12 +54,6 @@ class Heads(NamedTuple):
         places_NSK = self.logits(x_SH).topk(count).indices
         found_NSK = places_NSK if self.token_ids_D is None else self.token_ids_D[places_NSK]
         return found_NSK.transpose(0, 1)
-
-
-def _through(layers: Layers, x_SH: Tensor) -> Tensor:
-    for weight, bias in layers:
-        x_SH = x_SH + functional.silu(functional.linear(x_SH, weight, bias))
-    return x_SH
 
 
 def load(
@@ -79,14 +75,11 @@ def load(
         numbers = [first for name in file.names() if (first := name.partition(".")[0]).isdigit()]
         heads = range(1 + max(map(int, numbers), default=0))
         layers = [
-            [
-                (
-                    read(f"{head}.{layer}.linear.weight", hidden_size, hidden_size),
-                    read(f"{head}.{layer}.linear.bias", hidden_size),
-                )
-                for layer in range(num_layers)
-            ]
-            for head in heads
+            (
+                torch.stack([read(f"{head}.{layer}.linear.weight", hidden_size, hidden_size) for head in heads]),
+                torch.stack([read(f"{head}.{layer}.linear.bias", hidden_size) for head in heads])[:, None],
+            )
+            for layer in range(num_layers)
         ]
         token_ids_D = read_draft_tokens(file, vocab_size)
         if token_ids_D is None:
@@ -94,5 +87,5 @@ def load(
                 partial(functional.linear, weight=read(f"{head}.{num_layers}.weight", vocab_size, hidden_size))
                 for head in heads
             ]
-            return Heads(layers, own, vocab_size)
-    return Heads(layers, [head_of_tokens(token_ids_D)], len(token_ids_D), token_ids_D.to(device))
+            return Heads(len(heads), layers, own, vocab_size)
+    return Heads(len(heads), layers, [head_of_tokens(token_ids_D)], len(token_ids_D), token_ids_D.to(device))
