@@ -6,8 +6,8 @@
 
 The loop, the texts and the hidden states are the same for all (slipstream/distill).
 
-Shape suffixes: S texts, L tokens of the longest, H hidden size, V vocabulary, D tokens that can be drafted, P labels,
-T rows, F numbers of each that are rotated.
+Shape suffixes: S texts, L tokens of the longest, H hidden size, V vocabulary, D tokens that can be drafted, T rows,
+F numbers of each that are rotated.
 """
 
 import json
@@ -99,24 +99,6 @@ class SharedHead(nn.Module):
     def labels(self, batch: Batch) -> Tensor:
         """[S, L] of each token of an answer its place here; -1 of others, and where it cannot be drafted."""
         return self.places_V[batch.token_ids].where(batch.is_answer, -1)
-
-    @torch.no_grad()
-    def expected(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the target held likely where it said each label, [P, D], and of each token its row there or -1, [S, L].
-
-        From these a drafter learns more than from what was said: what might have been, and how surely (Hinton et al.,
-        arXiv:1503.02531; ReDrafter, arXiv:2403.09919, learns so too). `hidden` ends with what the target's head reads.
-        """
-        assert batch.hidden is not None
-        is_label_SL = self.labels(batch) >= 0
-        before_PH = batch.hidden[:, :-1, -self.weight_DH.shape[1] :][is_label_SL[:, 1:]]
-        rows_SL = (is_label_SL.flatten().cumsum(0) - 1).view_as(is_label_SL)
-        return self(before_PH).softmax(1), rows_SL.where(is_label_SL, -1)
-
-
-def cross_entropy(logits_PD: Tensor, expected_PD: Tensor) -> Tensor:
-    """A mean; 0 of no rows, as texts may all be too short for a draft that far."""
-    return functional.cross_entropy(logits_PD, expected_PD, reduction="sum") / max(1, len(logits_PD))
 
 
 def later(values_SL: Tensor, count: int, *, fill: int | bool) -> Tensor:

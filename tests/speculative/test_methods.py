@@ -33,6 +33,7 @@ from slipstream.runtime.worker.worker import Worker
 from slipstream.schema.build import DraftShape
 from slipstream.schema.step import StepPlan
 from slipstream.speculative.draft_model import drafter as draft_model
+from slipstream.speculative.drafter import DraftTensors
 from tests.speculative.heads import write_eagle, write_eagle3, write_medusa, write_redrafter
 from tests.speculative.likeness import write_likeness
 from tests.speculative.test_lossless import LIMITS, REQUESTS, assert_same, prompts, run, texts_of
@@ -215,13 +216,13 @@ def test_ranks_draft_and_say_what_one_does(
     """Sums of parts are rounded in another order, so that a draft may be another at a near tie; texts are the same."""
     model, expected = adapting
     speculative = METHODS[method](model, tmp_path / "draft") | {"adaptive": False}
-    drafts, keep = list[tuple[int, ...]](), Drafts._keep
+    drafts, keep = list[tuple[int, ...]](), Drafts.keep
 
-    def look(self: Drafts, slots_S: Tensor, token_ids_SN: Tensor, parents_SN: Tensor) -> None:
-        drafts.extend(map(tuple, token_ids_SN.tolist()))
-        keep(self, slots_S, token_ids_SN, parents_SN)
+    def look(self: Drafts, slots_S: Tensor, made: DraftTensors) -> None:
+        drafts.extend(map(tuple, made.token_ids.tolist()))
+        keep(self, slots_S, made)
 
-    monkeypatch.setattr(Drafts, "_keep", look)
+    monkeypatch.setattr(Drafts, "keep", look)
     assert_same(run(model, REQUESTS[:4], speculative=speculative)[0], expected[:4])
     of_one = Counter(drafts)
     drafts.clear()

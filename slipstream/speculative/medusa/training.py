@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from slipstream.speculative.head_file import DRAFT_TOKENS
 from slipstream.speculative.medusa.head import CHOICES_FILE, WEIGHTS_FILE
-from slipstream.speculative.training import Batch, SharedHead, Teacher, begins, cross_entropy, later, write_head
+from slipstream.speculative.training import Batch, SharedHead, Teacher, begins, later, write_head
 from slipstream.speculative.training import Student as Base
 
 MAX_NODES = 63  # of the tree
@@ -66,14 +66,11 @@ class Student(Base):
             yield x_PH, later(labels_SL, 2 + head, fill=-1)[is_place_SL]
 
     def loss(self, batch: Batch) -> Tensor:
-        assert batch.hidden is not None
-        (expected_PD, rows_SL), is_place_SL = self._shared.expected(batch), begins(batch)
         losses = []
-        for head in range(self._options.num_heads):
-            asked_SL = later(rows_SL, 2 + head, fill=-1).where(is_place_SL, -1)
-            is_known_SL = asked_SL >= 0
-            logits_PD = self._logits(head, batch.hidden[is_known_SL])
-            losses.append(cross_entropy(logits_PD, expected_PD[asked_SL[is_known_SL]]))
+        for head, (x_PH, labels_P) in enumerate(self._examples(batch)):
+            is_known_P = labels_P >= 0
+            logits_PD = self._logits(head, x_PH[is_known_P])
+            losses.append(functional.cross_entropy(logits_PD, labels_P[is_known_P]))
         return torch.stack(losses).sum()
 
     def evaluate(self, batches: Iterable[Batch]) -> list[float]:

@@ -10,7 +10,7 @@ Shape suffixes: S texts, L tokens of the longest, H hidden size, D tokens that c
 beams, N tokens of each.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.nn import functional
 from slipstream.speculative.head_file import DRAFT_TOKENS
 from slipstream.speculative.redrafter.beams import beam_search
 from slipstream.speculative.redrafter.head import MODEL_TYPE, WEIGHTS_FILE, Head
-from slipstream.speculative.training import Batch, SharedHead, Teacher, begins, cross_entropy, later, write_head
+from slipstream.speculative.training import Batch, SharedHead, Teacher, begins, later, write_head
 from slipstream.speculative.training import Student as Base
 
 PLACES_AT_ONCE = 256  # of a beam search: logits of each beam are in memory
@@ -61,18 +61,26 @@ class Student(Base):
             self._shared.token_ids_D,
         )
 
+    def _examples(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each token of a draft, at the places where one may begin: what s takes in [P], and the label [P].
+
+        A label is a place in the shared head; -1 where the token cannot be drafted, or the text has ended.
+        """
+        is_place_SL, labels_SL = begins(batch), self._shared.labels(batch)
+        for ahead in range(1, 1 + Head.length):
+            taken_SL = later(batch.token_ids, ahead, fill=0)
+            yield taken_SL[is_place_SL], later(labels_SL, 1 + ahead, fill=-1)[is_place_SL]
+
     def loss(self, batch: Batch) -> Tensor:
         assert batch.hidden is not None
-        (expected_PD, rows_SL), is_place_SL = self._shared.expected(batch), begins(batch)
-        head, h_PH = self._head(), batch.hidden[is_place_SL]
+        head, h_PH = self._head(), batch.hidden[begins(batch)]
         state_PH, losses = torch.zeros_like(h_PH), []
-        for ahead in range(1, 1 + Head.length):
+        for taken_P, labels_P in self._examples(batch):
             with torch.no_grad():
-                e_PH = self._embed(later(batch.token_ids, ahead, fill=0)[is_place_SL]).float()
-            state_PH, rows_P = head.state(e_PH, state_PH), later(rows_SL, 1 + ahead, fill=-1)[is_place_SL]
-            is_known_P = rows_P >= 0
+                e_PH = self._embed(taken_P).float()
+            state_PH, is_known_P = head.state(e_PH, state_PH), labels_P >= 0
             logits_PD = head.logits(h_PH[is_known_P], state_PH[is_known_P])
-            losses.append(cross_entropy(logits_PD, expected_PD[rows_P[is_known_P]]))
+            losses.append(functional.cross_entropy(logits_PD, labels_P[is_known_P]))
         return torch.stack(losses).sum()
 
     def evaluate(self, batches: Iterable[Batch]) -> list[float]:
