@@ -10,7 +10,7 @@ T tokens, R rows of logits, B blocks.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -133,6 +133,7 @@ def _fill(
     slot_T = tl.load(slots + token_T, mask=is_draft_T, other=0)
     slot_T = tl.where(slot_T < 0, num_slots - 1, slot_T)
     draft_T = tl.load(token_ids_XN + slot_T * num_drafts + node_T - 1, mask=is_draft_T, other=0)
+    tl.debug_barrier()  # names are read in another layout, too, by other threads than these
     tl.store(token_ids + token_T, draft_T, mask=is_draft_T)
     if CAN_BRANCH:
         place_T = slot_T * (num_drafts + 1) + node_T
@@ -264,9 +265,9 @@ def _move(
                 tl.store(plane_kv + to_row * row_size + column_C, moved_C, mask=is_column_C)
 
 
-@lru_cache(maxsize=16)
+@cache
 def _addresses(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where they are, for a kernel: kept, since a recorded step may not make it."""
+    """Where they are, for a kernel. Kept for ever: a recorded step may not make it, and reads it whenever it runs."""
     return torch.tensor(addresses, dtype=torch.int64, device=device)
 
 
