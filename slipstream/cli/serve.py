@@ -53,6 +53,16 @@ def serve(
     replicas: Annotated[
         int, typer.Option(min=1, help="Engines, each on GPUs or cores of its own; prompts go where their prefix is.")
     ] = 1,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="With those that are started while the load asks for them.  [default: --replicas]"),
+    ] = None,
+    upscale_delay: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that batches have to be full before one more is started.")
+    ] = 10.0,
+    downscale_delay: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that one fewer has to do before one ends.")
+    ] = 300.0,
     prefill_replicas: Annotated[
         int, typer.Option(min=0, help="Engines beside these that compute prompts, for the others to go on with.")
     ] = 0,
@@ -153,6 +163,8 @@ def serve(
         raise UsageError("slipstream serve starts its ranks itself; run it once, without torchrun or mpirun.")
     if config is not None:
         print(f"Options of {config} and the command line: {effective_values(ctx)}", file=sys.stderr)
+    if max_replicas is not None and max_replicas < replicas:
+        raise UsageError(f"--max_replicas is {max_replicas} and --replicas {replicas}; give {replicas} or more.")
     template = None if chat_template is None else read_text(chat_template, "--chat_template")
     max_body_bytes = options.parse_bytes("--max_body_size", max_body_size)
     _check_key_pair(ssl_certfile, ssl_keyfile)
@@ -198,6 +210,9 @@ def serve(
         port=port,
         grpc_port=grpc_port,
         replicas=replicas,
+        max_replicas=max_replicas,
+        upscale_delay=upscale_delay,
+        downscale_delay=downscale_delay,
         prefill_replicas=prefill_replicas,
         num_fronts=num_fronts,
         served_model_names=served_model_name or (),

@@ -50,6 +50,9 @@ class ServeConfig:
     port: int = 8000  # 0 takes any that is free
     grpc_port: int | None = None  # of KServe's gRPC; alike
     replicas: int = 1  # engines that answer, each with devices or cores of its own
+    max_replicas: int | None = None  # with those that are there while the load asks for them; default: no others
+    upscale_delay: float = 10.0  # seconds that the load has to ask for one more
+    downscale_delay: float = 300.0  # or has to need one fewer
     prefill_replicas: int = 0  # engines beside them that compute prompts
     num_fronts: int = 1  # processes that speak HTTP
     served_model_names: Sequence[str] = ()  # default: the model's own
@@ -72,8 +75,13 @@ class ServeConfig:
     ssl_keyfile: str | None = None
 
     @property
+    def most_replicas(self) -> int:
+        return self.max_replicas or self.replicas
+
+    @property
     def num_engines(self) -> int:
-        return self.replicas + self.prefill_replicas
+        """At most."""
+        return self.most_replicas + self.prefill_replicas
 
 
 def make_app(frontend: Frontend, config: ServeConfig) -> FastAPI:

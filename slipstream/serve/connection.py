@@ -90,6 +90,11 @@ class EngineConnection:
     # --- what it is ---
 
     @property
+    def is_attached(self) -> bool:
+        """There is an engine process, ready or not."""
+        return self._reader is not None
+
+    @property
     def is_ready(self) -> bool:
         return self._socket is not None
 

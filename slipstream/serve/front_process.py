@@ -21,7 +21,19 @@ from fastapi import FastAPI
 
 from slipstream.serve.app import ServeConfig, make_app
 from slipstream.serve.frontend import Frontend
-from slipstream.serve.messages import EngineEnded, EngineStarted, FrontReady, FrontSetup, Ready, ToFront, json_line
+from slipstream.serve.messages import (
+    LOAD_SECONDS,
+    EngineEnded,
+    EngineLeaves,
+    EngineStarted,
+    FrontLoad,
+    FrontReady,
+    FrontSetup,
+    Ready,
+    ToFront,
+    ToParent,
+    json_line,
+)
 
 LONGEST_LINE = 1 << 24  # bytes; a chat template is in the first
 
@@ -47,6 +59,7 @@ async def _serve() -> None:
         setup.name,
         on_ready=note_ready,
         num_replicas=config.replicas,
+        max_replicas=config.max_replicas,
         num_prefill_replicas=config.prefill_replicas,
         max_input_len=config.max_input_len,
         chat_template=config.chat_template,
@@ -55,7 +68,7 @@ async def _serve() -> None:
     )
     following = asyncio.create_task(_follow(parent, frontend))
     stopping, starting = asyncio.create_task(stop.wait()), asyncio.create_task(ready.wait())
-    ends = {following, stopping}
+    ends, reporting = {following, stopping}, list[asyncio.Task[None]]()
     try:
         await asyncio.wait({*ends, starting}, return_when=asyncio.FIRST_COMPLETED)
         if not ready.is_set():
@@ -68,21 +81,30 @@ async def _serve() -> None:
             is_open.set()
             for said in early:
                 _say(said)
+            if config.most_replicas > config.replicas:
+                reporting.append(asyncio.create_task(_report(frontend)))
             await asyncio.wait({serving, *ends}, return_when=asyncio.FIRST_COMPLETED)
             server.should_exit = True  # takes no new connections, and waits for those in use
         await serving
         if following.done():
             following.result()  # a defect of ours
     finally:
-        for task in (following, stopping, starting):
+        tasks = (following, stopping, starting, *reporting)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(following, stopping, starting, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await frontend.close()
 
 
-def _say(ready: FrontReady) -> None:
-    sys.stdout.buffer.write(json_line(ready))
+def _say(message: ToParent) -> None:
+    sys.stdout.buffer.write(json_line(message))
     sys.stdout.buffer.flush()
+
+
+async def _report(frontend: Frontend) -> None:
+    while True:
+        _say(FrontLoad(frontend.in_flight()))
+        await asyncio.sleep(LOAD_SECONDS)
 
 
 async def _follow(parent: asyncio.StreamReader, frontend: Frontend) -> None:
@@ -92,6 +114,8 @@ async def _follow(parent: asyncio.StreamReader, frontend: Frontend) -> None:
             match msgspec.json.decode(line, type=ToFront):
                 case EngineStarted(replica, address):
                     frontend.attach(replica, address)
+                case EngineLeaves(replica):
+                    frontend.leave(replica)
                 case EngineEnded(replica, why):
                     await frontend.detach(replica, f"the engine process ended ({why}); try again in a few seconds.")
     finally:

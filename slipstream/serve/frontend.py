@@ -6,6 +6,7 @@ All of it runs on the event loop of one thread. Whoever asks gets handles (api/h
 import asyncio
 import itertools
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class Frontend:
         *,
         on_ready: Callable[[int, Ready], None],
         num_replicas: int = 1,
+        max_replicas: int | None = None,
         num_prefill_replicas: int = 0,
         max_input_len: int | None = None,
         chat_template: str | None = None,
@@ -77,8 +79,8 @@ class Frontend:
         step_timeout: float = 120.0,
     ) -> None:
         """name: no other front has it.  on_ready: called whenever an engine, with its number, can take requests.
-        num_replicas: engines that run the same model and answer.  num_prefill_replicas: those that compute prompts for
-        them, whose numbers follow theirs.
+        num_replicas: engines that run the same model and answer.  max_replicas: with those that come and go.
+        num_prefill_replicas: those that compute prompts for them, whose numbers follow theirs.
         max_input_len: tokens of a prompt, where it has a limit beside that of a whole sequence.
         request_timeout: seconds that a call may take whose Ask says nothing of it.
         step_timeout: seconds after which an engine that has work and makes no step counts as ill.
@@ -87,7 +89,10 @@ class Frontend:
         self._request_timeout, self.max_input_len = request_timeout, max_input_len
         self._ids = (f"{name}-{number}" for number in itertools.count())
         self._context = zmq.Context()
-        self._router, self._num_decoding, self._num_prefilling = Router(), num_replicas, num_prefill_replicas
+        self._router, self._num_decoding = Router(), max_replicas or num_replicas
+        self._num_staying, self._num_prefilling = num_replicas, num_prefill_replicas
+        self._leaving: set[int] = set()
+        self._in_flight: Counter[int] = Counter()  # sequences of the calls that an engine was chosen for
         self.engines: Sequence[EngineConnection] = [
             EngineConnection(
                 name,
@@ -96,7 +101,7 @@ class Frontend:
                 partial(self._router.note, replica),
                 step_timeout,
             )
-            for replica in range(num_replicas + num_prefill_replicas)
+            for replica in range(self._num_decoding + num_prefill_replicas)
         ]
         self.watch: Callable[[Sequence[Ask], Steps], Steps] | None = None  # passes on the steps of each call
         self.engine: Ready  # what the newest one is, as they all are; these two from when one is
@@ -104,7 +109,12 @@ class Frontend:
 
     def attach(self, replica: int, address: str) -> None:
         """There is a new engine process; requests go to it from when it is ready."""
+        self._leaving.discard(replica)
         self.engines[replica].attach(address)
+
+    def leave(self, replica: int) -> None:
+        """No new requests go there."""
+        self._leaving.add(replica)
 
     async def detach(self, replica: int, why: str) -> None:
         """There is none any more; what was in flight there ends with an error."""
@@ -129,7 +139,19 @@ class Frontend:
     @property
     def is_healthy(self) -> bool:
         """There is an engine that would answer."""
-        return any(engine.is_healthy for engine in self.engines[: self._num_decoding])
+        return bool(self._healthy(range(self._num_decoding)))
+
+    @property
+    def expected(self) -> list[int]:
+        """Engines that are there, or should be."""
+        may_be_gone = range(self._num_staying, self._num_decoding)
+        return [index for index, each in enumerate(self.engines) if index not in may_be_gone or each.is_attached]
+
+    def in_flight(self) -> dict[int, int]:
+        """Sequences of this front's; of each engine that they may be sent to, or that has some."""
+        decoding = self.engines[: self._num_decoding]
+        may_send = {index for index, each in enumerate(decoding) if each.is_attached} - self._leaving
+        return dict.fromkeys(sorted(may_send), 0) | {index: count for index, count in self._in_flight.items() if count}
 
     # --- requests ---
 
@@ -157,8 +179,12 @@ class Frontend:
         asked = time.time()
         news: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
         choices = self._choose(asks)
+        counts = Counter[int]()
+        for choice, ask in zip(choices, asks, strict=True):
+            counts[choice.replica] += ask.sampling.num_sequences
         requests, handles = [self._request(ask) for ask in asks], list[Handle]()
         handover = Handover()
+        self._in_flight += counts
         try:
             if self._num_prefilling:
                 requests = await clock.limit(self._prefill(handover, requests, choices, asked))
@@ -195,6 +221,7 @@ class Frontend:
             for handle in handles:
                 handle.abort()
             handover.end()
+            self._in_flight -= counts
 
     async def _prefill(
         self, handover: Handover, requests: Sequence[GenerateRequest], choices: Sequence[Choice], asked: float
@@ -213,12 +240,13 @@ class Frontend:
         return await asyncio.gather(*map(prefilled, requests, choices))
 
     def _healthy(self, indices: Iterable[int]) -> list[int]:
-        return [index for index in indices if self.engines[index].is_healthy]
+        return [index for index in indices if self.engines[index].is_healthy and index not in self._leaving]
 
     def _choose(self, asks: Sequence[Ask]) -> Sequence[Choice]:
         """One for each. Raises EngineDown where there is none."""
         decoding = range(self._num_decoding)
-        ready = self._healthy(decoding) or [index for index in decoding if self.engines[index].is_ready]
+        ready = self._healthy(decoding)
+        ready = ready or [index for index in decoding if self.engines[index].is_ready and index not in self._leaving]
         if not ready:
             raise EngineDown
         if len(self.engines) == 1:

@@ -124,6 +124,12 @@ class EngineStarted(msgspec.Struct, tag=True):
     address: str
 
 
+class EngineLeaves(msgspec.Struct, tag=True):
+    """It gets no new requests; it ends once no front has any there."""
+
+    replica: int
+
+
 class EngineEnded(msgspec.Struct, tag=True):
     replica: int
     why: str
@@ -132,18 +138,26 @@ class EngineEnded(msgspec.Struct, tag=True):
 # --- front to parent ---
 
 
-class FrontReady(msgspec.Struct):
+class FrontReady(msgspec.Struct, tag=True):
     """This front takes requests for this engine; a line on its stdout each time that one is ready."""
 
     replica: int
     engine: Ready
 
 
+class FrontLoad(msgspec.Struct, tag=True):
+    """Every second, where engines come and go with the load."""
+
+    in_flight: dict[int, int]  # sequences of this front's; of each engine that it may send to, or that has some
+
+
 FromFront = Hello | Submit | Abort | Discard | Profile
 FromEngine = Ready | Events | Beat | Profiled
-ToFront = EngineStarted | EngineEnded
+ToFront = EngineStarted | EngineLeaves | EngineEnded
+ToParent = FrontReady | FrontLoad
 
 BEAT_SECONDS = 0.5
+LOAD_SECONDS = 1.0
 
 encode = msgspec.msgpack.Encoder().encode
 decode_from_front = msgspec.msgpack.Decoder(FromFront).decode

@@ -45,9 +45,11 @@ HISTOGRAMS = {
 class _Numbers(Collector):
     def __init__(self, frontend: Frontend, model_name: str) -> None:
         self._frontend, self._model_name = frontend, model_name
+        self._indices: list[int] = []  # of the engines that are shown
 
     def collect(self) -> Iterator[Metric]:
-        engines = self._frontend.engines
+        self._indices = self._frontend.expected
+        engines = [self._frontend.engines[index] for index in self._indices]
         yield from self._of_engines([engine.stats for engine in engines])
         yield from self._of_sequences([engine.measures for engine in engines])
 
@@ -84,7 +86,7 @@ class _Numbers(Collector):
             "Drafted tokens accepted, by place in the draft.",
             labels=[*LABELS, "position"],
         )
-        for engine, each in enumerate(stats):
+        for engine, each in zip(self._indices, stats, strict=True):
             for position, count in enumerate(each.num_accepted_tokens):
                 by_place.add_metric([self._model_name, str(engine), str(position)], count)
         yield by_place
@@ -93,20 +95,20 @@ class _Numbers(Collector):
         ends = CounterMetricFamily(
             PREFIX + "request_success", "Sequences that ended, by why.", labels=[*LABELS, "finished_reason"]
         )
-        for engine, each in enumerate(measures):
+        for engine, each in zip(self._indices, measures, strict=True):
             for reason, count in each.request_success.items():
                 ends.add_metric([self._model_name, str(engine), reason], count)
         yield ends
         for name, text in HISTOGRAMS.items():
             shown = HistogramMetricFamily(PREFIX + name, text, labels=LABELS)
-            for engine, each in enumerate(measures):
+            for engine, each in zip(self._indices, measures, strict=True):
                 histogram: Histogram = getattr(each, name)
                 filled = zip([*map(str, histogram.bounds), "+Inf"], accumulate(histogram.counts), strict=True)
                 shown.add_metric([self._model_name, str(engine)], [*filled], histogram.total)
             yield shown
 
     def _filled(self, family: CounterMetricFamily | GaugeMetricFamily, values: Sequence[float]) -> Metric:
-        for engine, value in enumerate(values):
+        for engine, value in zip(self._indices, values, strict=True):
             family.add_metric([self._model_name, str(engine)], value)
         return family
 

@@ -46,8 +46,9 @@ def operation_router(frontend: Frontend, *, may_profile: bool) -> APIRouter:
     async def health() -> Response:
         """200 while an engine makes progress; their numbers with it."""
         is_healthy = frontend.is_healthy
-        together = EngineStats.together([engine.stats for engine in frontend.engines])
-        replicas = [_health(engine.is_healthy, engine.stats) for engine in frontend.engines]
+        engines = [frontend.engines[index] for index in frontend.expected]
+        together = EngineStats.together([engine.stats for engine in engines])
+        replicas = [_health(engine.is_healthy, engine.stats) for engine in engines]
         body: Health = {**_health(is_healthy, together), "replicas": replicas}
         return json_response(body, 200 if is_healthy else 503)
 

@@ -31,16 +31,20 @@ from slipstream.serve.local_engines import (
     tell,
 )
 from slipstream.serve.messages import (
+    LOAD_SECONDS,
     EngineEnded,
+    EngineLeaves,
     EngineSetup,
     EngineStarted,
     FrontGone,
-    FrontReady,
+    FrontLoad,
     FrontSetup,
     Ready,
     ToFront,
-)  # fmt: skip
+    ToParent,
+)
 from slipstream.serve.ray_engines import RayEngines
+from slipstream.serve.scaling import Scaling
 from slipstream.serve.service_manager import tell_service_manager
 
 RESTART_SECONDS = (0.0, 1.0, 5.0, 15.0, 30.0)  # between a death and the next start, by how many there were in a row
@@ -98,6 +102,8 @@ class _Replica:
     engine: RunningEngine | None = None
     is_ready: bool = False
     was_ready: asyncio.Event = field(default_factory=asyncio.Event)  # ever
+    is_wanted: asyncio.Event = field(default_factory=asyncio.Event)
+    left_at: float | None = None  # since when fronts are told to send nothing there, so that it can end
 
 
 class Supervisor:
@@ -110,13 +116,22 @@ class Supervisor:
         self._replicas = [_Replica(index) for index in range(config.num_engines)]
         self._fronts: dict[str, Process] = {}
         self._ready: set[tuple[str, int]] = set()  # which front has said so of which engine
+        self._loads: dict[str, tuple[float, FrontLoad]] = {}  # the last of each front, and when it came
+        self._max_batch_size = 1  # of an engine, from when one is ready
         self._has_started = self._is_closing = False
 
     def start(self) -> Sequence[asyncio.Task[None]]:
         """Tasks that end when the server is closed, or cannot be started."""
-        engines = [self._keep_engine(replica) for replica in self._replicas]
-        fronts = [self._keep_front() for _ in range(self._config.num_fronts)]
-        return [asyncio.create_task(keeper) for keeper in (*engines, *fronts)]
+        config = self._config
+        staying = [*self._replicas[: config.replicas], *self._replicas[config.most_replicas :]]
+        for replica in staying:
+            replica.is_wanted.set()
+        self._ready_at_start = config.num_fronts * len(staying)
+        keepers = [self._keep_engine(replica) for replica in self._replicas]
+        keepers += [self._keep_front() for _ in range(config.num_fronts)]
+        if config.most_replicas > config.replicas:
+            keepers.append(self._scale())
+        return [asyncio.create_task(keeper) for keeper in keepers]
 
     async def close(self) -> None:
         """Fronts finish what they have, or what drain_timeout lets them; the engines end after them."""
@@ -136,9 +151,13 @@ class Supervisor:
             await self._replicas[0].was_ready.wait()
         num_deaths = 0
         while not self._is_closing:
+            await replica.is_wanted.wait()
             why = await self._live_once(replica)
             if self._is_closing:
                 return
+            if not replica.is_wanted.is_set():
+                num_deaths, replica.left_at = 0, None
+                continue
             if not self._has_started:
                 raise StartFailed(f"The engine could not be started ({why}).")
             num_deaths = 1 if replica.is_ready else num_deaths + 1  # in a row, of such as were never ready
@@ -168,6 +187,48 @@ class Supervisor:
         if replica.engine is not None:
             await replica.engine.end(replica.is_ready)
 
+    # --- more engines, and fewer ---
+
+    async def _scale(self) -> None:
+        """One at a time, while all others take requests."""
+        config, loop = self._config, asyncio.get_running_loop()
+        scaling = Scaling(config.replicas, config.most_replicas, config.upscale_delay, config.downscale_delay)
+        replicas = self._replicas[: config.most_replicas]
+        while True:
+            await asyncio.sleep(LOAD_SECONDS)
+            leaving = [replica for replica in replicas if replica.left_at is not None]
+            await asyncio.gather(*(self._end_engine(replica) for replica in leaving if self._is_left(replica)))
+            there = [replica for replica in replicas if replica.is_wanted.is_set()]
+            if leaving or not self._has_started or not all(replica.is_ready for replica in there):
+                continue
+            num_sequences = sum(sum(load.in_flight.values()) for _, load in self._loads.values())
+            change = scaling.change(loop.time(), num_sequences, len(there), self._max_batch_size)
+            if change:
+                self._say_scaled(change, num_sequences, len(there))
+            if change > 0:
+                next(replica for replica in replicas if not replica.is_wanted.is_set()).is_wanted.set()
+            if change < 0:
+                last = there[-1]
+                last.is_wanted.clear()
+                last.left_at = loop.time()
+                self._tell_fronts(EngineLeaves(last.index))
+
+    def _is_left(self, replica: _Replica) -> bool:
+        """No front has anything there, or will: each has said so since it was told."""
+        assert replica.left_at is not None
+        said = [self._loads.get(name) for name in self._fronts]
+        return all(
+            each is not None and each[0] > replica.left_at and replica.index not in each[1].in_flight for each in said
+        )
+
+    def _say_scaled(self, change: int, num_sequences: int, num_engines: int) -> None:
+        what = "one more engine is started" if change > 0 else "one engine ends"
+        at_once = num_engines * self._max_batch_size
+        print(
+            f"note: {what}; {num_sequences} sequences are in flight, and {at_once} run at a time.",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
     # --- fronts ---
 
     async def _keep_front(self) -> None:
@@ -179,11 +240,12 @@ class Supervisor:
                 "slipstream.serve.front_process", setup, stdout=PIPE, limit=LONGEST_LINE, pass_fds=[setup.listener]
             )
             for replica in self._replicas:
-                if replica.engine is not None:
+                if replica.engine is not None and replica.is_wanted.is_set():
                     tell(front, EngineStarted(replica.index, replica.engine.address))
             was_ready = await self._listen_to(name, front)
             why = ending(await front.wait())
             del self._fronts[name]
+            self._loads.pop(name, None)
             self._ready = {(front_name, index) for front_name, index in self._ready if front_name != name}
             for replica in self._replicas:
                 if replica.engine is not None:
@@ -197,17 +259,21 @@ class Supervisor:
             await asyncio.sleep(_pause(num_deaths))
 
     async def _listen_to(self, name: str, front: Process) -> bool:
-        """A front says what an engine is, each time that one is ready. Returns whether it ever did."""
+        """A front says what an engine is, each time that one is ready, and its load. Returns whether it ever did."""
         assert front.stdout is not None
         was_ready = False
         async for line in front.stdout:
+            said = msgspec.json.decode(line, type=ToParent)
+            if isinstance(said, FrontLoad):
+                self._loads[name] = asyncio.get_running_loop().time(), said
+                continue
             was_ready = True
-            said = msgspec.json.decode(line, type=FrontReady)
+            self._max_batch_size = said.engine.runtime.max_batch_size
             replica = self._replicas[said.replica]
             replica.is_ready = True
             replica.was_ready.set()
             self._ready.add((name, said.replica))
-            if not self._has_started and len(self._ready) == self._config.num_fronts * len(self._replicas):
+            if not self._has_started and len(self._ready) == self._ready_at_start:
                 self._has_started = True
                 self._on_ready(said.engine, _url(self._config, self._listener))
                 tell_service_manager("READY=1")
