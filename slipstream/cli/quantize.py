@@ -74,7 +74,7 @@ def quantize(
     if export_format not in ("slipstream", "hf"):
         raise UsageError(f"--export_format is {export_format!r}; it must be slipstream or hf.")
     from slipstream.build.cache import device_for
-    from slipstream.quantize.apply import Settings
+    from slipstream.quantize.apply import Result, Settings
     from slipstream.quantize.apply import quantize as quantize_model
     from slipstream.quantize.names import DEFAULT_EXCLUDE
     from slipstream.quantize.report import report_of, rows_of, write_report
@@ -104,13 +104,15 @@ def quantize(
         )
         return used[0]
 
+    def describe(folder: Path, result: Result) -> None:
+        write_report(folder, report_of(model_dir, result, settings, used[0]), human_bytes)
+
     with progress_bar() as progress:
         result = quantize_model(
             model_dir, output_dir, texts_of, settings, dtype=dtype, export_format=export_format,
-            device=device_for(device), progress=progress,
+            device=device_for(device), progress=progress, describe=describe,
         )  # fmt: skip
     report = report_of(model_dir, result, settings, used[0])
-    write_report(Path(output_dir), report, human_bytes)
     print_table(f"{output_dir}: {qformat}", (), rows_of(report, human_bytes))
 
 

@@ -1,5 +1,6 @@
 """quantize(): a model in, a checkpoint out, a decoder block at a time; what a killed run has done is not done again."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -116,6 +117,12 @@ class WorkFolder:
         changed = {name: file.read(name) for name in file.names() if name not in hidden}
         kv_amax = file.read("kv_amax") if "kv_amax" in file.names() else None
         return Quantized(parts, formats, changed, kv_amax)
+
+    def new_folder(self) -> Path:
+        """For all of it together, until that is whole."""
+        folder = self.path / "made"
+        shutil.rmtree(folder, ignore_errors=True)
+        return folder
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -252,11 +259,13 @@ def quantize(
     export_format: str = "slipstream",
     device: torch.device = CPU,
     progress: Progress = lambda stage, done, total: None,
+    describe: Callable[[Path, Result], None] = lambda folder, result: None,
 ) -> Result:
     """Write a model as a quantized checkpoint. Raises ModelError for what cannot be.
 
     texts_of: what to calibrate with and to judge by, for the model that was opened.
     export_format: slipstream, or hf for a Hugging Face folder.
+    describe: writes what is to lie beside the weights.
     """
     output = Path(output_dir)
     source = resolve(model)
@@ -293,13 +302,30 @@ def quantize(
         written += num_bytes
         progress("convert", written, total)
 
+    whole = work.new_folder()
     if export_format == "hf":
-        save_hugging_face(made, output, count, expected=qformat.layout)
+        save_hugging_face(made, whole, count, expected=qformat.layout)
     else:
-        made.save(output, count)
+        made.save(whole, count)
     made.close()
+    describe(whole, result)
+    _put(whole, output)
     work.remove()
     return result
+
+
+def _put(whole: Path, output: Path) -> None:
+    """All at once; or over the checkpoint that was there, whose own files go, and config.json comes last."""
+    with contextlib.suppress(OSError):  # it is not empty, or on another disk
+        whole.rename(output)
+        return
+    output.mkdir(exist_ok=True)
+    (output / "config.json").unlink(missing_ok=True)
+    for path in sorted(whole.iterdir(), key=lambda path: path.name == "config.json"):
+        there = output / path.name
+        if there.is_dir():
+            shutil.rmtree(there)
+        shutil.move(path, there)
 
 
 def _check_skipped(settings: Settings, num_layers: int) -> None:

@@ -164,6 +164,47 @@ def test_a_process_that_is_killed_leaves_what_it_has_done(model: Path, tmp_path:
     assert first == second
 
 
+KILLED_WRITING = """
+import os, signal, sys
+from slipstream.quantize import apply
+from tests.quantize.test_apply import texts_of
+
+def progress(stage, done, total):
+    if stage == "convert":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+settings = apply.Settings(qformat="int8_wo")
+apply.quantize(sys.argv[1], sys.argv[2], texts_of, settings, export_format=sys.argv[3], progress=progress)
+"""
+
+
+@pytest.mark.parametrize("export_format", ["slipstream", "hf"])
+def test_a_process_that_is_killed_while_it_writes_the_result(
+    export_format: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", KILLED_WRITING, str(model), str(tmp_path / "made"), export_format]
+    assert subprocess.run(command, timeout=300).returncode == -signal.SIGKILL
+    assert not (tmp_path / "made").exists() and list((tmp_path / "made.partial" / "made").iterdir())
+    settings = Settings(qformat="int8_wo")
+    quantize(model, tmp_path / "whole", texts_of, settings, export_format=export_format)
+    monkeypatch.setattr(apply.BlockQuantizer, "run", None)  # nothing is quantized again
+    (tmp_path / "made").mkdir()  # an empty folder is as good as none
+    quantize(model, tmp_path / "made", texts_of, settings, export_format=export_format)
+    first, second = (sorted((tmp_path / name).rglob("*")) for name in ("made", "whole"))
+    assert [path.name for path in first] == [path.name for path in second]
+    for one, other in zip(first, second, strict=True):
+        assert one.is_dir() or one.read_bytes() == other.read_bytes(), one
+    assert not (tmp_path / "made.partial").exists()
+
+
+def test_an_older_checkpoint_is_written_over(model: Path, tmp_path: Path) -> None:
+    for qformat in ("int8_wo", "int4_wo"):
+        quantize(model, tmp_path / "made", texts_of, Settings(qformat=qformat, group_size=32))
+        (tmp_path / "made" / "notes.txt").write_text("the user's own")
+    assert open_checkpoint(resolve(tmp_path / "made")).formats["layers.0.mlp.down_proj.weight"].kind == "w4a16"
+    assert (tmp_path / "made" / "notes.txt").is_file() and not (tmp_path / "made.partial").exists()
+
+
 def test_a_folder_of_hugging_face_loads_in_transformers(model: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -176,7 +217,12 @@ def test_a_folder_of_hugging_face_loads_in_transformers(model: Path, tmp_path: P
     again = open_checkpoint(resolve(tmp_path / "theirs"), "float32")
     name = "layers.1.mlp.down_proj.weight"
     torch.testing.assert_close(ours.read(name), again.read(name))
-    assert theirs.isfinite().all()
+    with LLM(tmp_path / "ours", dtype="float32") as llm:
+        asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+        found = llm.generate(texts[0].tolist(), asked).prompt_logprobs or ()
+    said = [each.logprob for each in found if each is not None]
+    expected = theirs[0, :-1].log_softmax(1).gather(1, texts[0, 1:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(said), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_columns_in_the_order_of_their_activations(model: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +15,7 @@ BATCH = 8
 
 def test_one_more_once_batches_have_been_full_for_a_while() -> None:
     scaling = Scaling(1, 3, up_seconds=10, down_seconds=60)
-    assert [scaling.change(now, 8, 1, BATCH) for now in range(0, 12)] == [0] * 10 + [1, 0]
+    assert [scaling.change(now, 8, 1, BATCH) for now in range(12)] == [0] * 10 + [1, 0]
     assert scaling.change(15, 7, 1, BATCH) == 0  # there is room again, so that it begins anew
     assert [scaling.change(now, 8, 1, BATCH) for now in (16, 25, 26)] == [0, 0, 1]
     assert scaling.change(99, 99, 3, BATCH) == scaling.change(200, 99, 3, BATCH) == 0  # there are no more
