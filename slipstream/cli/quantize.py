@@ -104,15 +104,17 @@ def quantize(
         )
         return used[0]
 
+    where = device_for(device)
+
     def describe(folder: Path, result: Result) -> None:
-        write_report(folder, report_of(model_dir, result, settings, used[0]), human_bytes)
+        write_report(folder, report_of(model_dir, result, settings, used[0], where), human_bytes)
 
     with progress_bar() as progress:
         result = quantize_model(
             model_dir, output_dir, texts_of, settings, dtype=dtype, export_format=export_format,
-            device=device_for(device), progress=progress, describe=describe,
+            device=where, progress=progress, describe=describe,
         )  # fmt: skip
-    report = report_of(model_dir, result, settings, used[0])
+    report = report_of(model_dir, result, settings, used[0], where)
     print_table(f"{output_dir}: {qformat}", (), rows_of(report, human_bytes))
 
 

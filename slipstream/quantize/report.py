@@ -6,8 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slipstream import __version__
 from slipstream.errors import ModelError
+from slipstream.kernels.registry import known_ops
 from slipstream.quantize.apply import Result, Settings
 from slipstream.quantize.qformats import qformat_of
 from slipstream.quantize.texts import Texts
@@ -15,7 +18,8 @@ from slipstream.quantize.texts import Texts
 REPORT_FILE, CARD_FILE = "quantization_report.json", "README.md"
 
 
-def report_of(name: str, result: Result, settings: Settings, texts: Texts) -> dict[str, Any]:
+def report_of(name: str, result: Result, settings: Settings, texts: Texts, device: torch.device) -> dict[str, Any]:
+    """device: that the numbers were found on, and where they are taken to run."""
     num_calibration, length = texts.calibration.shape
     return {
         "model": name,
@@ -24,18 +28,28 @@ def report_of(name: str, result: Result, settings: Settings, texts: Texts) -> di
         "text": {"calibration": num_calibration, "length": length, "digest": texts.digest},
         "bytes": result.num_bytes,
         "formats": result.num_by_kind,
+        "device": device.type,
+        "widened": [kind for kind in result.num_by_kind if _is_widened(kind, device)],
         "reference_bytes": result.reference_num_bytes,
         "quality": result.quality.summary(),
     }
+
+
+def _is_widened(kind: str, device: torch.device) -> bool:
+    """No kernel here multiplies such numbers as they are: each product makes others of the whole weight first."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return [*known_ops()[f"linear_{kind}"].candidates(device, dtype)] == ["reference"]
 
 
 def rows_of(report: dict[str, Any], human_bytes: Any) -> Sequence[tuple[str, str]]:
     """What a reader wants to know, a line each."""
     title = qformat_of(report["settings"]["qformat"]).title
     kinds = ", ".join(f"{kind} ({count})" for kind, count in report["formats"].items())
+    widened = ", ".join(report["widened"])
     return (
         ("format", title),
         ("weights by format", kinds),
+        *([("slow here", f"no kernel of a {report['device']} multiplies {widened} as it is")] if widened else ()),
         size_row(report, human_bytes),
         *quality_rows(report["quality"]),
     )

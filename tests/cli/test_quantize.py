@@ -41,6 +41,19 @@ def test_a_checkpoint_with_its_report(call: Call, model: Path, tmp_path: Path) -
     assert answer.code == 0, answer.err
 
 
+@pytest.mark.parametrize(("qformat", "is_slow"), [("fp8", True), ("int8_wo", False)])
+def test_the_report_says_what_no_kernel_here_multiplies(
+    qformat: str, is_slow: bool, call: Call, model: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    done = call("quantize", "--model_dir", str(model), "--output_dir", str(made), "--qformat", qformat, *SHORT)
+    assert done.code == 0, done.err
+    for shown in (done.out, (made / "README.md").read_text()):
+        assert ("slow here" in shown) == is_slow
+    report = json.loads((made / "quantization_report.json").read_text())
+    assert report["device"] == "cpu" and report["widened"] == (["fp8"] if is_slow else [])
+
+
 @pytest.mark.parametrize("export", ["slipstream", "hf"])
 def test_the_same_seed_gives_the_same_bytes(call: Call, model: Path, tmp_path: Path, export: str) -> None:
     found = []
