@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from slipstream.build.tune import describe_device
-from slipstream.cli._tables import human_bytes
 from slipstream.engine.folder import CACHE_FILE
 from slipstream.quantize.report import REPORT_FILE
+from slipstream.schema.units import human_bytes
 
 INPUT, OUTPUT, BATCHES = 128, 128, (1, 8)
 ROWS = (

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from slipstream.cli._tables import human_bytes, print_memory_plan, print_ranks, print_table
+from slipstream.cli._tables import print_memory_plan, print_ranks, print_table
+from slipstream.schema.units import human_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from slipstream.schema.units import human_bytes
+
 if TYPE_CHECKING:
     from slipstream.engine.manifest import Manifest
 
@@ -33,15 +35,6 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 def _cell(value: object) -> str:
     return f"{value:,}".replace(",", " ") if isinstance(value, int) else str(value)
-
-
-def human_bytes(count: float) -> str:
-    """ "512 B", "1.5 KiB", "256.6 MiB"."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while count >= 1024 and len(units) > 1:
-        count /= 1024
-        del units[0]
-    return f"{count:.0f} B" if units[0] == "B" else f"{count:.1f} {units[0]}"
 
 
 def print_memory_plan(manifest: "Manifest", more: Iterable[Sequence[object]] = ()) -> None:

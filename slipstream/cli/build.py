@@ -13,10 +13,11 @@ import typer
 from slipstream.cli import _options as options
 from slipstream.cli._drawing import save_drawing
 from slipstream.cli._plan import print_fit, print_plan, this_machine
-from slipstream.cli._tables import human_bytes, print_passes, print_table
+from slipstream.cli._tables import print_passes, print_table
 from slipstream.errors import SlipstreamError, UsageError
 from slipstream.progress import progress_bar
 from slipstream.schema.build import PLUGINS, BuildConfig
+from slipstream.schema.units import human_bytes
 
 if TYPE_CHECKING:
     import torch

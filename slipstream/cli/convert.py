@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from slipstream.cli import _options as options
-from slipstream.cli._tables import human_bytes
 from slipstream.errors import UsageError
 from slipstream.progress import progress_bar
+from slipstream.schema.units import human_bytes
 
 
 def convert(

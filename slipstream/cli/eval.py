@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slipstream.cli import _options as options
-from slipstream.cli._tables import human_bytes, print_table
-from slipstream.cli._texts import HELD_OUT, texts_for
+from slipstream.cli._tables import print_table
 from slipstream.errors import UsageError
 from slipstream.progress import progress_bar
+from slipstream.quantize import HELD_OUT
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def eval(
     found: dict[str, Any] = {"model": model_dir}
     if reference_dir is not None:
         found |= _compare(model_dir, reference_dir, eval_dataset, eval_size, max_seq_length, random_seed, where)
-        rows = size_row(found, human_bytes), *quality_rows(found["quality"])
+        rows = size_row(found), *quality_rows(found["quality"])
         print_table(f"{model_dir} beside {reference_dir}", (), rows)
     if opened is not None:
         models = [each for each in (model_dir, reference_dir) if each is not None]
@@ -85,6 +85,7 @@ def _compare(
 ) -> dict[str, Any]:
     from slipstream.checkpoint import open_checkpoint, resolve
     from slipstream.quantize.compare import compare
+    from slipstream.quantize.texts import texts_for
 
     model, reference = (open_checkpoint(resolve(each)) for each in (model_dir, reference_dir))
     texts = texts_for(reference, dataset, num_calibration=0, num_held_out=size, length=length, seed=seed)

@@ -11,8 +11,9 @@ import typer
 from slipstream.cli import _options as options
 from slipstream.cli._drawing import save_drawing
 from slipstream.cli._engine import engine_folder
-from slipstream.cli._tables import human_bytes, print_memory_plan, print_passes, print_ranks, print_table
+from slipstream.cli._tables import print_memory_plan, print_passes, print_ranks, print_table
 from slipstream.errors import CapacityError, UsageError
+from slipstream.schema.units import human_bytes
 
 if TYPE_CHECKING:
     import torch

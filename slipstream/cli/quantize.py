@@ -1,19 +1,14 @@
 """slipstream quantize: a model's weights in fewer bits, and what that costs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from slipstream.cli import _options as options
-from slipstream.cli._tables import human_bytes, print_table
-from slipstream.cli._texts import texts_for
+from slipstream.cli._tables import print_table
 from slipstream.errors import UsageError
 from slipstream.progress import progress_bar
-
-if TYPE_CHECKING:
-    from slipstream.checkpoint.folder import Checkpoint
-    from slipstream.quantize.texts import Texts
 
 
 def quantize(
@@ -73,49 +68,33 @@ def quantize(
         raise UsageError("--output_dir is empty; give a folder, such as checkpoints/mine.")
     if export_format not in ("slipstream", "hf"):
         raise UsageError(f"--export_format is {export_format!r}; it must be slipstream or hf.")
-    from slipstream.build.cache import device_for
-    from slipstream.quantize.apply import Result, Settings
-    from slipstream.quantize.apply import quantize as quantize_model
+    from slipstream.quantize import quantize as quantize_model
+    from slipstream.quantize.apply import Settings
     from slipstream.quantize.names import DEFAULT_EXCLUDE
-    from slipstream.quantize.report import report_of, rows_of, write_report
+    from slipstream.quantize.report import rows_of
 
-    settings = Settings(
-        qformat=qformat,
-        kv_cache_dtype=kv_cache_dtype,
-        kv_skip_layers=_layers(kv_cache_dtype_skip_layers),
-        group_size=128 if awq_block_size is None else awq_block_size,
-        exclude=(*DEFAULT_EXCLUDE, *(exclude_modules or ())),
-        desc_act=desc_act,
-        bits=auto_quantize_bits,
-        seed=random_seed,
-    )
-    if awq_block_size is not None and not settings.method.chooses_groups:
+    settings: dict[str, Any] = {
+        "qformat": qformat,
+        "kv_cache_dtype": kv_cache_dtype,
+        "kv_skip_layers": _layers(kv_cache_dtype_skip_layers),
+        "group_size": 128 if awq_block_size is None else awq_block_size,
+        "exclude": (*DEFAULT_EXCLUDE, *(exclude_modules or ())),
+        "desc_act": desc_act,
+        "bits": auto_quantize_bits,
+        "seed": random_seed,
+    }
+    if awq_block_size is not None and not Settings(**settings).method.chooses_groups:
         raise UsageError(
             f"--awq_block_size is of int4 formats and w4a8_awq; leave it out with --qformat {qformat}, or give "
             "int4_awq."
         )
-    used: list[Texts] = []
-
-    def texts_of(checkpoint: "Checkpoint") -> "Texts":
-        used.append(
-            texts_for(
-                checkpoint, calib_dataset, num_calibration=calib_size, length=calib_max_seq_length, seed=random_seed
-            )
-        )
-        return used[0]
-
-    where = device_for(device)
-
-    def describe(folder: Path, result: Result) -> None:
-        write_report(folder, report_of(model_dir, result, settings, used[0], where), human_bytes)
-
     with progress_bar() as progress:
-        result = quantize_model(
-            model_dir, output_dir, texts_of, settings, dtype=dtype, export_format=export_format,
-            device=where, progress=progress, describe=describe,
+        report = quantize_model(
+            model_dir, output_dir, calib_size=calib_size, calib_dataset=calib_dataset,
+            calib_max_seq_length=calib_max_seq_length, dtype=dtype, export_format=export_format, device=device,
+            progress=progress, **settings,
         )  # fmt: skip
-    report = report_of(model_dir, result, settings, used[0], where)
-    print_table(f"{output_dir}: {qformat}", (), rows_of(report, human_bytes))
+    print_table(f"{output_dir}: {qformat}", (), rows_of(report))
 
 
 def _layers(listed: str) -> tuple[int, ...]:

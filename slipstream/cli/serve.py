@@ -12,9 +12,9 @@ import typer
 from slipstream.cli import _options as options
 from slipstream.cli._config_file import effective_values, use_config_file
 from slipstream.cli._prompts import read_text
-from slipstream.cli._tables import human_bytes
 from slipstream.errors import UsageError
 from slipstream.schema.launch import Launch
+from slipstream.schema.units import human_bytes
 from slipstream.text.tools import answer_format
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""quantize(): a model in, a checkpoint out, a decoder block at a time; what a killed run has done is not done again."""
+"""quantize_model(): a model in, a checkpoint out, a decoder block at a time; a killed run does nothing twice."""
 
 import contextlib
 import hashlib
@@ -249,7 +249,7 @@ class Quantization:
         return roundings
 
 
-def quantize(
+def quantize_model(
     model: str | Path,
     output_dir: str | Path,
     texts_of: Callable[[Checkpoint], Texts],

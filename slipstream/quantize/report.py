@@ -14,6 +14,7 @@ from slipstream.kernels.registry import known_ops
 from slipstream.quantize.apply import Result, Settings
 from slipstream.quantize.qformats import qformat_of
 from slipstream.quantize.texts import Texts
+from slipstream.schema.units import human_bytes
 
 REPORT_FILE, CARD_FILE = "quantization_report.json", "README.md"
 
@@ -41,7 +42,7 @@ def _is_widened(kind: str, device: torch.device) -> bool:
     return [*known_ops()[f"linear_{kind}"].candidates(device, dtype)] == ["reference"]
 
 
-def rows_of(report: dict[str, Any], human_bytes: Any) -> Sequence[tuple[str, str]]:
+def rows_of(report: dict[str, Any]) -> Sequence[tuple[str, str]]:
     """What a reader wants to know, a line each."""
     title = qformat_of(report["settings"]["qformat"]).title
     kinds = ", ".join(f"{kind} ({count})" for kind, count in report["formats"].items())
@@ -50,12 +51,12 @@ def rows_of(report: dict[str, Any], human_bytes: Any) -> Sequence[tuple[str, str
         ("format", title),
         ("weights by format", kinds),
         *([("slow here", f"no kernel of a {report['device']} multiplies {widened} as it is")] if widened else ()),
-        size_row(report, human_bytes),
+        size_row(report),
         *quality_rows(report["quality"]),
     )
 
 
-def size_row(report: dict[str, Any], human_bytes: Any) -> tuple[str, str]:
+def size_row(report: dict[str, Any]) -> tuple[str, str]:
     size, reference = report["bytes"], report["reference_bytes"]
     return "size", f"{human_bytes(reference)} → {human_bytes(size)} ({100 * size / reference:.0f} %)"
 
@@ -76,10 +77,10 @@ def quality_rows(quality: dict[str, Any]) -> Sequence[tuple[str, str]]:
     )
 
 
-def write_report(folder: Path, report: dict[str, Any], human_bytes: Any) -> None:
+def write_report(folder: Path, report: dict[str, Any]) -> None:
     write_json(folder / REPORT_FILE, report)
     lines = [f"# {report['model']}, {report['settings']['qformat']}", "", "| | |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in rows_of(report, human_bytes)]
+    lines += [f"| {name} | {value} |" for name, value in rows_of(report)]
     lines += ["", f"Quantized by Slipstream {report['slipstream']}; all numbers are in {REPORT_FILE}.", ""]
     (folder / CARD_FILE).write_text("\n".join(lines))
 

@@ -8,6 +8,7 @@ was used is in each report.
 import hashlib
 import random
 import sysconfig
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from slipstream.checkpoint.folder import Checkpoint
 from slipstream.errors import ModelError
+from slipstream.quantize import HELD_OUT
+from slipstream.text.tokenizer import Tokenizer
 
 CODE = ("ast", "asyncio/base_events", "collections/__init__", "dataclasses", "datetime", "decimal", "email/message",
         "functools", "heapq", "http/client", "inspect", "json/decoder", "logging/__init__", "pathlib", "random",
@@ -30,6 +34,21 @@ class Texts:
     calibration: Tensor
     held_out: Tensor
     digest: str  # of the text and of how it was cut
+
+
+def texts_for(
+    checkpoint: Checkpoint, dataset: Path | None, *, num_calibration: int, num_held_out: int = HELD_OUT, length: int,
+    seed: int,
+) -> Texts:  # fmt: skip
+    """As tokens of a model. dataset: a .txt or .jsonl file; None: what Python brings along."""
+    found = built_in() if dataset is None else of_file(dataset)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.write_tokenizer(Path(folder))
+        encode = Tokenizer.open(Path(folder)).encode
+    length = min(length, checkpoint.config.longest_seq_len)
+    made = cut(found, encode, num_calibration=num_calibration, num_held_out=num_held_out, length=length, seed=seed)
+    check_vocabulary(made, checkpoint.config.vocab_size, checkpoint.name)
+    return made
 
 
 def built_in() -> list[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from slipstream.checkpoint.random import write_random_model
-from slipstream.cli._tables import human_bytes
 from slipstream.models import llama
+from slipstream.schema.units import human_bytes
 from tests.checkpoint.tensorrt_llm import write_as_tensorrt_llm
 from tests.cli.conftest import Call
 

@@ -11,7 +11,7 @@ import torch
 from slipstream import LLM
 from slipstream.checkpoint.random import write_random_model
 from slipstream.models import llama, qwen3_moe
-from slipstream.quantize.apply import Settings, quantize
+from slipstream.quantize.apply import Settings, quantize_model
 from slipstream.quantize.qformats import QFORMATS
 from tests.quantize.test_apply import GREEDY, texts_of
 
@@ -29,7 +29,7 @@ def test_quality_is_that_of_the_cpu(case: str, model: object, tmp_path: Path) ->
     write_random_model(tmp_path / "model", model.TINY)  # type: ignore[attr-defined]
     kl = {}
     for device in ("cpu", "cuda"):
-        result = quantize(
+        result = quantize_model(
             tmp_path / "model", tmp_path / device, texts_of, CASES[case], dtype="float32", device=torch.device(device)
         )
         kl[device] = result.quality.summary()["kl_nats"]

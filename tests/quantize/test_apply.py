@@ -18,7 +18,7 @@ from slipstream.errors import CapacityError, ModelError, UnsupportedModel
 from slipstream.kernels.linear.parts import dense_weight
 from slipstream.models import gemma2, llama, qwen3_moe
 from slipstream.quantize import apply
-from slipstream.quantize.apply import Settings, quantize
+from slipstream.quantize.apply import Settings, quantize_model
 from slipstream.quantize.compare import compare
 from slipstream.quantize.qformats import QFORMATS
 from slipstream.quantize.texts import Texts
@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("qformat", [name for name in QFORMATS if name != "full_prec"])
 def test_what_is_written_runs(model: Path, qformat: str, tmp_path: Path) -> None:
     """The quality that was printed is the engine's: its tokens are those of the numbers in the checkpoint."""
-    result = quantize(model, tmp_path / "made", texts_of, Settings(qformat=qformat, group_size=32))
+    result = quantize_model(model, tmp_path / "made", texts_of, Settings(qformat=qformat, group_size=32))
     summary = result.quality.summary()
     assert result.num_bytes < 0.75 * result.reference_num_bytes
     assert 0 < summary["kl_nats"] < 0.5
@@ -61,13 +61,13 @@ def test_what_is_written_runs(model: Path, qformat: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("qformat", ["int4_awq", "int8_sq", "int4_gptq"])
 def test_other_architectures(architecture: object, qformat: str, tmp_path: Path) -> None:
     write_random_model(tmp_path / "model", architecture.TINY)  # type: ignore[attr-defined]
-    result = quantize(tmp_path / "model", tmp_path / "made", texts_of, Settings(qformat=qformat, group_size=32))
+    result = quantize_model(tmp_path / "model", tmp_path / "made", texts_of, Settings(qformat=qformat, group_size=32))
     assert 0 < result.quality.summary()["kl_nats"] < 0.5
 
 
 def test_scales_that_move_leave_the_model_as_it_was(model: Path, tmp_path: Path) -> None:
     """What AWQ takes from a column of a weight, the norm before it gives."""
-    quantize(model, tmp_path / "made", texts_of, Settings(qformat="int4_awq", group_size=32), dtype="float32")
+    quantize_model(model, tmp_path / "made", texts_of, Settings(qformat="int4_awq", group_size=32), dtype="float32")
     before, after = (open_checkpoint(resolve(path), "float32") for path in (model, tmp_path / "made"))
     moved = 0
     for layer in range(before.config.num_layers):
@@ -81,7 +81,7 @@ def test_scales_that_move_leave_the_model_as_it_was(model: Path, tmp_path: Path)
 
 def test_keys_and_values_have_a_scale_a_head(model: Path, tmp_path: Path) -> None:
     settings = Settings(qformat="int8_wo", kv_cache_dtype="int8")
-    quantize(model, tmp_path / "made", texts_of, settings)
+    quantize_model(model, tmp_path / "made", texts_of, settings)
     checkpoint = open_checkpoint(resolve(tmp_path / "made"))
     assert checkpoint.kv_cache.dtype == "int8"
     assert {tuple(scales.shape) for scales in checkpoint.kv_cache.scales.values()} == {(2, 2)}
@@ -91,7 +91,7 @@ def test_keys_and_values_have_a_scale_a_head(model: Path, tmp_path: Path) -> Non
 
 def test_layers_that_are_left_out_of_the_cache_in_8_bits(model: Path, tmp_path: Path) -> None:
     settings = Settings(qformat="full_prec", kv_cache_dtype="int8", kv_skip_layers=(1,))
-    quantize(model, tmp_path / "made", texts_of, settings)
+    quantize_model(model, tmp_path / "made", texts_of, settings)
     checkpoint = open_checkpoint(resolve(tmp_path / "made"))
     assert sorted(checkpoint.kv_cache.scales) == [0, 2]
     checkpoint.close()
@@ -103,7 +103,7 @@ def test_layers_that_are_left_out_of_the_cache_in_8_bits(model: Path, tmp_path: 
     with pytest.raises(CapacityError, match=r"Layers 0, 1, 2 of .* only some of them are left out of the KV cache"):
         LLM(tmp_path / "made", dtype="float32", max_attention_window_size=[16, 256, 256])
     with pytest.raises(UnsupportedModel, match="one dtype for the KV cache of all layers"):
-        quantize(model, tmp_path / "hf", texts_of, settings, export_format="hf")
+        quantize_model(model, tmp_path / "hf", texts_of, settings, export_format="hf")
 
 
 class Killed(BaseException):
@@ -114,7 +114,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Settings(qformat="int4_gptq", group_size=32)
-    quantize(model, tmp_path / "whole", texts_of, settings)
+    quantize_model(model, tmp_path / "whole", texts_of, settings)
     done: list[int] = []
     run = apply.BlockQuantizer.run
 
@@ -126,10 +126,10 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(
 
     monkeypatch.setattr(apply.BlockQuantizer, "run", killed_at_the_third)
     with pytest.raises(Killed):
-        quantize(model, tmp_path / "made", texts_of, settings)
+        quantize_model(model, tmp_path / "made", texts_of, settings)
     assert done == [-1, 0]
     done += [9]
-    quantize(model, tmp_path / "made", texts_of, settings)
+    quantize_model(model, tmp_path / "made", texts_of, settings)
     assert done == [-1, 0, 9, 1, 2, 3]
     first, second = ((tmp_path / name / "rank0.safetensors").read_bytes() for name in ("whole", "made"))
     assert first == second
@@ -147,7 +147,7 @@ def killed_at_the_second_layer(self, index, found):
 
 save, apply.WorkFolder.save = apply.WorkFolder.save, killed_at_the_second_layer
 settings = apply.Settings(qformat="int4_awq", group_size=32, kv_cache_dtype="fp8")
-apply.quantize(sys.argv[1], sys.argv[2], texts_of, settings)
+apply.quantize_model(sys.argv[1], sys.argv[2], texts_of, settings)
 """
 
 
@@ -159,7 +159,7 @@ def test_a_process_that_is_killed_leaves_what_it_has_done(model: Path, tmp_path:
     assert not (tmp_path / "made").exists()
     assert len(list((tmp_path / "made.partial").glob("block-*"))) == 2
     for name in ("made", "whole"):
-        quantize(model, tmp_path / name, texts_of, settings)
+        quantize_model(model, tmp_path / name, texts_of, settings)
     first, second = ((tmp_path / name / "rank0.safetensors").read_bytes() for name in ("made", "whole"))
     assert first == second
 
@@ -174,7 +174,7 @@ def progress(stage, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 
 settings = apply.Settings(qformat="int8_wo")
-apply.quantize(sys.argv[1], sys.argv[2], texts_of, settings, export_format=sys.argv[3], progress=progress)
+apply.quantize_model(sys.argv[1], sys.argv[2], texts_of, settings, export_format=sys.argv[3], progress=progress)
 """
 
 
@@ -186,10 +186,10 @@ def test_a_process_that_is_killed_while_it_writes_the_result(
     assert subprocess.run(command, timeout=300).returncode == -signal.SIGKILL
     assert not (tmp_path / "made").exists() and list((tmp_path / "made.partial" / "made").iterdir())
     settings = Settings(qformat="int8_wo")
-    quantize(model, tmp_path / "whole", texts_of, settings, export_format=export_format)
+    quantize_model(model, tmp_path / "whole", texts_of, settings, export_format=export_format)
     monkeypatch.setattr(apply.BlockQuantizer, "run", None)  # nothing is quantized again
     (tmp_path / "made").mkdir()  # an empty folder is as good as none
-    quantize(model, tmp_path / "made", texts_of, settings, export_format=export_format)
+    quantize_model(model, tmp_path / "made", texts_of, settings, export_format=export_format)
     first, second = (sorted((tmp_path / name).rglob("*")) for name in ("made", "whole"))
     assert [path.name for path in first] == [path.name for path in second]
     for one, other in zip(first, second, strict=True):
@@ -199,7 +199,7 @@ def test_a_process_that_is_killed_while_it_writes_the_result(
 
 def test_an_older_checkpoint_is_written_over(model: Path, tmp_path: Path) -> None:
     for qformat in ("int8_wo", "int4_wo"):
-        quantize(model, tmp_path / "made", texts_of, Settings(qformat=qformat, group_size=32))
+        quantize_model(model, tmp_path / "made", texts_of, Settings(qformat=qformat, group_size=32))
         (tmp_path / "made" / "notes.txt").write_text("the user's own")
     assert open_checkpoint(resolve(tmp_path / "made")).formats["layers.0.mlp.down_proj.weight"].kind == "w4a16"
     assert (tmp_path / "made" / "notes.txt").is_file() and not (tmp_path / "made.partial").exists()
@@ -209,8 +209,8 @@ def test_a_folder_of_hugging_face_loads_in_transformers(model: Path, tmp_path: P
     from transformers import AutoModelForCausalLM
 
     settings = Settings(qformat="int8_wo")
-    quantize(model, tmp_path / "ours", texts_of, settings)
-    quantize(model, tmp_path / "theirs", texts_of, settings, export_format="hf")
+    quantize_model(model, tmp_path / "ours", texts_of, settings)
+    quantize_model(model, tmp_path / "theirs", texts_of, settings, export_format="hf")
     texts = torch.randint(3, 100, (1, 20), generator=torch.Generator().manual_seed(0))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32).eval()(texts).logits
     ours = open_checkpoint(resolve(tmp_path / "ours"), "float32")
@@ -228,8 +228,8 @@ def test_a_folder_of_hugging_face_loads_in_transformers(model: Path, tmp_path: P
 def test_columns_in_the_order_of_their_activations(model: Path, tmp_path: Path) -> None:
     """Products that share an input share its order, so that an engine joins them; GPTQ's layout has it, too."""
     settings = Settings(qformat="int4_gptq", group_size=32, desc_act=True)
-    quantize(model, tmp_path / "made", texts_of, settings)
-    quantize(model, tmp_path / "hf", texts_of, settings, export_format="hf")
+    quantize_model(model, tmp_path / "made", texts_of, settings)
+    quantize_model(model, tmp_path / "hf", texts_of, settings, export_format="hf")
     ours, theirs = (open_checkpoint(resolve(tmp_path / name)) for name in ("made", "hf"))
     attention, mlp = ("layers.0.attention.{}_proj.weight", "layers.0.mlp.{}_proj.weight")
     assert len({ours.formats[attention.format(name)] for name in "qkv"}) == 1
@@ -257,12 +257,14 @@ def test_what_cannot_be_is_refused(model: Path, tmp_path: Path) -> None:
     ]
     for settings, words in cases:
         with pytest.raises(ModelError, match=words):
-            quantize(model, tmp_path / "made", texts_of, settings)
+            quantize_model(model, tmp_path / "made", texts_of, settings)
     with pytest.raises(ModelError, match="needs text to calibrate with"):
-        quantize(model, tmp_path / "made", lambda checkpoint: texts_of(checkpoint, 0), Settings(qformat="int4_awq"))
-    quantize(model, tmp_path / "made", texts_of, Settings(qformat="int8_wo"))
+        quantize_model(
+            model, tmp_path / "made", lambda checkpoint: texts_of(checkpoint, 0), Settings(qformat="int4_awq")
+        )
+    quantize_model(model, tmp_path / "made", texts_of, Settings(qformat="int8_wo"))
     with pytest.raises(ModelError, match="quantized already"):
-        quantize(tmp_path / "made", tmp_path / "again", texts_of, Settings(qformat="int8_wo"))
+        quantize_model(tmp_path / "made", tmp_path / "again", texts_of, Settings(qformat="int8_wo"))
     shutil.copytree(model, tmp_path / "nan")
     checkpoint = open_checkpoint(resolve(model))
     from safetensors.torch import load_file, save_file
@@ -279,7 +281,7 @@ def test_what_cannot_be_is_refused(model: Path, tmp_path: Path) -> None:
         tensors[theirs].flatten()[3] = torch.nan if qformat != "int4_awq" else torch.inf
         save_file(tensors, tmp_path / "nan" / "model.safetensors")
         with pytest.raises(ModelError, match=rf"{ours} has numbers that are NaN or infinite"):
-            quantize(
+            quantize_model(
                 tmp_path / "nan", tmp_path / f"never-{qformat}", texts_of, Settings(qformat=qformat, group_size=32)
             )
 
@@ -287,7 +289,7 @@ def test_what_cannot_be_is_refused(model: Path, tmp_path: Path) -> None:
 def test_a_cache_without_calibration_is_judged_with_the_scales_that_engines_take(model: Path, tmp_path: Path) -> None:
     settings = Settings(qformat="full_prec", kv_cache_dtype="fp8")
     texts = texts_of(open_checkpoint(resolve(model)), 0)
-    found = quantize(model, tmp_path / "made", lambda _: texts, settings, dtype="float32").quality
+    found = quantize_model(model, tmp_path / "made", lambda _: texts, settings, dtype="float32").quality
     made, reference = (open_checkpoint(resolve(path), "float32") for path in (tmp_path / "made", model))
     assert made.kv_cache.dtype == "float8_e4m3fn" and not made.kv_cache.scales
     expected = compare(made, reference, texts.held_out, torch.device("cpu"))
@@ -297,12 +299,12 @@ def test_a_cache_without_calibration_is_judged_with_the_scales_that_engines_take
 def test_what_a_layout_cannot_hold_is_refused_before_anything_is_rounded(tmp_path: Path) -> None:
     write_random_model(tmp_path / "model", llama.TINY | {"intermediate_size": 72})
     with pytest.raises(UnsupportedModel, match=r"down_proj has 72 columns, which NVFP4's .*; give --exclude_modules"):
-        quantize(tmp_path / "model", tmp_path / "made", texts_of, Settings(qformat="nvfp4"), export_format="hf")
+        quantize_model(tmp_path / "model", tmp_path / "made", texts_of, Settings(qformat="nvfp4"), export_format="hf")
     assert not (tmp_path / "made.partial" / "block-0000.safetensors").exists()
 
 
 def test_packed_numbers_are_what_the_report_was_made_of(model: Path, tmp_path: Path) -> None:
-    quantize(model, tmp_path / "made", texts_of, Settings(qformat="int4_wo", group_size=32))
+    quantize_model(model, tmp_path / "made", texts_of, Settings(qformat="int4_wo", group_size=32))
     checkpoint = open_checkpoint(resolve(tmp_path / "made"), "float32")
     name = "layers.0.attention.o_proj.weight"
     parts = {part: checkpoint.read(f"{name}.{part}") for part in ("packed", "scale")}

@@ -10,7 +10,7 @@ from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.checkpoint.random import write_random_model
 from slipstream.errors import ModelError
 from slipstream.models import llama, qwen3_moe
-from slipstream.quantize.apply import Settings, quantize
+from slipstream.quantize.apply import Settings, quantize_model
 from slipstream.quantize.compare import compare
 from tests.quantize.test_apply import texts_of
 
@@ -29,7 +29,7 @@ CASES = [
 @pytest.mark.parametrize(("model", "settings"), CASES, ids=lambda each: getattr(each, "qformat", None))
 def test_what_is_printed_is_what_engines_do(model: object, settings: Settings, tmp_path: Path) -> None:
     write_random_model(tmp_path / "model", model.TINY)  # type: ignore[attr-defined]
-    result = quantize(tmp_path / "model", tmp_path / "made", texts_of, settings, dtype="float32")
+    result = quantize_model(tmp_path / "model", tmp_path / "made", texts_of, settings, dtype="float32")
     made, plain = (open_checkpoint(resolve(tmp_path / name), "float32") for name in ("made", "model"))
     held_out = texts_of(plain).held_out
     found, expected = compare(made, plain, held_out, CPU).summary(), result.quality.summary()

@@ -12,7 +12,7 @@ from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.checkpoint.random import write_random_model
 from slipstream.models import qwen3_moe
 from slipstream.quantize import awq
-from slipstream.quantize.apply import Settings, quantize
+from slipstream.quantize.apply import Settings, quantize_model
 from slipstream.quantize.blocks import BlockQuantizer, Watch
 from slipstream.quantize.names import DEFAULT_EXCLUDE, quantized_names
 from slipstream.quantize.numbers import nearest
@@ -195,7 +195,7 @@ def test_experts_lose_less_than_rounded_to_the_nearest(qformat: str, tmp_path: P
     settings = {name: Settings(qformat=name, group_size=32, exclude=("attention", *DEFAULT_EXCLUDE))
                 for name in ("int4_wo", qformat)}  # fmt: skip
     kl = {
-        name: quantize(
+        name: quantize_model(
             tmp_path / "model", tmp_path / name, lambda _: Texts(ids[4:], ids[:4], ""), each, dtype="float32"
         ).quality.summary()["kl_nats"]
         for name, each in settings.items()

@@ -12,7 +12,7 @@ from slipstream.checkpoint.random import write_random_model
 from slipstream.errors import EngineError, ModelError
 from slipstream.kernels.linear.panels import panel_weight
 from slipstream.models import llama, qwen3_moe
-from slipstream.quantize.apply import Settings, quantize
+from slipstream.quantize.apply import Settings, quantize_model
 from slipstream.quantize.on_load import quantized_on_load
 from slipstream.quantize.stream import captured_graph
 from slipstream.schema.format import WeightFormat
@@ -25,7 +25,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=1
 @pytest.mark.parametrize("qformat", ["fp8", "fp8_block", "int8", "int8_wo", "int4_wo"])
 def test_it_is_what_quantize_writes(model: object, qformat: str, tmp_path: Path) -> None:
     write_random_model(tmp_path / "model", model.TINY)  # type: ignore[attr-defined]
-    quantize(
+    quantize_model(
         tmp_path / "model", tmp_path / "made", lambda checkpoint: texts_of(checkpoint, 0), Settings(qformat=qformat)
     )
     plain, written = (open_checkpoint(resolve(tmp_path / name)) for name in ("model", "made"))
@@ -58,7 +58,7 @@ def test_a_head_that_is_the_embedding_is_rounded_and_both_are_the_same_numbers(t
 
 def test_a_model_is_opened_in_fewer_bits(tmp_path: Path) -> None:
     write_random_model(tmp_path / "model", llama.TINY)
-    quantize(
+    quantize_model(
         tmp_path / "model", tmp_path / "made", lambda checkpoint: texts_of(checkpoint, 0), Settings(qformat="int8_wo")
     )
     outputs = []
@@ -78,7 +78,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         LLM(tmp_path / "model", quantization="int4_awq")
     with pytest.raises(ModelError, match="quantization is 'int3'; when loading it may be"):
         LLM(tmp_path / "model", quantization="int3")
-    quantize(
+    quantize_model(
         tmp_path / "model", tmp_path / "made", lambda checkpoint: texts_of(checkpoint, 0), Settings(qformat="int8_wo")
     )
     with pytest.raises(ModelError, match="quantized already"):

@@ -11,7 +11,7 @@ from slipstream.checkpoint.random import write_random_model
 from slipstream.errors import ModelError
 from slipstream.models import llama, qwen3_moe
 from slipstream.quantize import apply
-from slipstream.quantize.apply import Settings, quantize
+from slipstream.quantize.apply import Settings, quantize_model
 from slipstream.quantize.names import quantized_names
 from slipstream.quantize.search import Unit, _measure, _spend, _units
 from slipstream.quantize.stream import Stream, captured_graph
@@ -45,7 +45,9 @@ def test_bits_are_kept_to_and_help(model: Path, bits: float, tmp_path: Path) -> 
     kl = []
     for name, asked in (("all", None), ("mixed", bits)):
         settings = Settings(qformat="int4_awq", group_size=32, bits=asked)
-        kl.append(quantize(model, tmp_path / name, texts_of, settings, dtype="bfloat16").quality.summary()["kl_nats"])
+        kl.append(
+            quantize_model(model, tmp_path / name, texts_of, settings, dtype="bfloat16").quality.summary()["kl_nats"]
+        )
     checkpoint = open_checkpoint(resolve(tmp_path / "mixed"))
     assert bits - 1.5 < bits_of(checkpoint) <= bits
     assert kl[1] < kl[0]
@@ -72,7 +74,7 @@ def test_each_unit_is_measured_alone(architecture: object, tmp_path: Path) -> No
     for unit in (every[0], every[-1]):
         others = tuple(sorted(names - set(unit.weights)))
         settings = Settings(qformat="int4_wo", group_size=32, exclude=(*others, "lm_head", "router"))
-        result = quantize(tmp_path / "model", tmp_path / unit.weights[0], texts_of, settings)
+        result = quantize_model(tmp_path / "model", tmp_path / unit.weights[0], texts_of, settings)
         assert unit.kl[0] == pytest.approx(result.quality.summary()["kl_nats"], rel=1e-3)
         assert unit.kl[0] > unit.kl[1] > unit.kl[2] == 0
 
@@ -88,16 +90,16 @@ def test_bytes_go_where_they_help_most() -> None:
 
 def test_a_killed_search_is_not_made_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(qformat="int4_wo", group_size=32, bits=6.0)
-    expected = quantize(model, tmp_path / "whole", texts_of, settings)
+    expected = quantize_model(model, tmp_path / "whole", texts_of, settings)
 
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "quantize" and done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(model, tmp_path / "killed", texts_of, settings, progress=stop)
+        quantize_model(model, tmp_path / "killed", texts_of, settings, progress=stop)
     monkeypatch.setattr(apply, "choose_formats", None)  # calling it would fail
-    found = quantize(model, tmp_path / "killed", texts_of, settings)
+    found = quantize_model(model, tmp_path / "killed", texts_of, settings)
     assert found.quality == expected.quality
     weights = [(tmp_path / name / "rank0.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
@@ -114,5 +116,5 @@ def test_what_cannot_be_is_refused(model: Path, tmp_path: Path) -> None:
         (Settings(qformat="int4_wo", bits=5.0), 0, "needs text to measure with"),
     ):
         with pytest.raises(ModelError, match=sentence):
-            quantize(model, tmp_path / "no", lambda checkpoint, size=size: texts_of(checkpoint, size), settings)
+            quantize_model(model, tmp_path / "no", lambda checkpoint, size=size: texts_of(checkpoint, size), settings)
         assert not (tmp_path / "no").exists() and not (tmp_path / "no.partial").exists()

@@ -37,7 +37,16 @@ TABLE: dict[str, tuple[str, ...]] = {
         "schema",
     ),
     # It runs the graph that a build captures, a block at a time.
-    "quantize/*": ("build/capture", "checkpoint", "engine", "models", "kernels", "schema"),
+    "quantize/*": (
+        "build/cache",
+        "build/capture",
+        "checkpoint",
+        "engine",
+        "models",
+        "kernels",
+        "text/tokenizer",
+        "schema",
+    ),
     # A TensorRT-LLM folder may hold a head beside its model.
     "speculative/head_file": ("checkpoint/trtllm", "engine/tensor_file", "engine/bounded_json"),
     "speculative/*/head": ("engine/tensor_file", "engine/bounded_json", "layers", "models", "schema"),

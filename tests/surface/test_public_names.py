@@ -12,6 +12,7 @@ PUBLIC = ["LLM", "CompletionOutput", "Guided", "RequestOutput", "SamplingParams"
 
 STATIONS = {  # not at the root, where the packages `build` and `checkpoint` have these names
     "slipstream.checkpoint": "convert",
+    "slipstream.quantize": "quantize",
     "slipstream.build": "build",
 }
 
