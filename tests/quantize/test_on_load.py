@@ -22,7 +22,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=1
 
 
 @pytest.mark.parametrize("model", [llama, qwen3_moe], ids=["llama", "qwen3_moe"])
-@pytest.mark.parametrize("qformat", ["fp8", "fp8_block", "int8", "int8_wo", "int4_wo"])
+@pytest.mark.parametrize("qformat", ["fp8", "fp8_block", "int8", "int8_wo", "int4_wo", "nvfp4"])
 def test_it_is_what_quantize_writes(model: object, qformat: str, tmp_path: Path) -> None:
     write_random_model(tmp_path / "model", model.TINY)  # type: ignore[attr-defined]
     quantize_model(
