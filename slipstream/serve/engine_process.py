@@ -6,13 +6,12 @@ It ends when its stdin does: whatever happens to the parent that holds the other
 """
 
 import os
-import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -299,8 +298,11 @@ def main() -> None:
         sys.exit(USER_ERROR)
     finally:
         kv_folder.remove()
-    if address.startswith("ipc://"):  # a parent that was killed left its folder
-        shutil.rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)
+    if address.startswith("ipc://"):
+        socket = Path(address.removeprefix("ipc://"))
+        socket.unlink(missing_ok=True)
+        with suppress(OSError):  # others have theirs there; of a parent that was killed the last one removes the folder
+            socket.parent.rmdir()
 
 
 def _serve(address: str, setup: EngineSetup, kv_folder: KVFolder) -> None:
