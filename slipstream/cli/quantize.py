@@ -66,8 +66,6 @@ def quantize(
     """
     if not output_dir:
         raise UsageError("--output_dir is empty; give a folder, such as checkpoints/mine.")
-    if export_format not in ("slipstream", "hf"):
-        raise UsageError(f"--export_format is {export_format!r}; it must be slipstream or hf.")
     from slipstream.quantize import quantize as quantize_model
     from slipstream.quantize.apply import Settings
     from slipstream.quantize.names import DEFAULT_EXCLUDE

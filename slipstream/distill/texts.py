@@ -4,8 +4,8 @@
     {"prompt": [1, 9, …], "answer": [4, …]}    token ids, one text a line
 
 Prompts are given, or the target makes them too: after the opening of a user's turn a chat model says what users say
-(Magpie, arXiv:2406.08464). By itself a small one says much the same again and again, so three of four prompts go on
-from first words that it is given. A model without a chat template goes on from single tokens.
+(Magpie, arXiv:2406.08464). Three of four prompts go on from first words that it is given, so that they are of many
+kinds. A model without a chat template goes on from single tokens.
 """
 
 import json

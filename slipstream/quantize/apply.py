@@ -267,6 +267,8 @@ def quantize_model(
     export_format: slipstream, or hf for a Hugging Face folder.
     describe: writes what is to lie beside the weights.
     """
+    if export_format not in ("slipstream", "hf"):
+        raise ModelError(f"--export_format is {export_format!r}; it must be slipstream or hf.")
     output = Path(output_dir)
     source = resolve(model)
     if source.path.resolve() == output.resolve():
@@ -319,13 +321,16 @@ def _put(whole: Path, output: Path) -> None:
     with contextlib.suppress(OSError):  # it is not empty, or on another disk
         whole.rename(output)
         return
-    output.mkdir(exist_ok=True)
-    (output / "config.json").unlink(missing_ok=True)
-    for path in sorted(whole.iterdir(), key=lambda path: path.name == "config.json"):
-        there = output / path.name
-        if there.is_dir():
-            shutil.rmtree(there)
-        shutil.move(path, there)
+    try:
+        output.mkdir(exist_ok=True)
+        (output / "config.json").unlink(missing_ok=True)
+        for path in sorted(whole.iterdir(), key=lambda path: path.name == "config.json"):
+            there = output / path.name
+            if there.is_dir():
+                shutil.rmtree(there)
+            shutil.move(path, there)
+    except OSError as error:
+        raise ModelError(f"{output} cannot be written ({error.strerror}); give another --output_dir.") from None
 
 
 def _check_skipped(settings: Settings, num_layers: int) -> None:

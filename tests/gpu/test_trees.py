@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from slipstream.checkpoint.random import write_random_model
 from slipstream.kernels.sampling import NOTHING_TO_SAMPLE
@@ -101,12 +100,12 @@ def test_the_same_drafts_are_accepted(device: torch.device, can_branch: bool, da
     slots.append(NO_SLOT)
     num_nodes = data.draw(st.sampled_from((1, 1 + max_len)))
     sizes = torch.tensor([*(data.draw(st.integers(1, num_nodes)) for _ in slots[1:]), 0])
-    rows = functional_starts(sizes)
+    rows = sizes.cumsum(0) - sizes
     # Mostly what was drafted, so that ways are long; NOTHING_TO_SAMPLE among it.
     chosen_R = torch.randint(-1, 2, (int(sizes.sum()),)) + data.draw(st.integers(0, VOCAB - 2))
     if data.draw(st.booleans()):
         for drafts in pair:
-            drafts._token_ids.fill_(data.draw(st.just(3)))
+            drafts._token_ids.fill_(3)
         chosen_R = torch.full_like(chosen_R, 3)
         chosen_R[torch.rand(len(chosen_R)) < 0.2] = NOTHING_TO_SAMPLE
     given_to = [torch.tensor(slots), rows, sizes]
@@ -115,10 +114,6 @@ def test_the_same_drafts_are_accepted(device: torch.device, can_branch: bool, da
     )
     for name, theirs, ours in zip(Accepted._fields, expected, found, strict=True):
         assert torch.equal(ours, theirs), name
-
-
-def functional_starts(sizes: Tensor) -> Tensor:
-    return sizes.cumsum(0) - sizes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])

@@ -121,6 +121,18 @@ def test_a_replica_whose_node_is_lost_takes_its_own_requests_only(cluster: Clust
             reader.leaves = True
 
 
+def test_a_replica_comes_with_the_load_and_gives_its_place_back(cluster: Cluster, patient_engine: Path) -> None:
+    options = ("--ray", "--max_replicas", 2, "--upscale_delay", 1, "--downscale_delay", 2, "--max_batch_size", 2)
+    with serving(patient_engine, *options, *ENDLESS, RAY_ADDRESS=cluster.address) as server:
+        for _ in range(2):  # the second time there has to be room again
+            readers = [Reader(server, number) for number in range(3)]
+            eventually(lambda: statuses(server) == ["ok", "ok"], seconds=START_SECONDS)
+            for reader in readers:
+                reader.leaves = True
+            eventually(lambda: statuses(server) == ["ok"], seconds=60)
+            assert answer(server)
+
+
 def test_a_prompts_kv_goes_from_node_to_node(cluster: Cluster, engine: Path) -> None:
     """Over TCP; without the prefill engine the other one computes the prompt, as on one machine (test_handover.py)."""
     before = set(SHARED_MEMORY.glob("slipstream-*"))
