@@ -25,27 +25,31 @@ from torch import Tensor
 
 from slipstream import LLM
 from slipstream.build import build
-from slipstream.runtime.worker import ending
+from slipstream.runtime.worker.drafts import Drafts
 from slipstream.schema.build import BuildConfig
-from slipstream.speculative.accept import Accepted, accept
+from slipstream.speculative.accept import Accepted
 
 GOALS = {"llama-3.2-1b": 3.55, "llama-3.2-3b": 3.16, "llama-3-8b": 2.63}  # times plain decoding, on a 70B
 
 
-class Coins:
-    """`accept` of chains, told what the target has chosen."""
+def toss_coins(rate: float) -> None:
+    """From now on engines of chains of drafts are told what the target has chosen."""
+    accepted = Drafts.accepted
 
-    def __init__(self, rate: float) -> None:
-        self._rate = rate
-
-    def __call__(self, chosen_SM: Tensor, drafted_SM: Tensor, parents_SM: Tensor, num_nodes_S: Tensor) -> Accepted:
+    def told(
+        drafts: Drafts, slots_S: Tensor, rows_S: Tensor, sizes_S: Tensor, num_nodes: int, chosen_R: Tensor
+    ) -> Accepted:
         # Of the device's own generator: a recorded step goes on where it was.
-        is_right_SM = torch.rand(chosen_SM.shape, device=chosen_SM.device) < self._rate
-        has_draft_SM = torch.arange(1, 1 + chosen_SM.shape[1], device=chosen_SM.device) < num_nodes_S[:, None]
-        next_SM = drafted_SM.roll(-1, 1)
-        other_SM = chosen_SM.where(chosen_SM != next_SM, next_SM ^ 1)
-        said_SM = next_SM.where(is_right_SM, other_SM).where(has_draft_SM, chosen_SM)
-        return accept(said_SM, drafted_SM, parents_SM, num_nodes_S)
+        is_right_SM = torch.rand(len(slots_S), num_nodes, device=chosen_R.device) < rate
+        drafted_SM, _ = drafts.trees(slots_S, num_nodes)
+        nodes_M = torch.arange(num_nodes, device=chosen_R.device)
+        rows_SM = (rows_S[:, None] + nodes_M).clamp(max=len(chosen_R) - 1)
+        chosen_SM, next_SM = chosen_R[rows_SM], drafted_SM.roll(-1, 1)
+        said_SM = next_SM.where(is_right_SM, chosen_SM.where(chosen_SM != next_SM, next_SM ^ 1))
+        said_SM = said_SM.where(1 + nodes_M < sizes_S[:, None], chosen_SM)
+        return accepted(drafts, slots_S, rows_S, sizes_S, num_nodes, chosen_R.index_put((rows_SM,), said_SM))
+
+    Drafts.accepted = told  # type: ignore[assignment]
 
 
 def main() -> None:
@@ -99,7 +103,7 @@ def compare(engines: dict[str, Path], arguments: argparse.Namespace) -> None:
     )
     print(f"| none | 0 | {plain:.1f} | 1 | 1 | | {1e3 / plain:.2f} |", flush=True)
     torch.manual_seed(0)
-    ending.accept = Coins(arguments.acceptance)  # type: ignore[assignment]
+    toss_coins(arguments.acceptance)
     for draft in arguments.drafts:
         for length in arguments.draft_len:
             speculative = {
