@@ -202,7 +202,10 @@ class Data:
         return Batch(self._padded(token_ids), self._padded(is_answer), hidden)
 
     def _padded(self, rows: list[Tensor]) -> Tensor:
-        return pad_sequence(rows, batch_first=True).to(self._device)
+        padded = pad_sequence(rows, batch_first=True)
+        if self._device.type != "cuda":
+            return padded
+        return padded.pin_memory().to(self._device, non_blocking=True)  # while it computes the step before
 
 
 class Loop:
@@ -217,7 +220,7 @@ class Loop:
 
     def run(self, progress: Progress) -> list[float]:
         """Mean losses of the epochs, as far as this run has seen them."""
-        losses: dict[int, list[float]] = {}
+        losses: dict[int, list[Tensor]] = {}
         done, saved_at = self._restore(), time.monotonic()
         for step in range(done, self._total):
             progress("train", step, self._total)
@@ -225,9 +228,10 @@ class Loop:
             if time.monotonic() - saved_at > SECONDS_BETWEEN_STATES or step + 1 == self._total:
                 self._save(step + 1)
                 saved_at = time.monotonic()
-        return [sum(each) / len(each) for each in losses.values()]
+        return [float(torch.stack(each).mean()) for each in losses.values()]
 
-    def _step(self, step: int) -> float:
+    def _step(self, step: int) -> Tensor:
+        """Its loss, which a GPU may still be computing."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.learning_rate * self._share_of_rate(step)
         loss = self._student.loss(self._data.batch(self._indices(step)))
@@ -235,7 +239,7 @@ class Loop:
         loss.backward()
         nn.utils.clip_grad_norm_(self._student.parameters(), 1.0)
         self._optimizer.step()
-        return float(loss.detach())
+        return loss.detach()
 
     def _indices(self, step: int) -> Tensor:
         epoch, place = divmod(step, self._per_epoch)
