@@ -105,7 +105,8 @@ class Engine:
         """One iteration over running sequences: each event is what it did for one request.
 
         With several stages as many steps are begun, so that each stage computes one of them. On a GPU the next step is
-        launched first, where it can be planned, so that the host's work costs no time.
+        launched first, where it can be planned, so that the host's work costs no time; and else as soon as it can be,
+        so that it computes while others are told of these events.
         Raises RankError where a rank is gone: nothing can be computed any more.
         """
         if self._group is not None:
@@ -133,9 +134,11 @@ class Engine:
             return self._scheduler.fail_step(oldest.plan, f"the step failed: {in_words(error)}")
         began_at, self._last_collected = max(oldest.began_at, self._last_collected), time.perf_counter()
         seconds = self._last_collected - began_at
-        if self._worker.num_recordings > oldest.num_recordings:  # which takes longer than the step, and not again
-            return self._scheduler.commit(oldest.plan, result)
-        return self._scheduler.commit(oldest.plan, result, seconds)
+        is_usual = self._worker.num_recordings == oldest.num_recordings  # to record takes longer, and not again
+        events = self._scheduler.commit(oldest.plan, result, seconds if is_usual else None)
+        if not self._steps and self._worker.computes_by_itself and (plan := self._scheduler.plan()) is not None:
+            self._launch(self._begin(plan))
+        return events
 
     def _begin(self, plan: StepPlan) -> _Step:
         step = _Step(plan, time.perf_counter(), self._worker.num_recordings)

@@ -339,6 +339,12 @@ def test_rows_of_very_small_scores(device: torch.device) -> None:
     check(tuple(arguments), (tiles.Launch(tiles.Tile(64, 16, 4, 2), 1),))
 
 
+@pytest.mark.parametrize("whole_keys", [0, 48, 512])
+def test_short_pasts_are_not_split(device: torch.device, whole_keys: int) -> None:
+    arguments = make(device, [(3, 20), (1, 47), (1, 48), (2, 150)])
+    check(arguments, (tiles.Launch(tiles.Tile(16, 16, 4, 2), 4, whole_keys=whole_keys),))
+
+
 def test_no_tokens(device: torch.device) -> None:
     arguments = make(device, [(0, 5)])
     assert tiles.attention(*arguments).shape == (0, 128)
@@ -346,18 +352,20 @@ def test_no_tokens(device: torch.device) -> None:
 
 def test_a_plan_depends_on_shapes_and_fills_the_device() -> None:
     def plan(
-        num_tokens: int, num_sequences: int, max_keys: int = 8192, shared_bytes: int = 227 << 10
+        num_tokens: int, num_sequences: int, max_keys: int = 8192, shared_bytes: int = 227 << 10, has_trees: bool = False
     ) -> tuple[tiles.Launch, ...]:
-        return tiles.plan(num_tokens, num_sequences, 8, 4, max_keys, 128, 2, 132, shared_bytes)
+        return tiles.plan(num_tokens, num_sequences, 8, 4, max_keys, 128, 2, 132, shared_bytes, has_trees)
 
     (one,) = plan(1, 1)
     assert one.num_splits > 8
-    assert plan(1, 1, 64)[0].num_splits == 1
+    assert plan(1, 1, tiles.WHOLE)[0].num_splits == 1
     assert plan(1, 1, shared_bytes=163 << 10)[0].tile.num_stages < one.tile.num_stages
     assert plan(64, 64)[0].tile.keys < one.tile.keys
     assert plan(512, 512)[0].num_splits == 1
     (prompt,) = plan(2048, 1)
     assert prompt.num_splits == 1
+    for verified in (plan(16, 1), plan(16, 1, has_trees=True), plan(200, 8, has_trees=True)):
+        assert len(verified) == 1 and verified[0].tile.rows == 16
     few, many = plan(2048, 64)
     assert few.max_rows + 1 == many.min_rows
     assert replace(few, num_splits=1) == replace(plan(256, 64)[0], num_splits=1)

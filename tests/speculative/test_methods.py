@@ -99,6 +99,22 @@ def test_texts_are_those_of_plain_decoding(
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_texts_are_the_same_where_steps_are_launched_before_events_are_told(
+    method: str, adapting: tuple[Path, list[RequestOutput]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: a request that comes or is aborted meanwhile finds a step under way."""
+    model, expected = adapting
+    speculative = METHODS[method](model, tmp_path / "draft")
+    monkeypatch.setattr(Worker, "computes_by_itself", True)
+    with LLM(model, **LIMITS, speculative=speculative) as llm:
+        asked = [SamplingParams(**{"max_tokens": 40, **each}) for each in REQUESTS]
+        assert_same(llm.generate(prompts(llm.manifest.vocab_size)[: len(asked)], asked), expected)
+        stats = llm.stats
+    assert stats.num_blocks_used == 0 and stats.num_running == 0
+    assert 0 < sum(stats.num_accepted_tokens) < stats.num_draft_tokens
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_texts_are_the_same_whatever_number_of_drafts_is_asked_for(
     method: str, adapting: tuple[Path, list[RequestOutput]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

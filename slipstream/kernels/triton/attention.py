@@ -20,6 +20,7 @@ from slipstream.kernels.triton.launch import arrivals, num_processors, shared_me
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are of base 2
 MOST_SPLITS = tl.constexpr(64)
+WHOLE = 512  # keys that are not split: to merge parts takes as long as to walk through some 500 more
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Launch:
     # Sequences with few rows take one tile each, if max_rows is given; then another launch has those of min_rows.
     max_rows: int = 0
     min_rows: int = 0
+    whole_keys: int = 0  # of so many at most nothing is split
 
 
 @triton.jit
@@ -91,9 +93,10 @@ def _seen_by_tile(
 
 
 @triton.jit
-def _split_keys(num_keys, num_splits, KEYS: tl.constexpr):
+def _split_keys(num_keys, num_splits, KEYS: tl.constexpr, WHOLE: tl.constexpr):
     """Keys of a split: a share of all, but at least two tiles, since a part less is a part less to merge."""
-    return tl.maximum(tl.cdiv(tl.cdiv(num_keys, KEYS), num_splits), 2) * KEYS
+    share = tl.maximum(tl.cdiv(tl.cdiv(num_keys, KEYS), num_splits), 2) * KEYS
+    return tl.where(num_keys <= WHOLE, tl.maximum(share, WHOLE), share)
 
 
 @triton.jit
@@ -206,7 +209,7 @@ def _attend(
     KEYS_ARE_VALUES: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     FIRST_PHASE: tl.constexpr, IS_SPLIT: tl.constexpr, MAX_ROWS: tl.constexpr, MIN_ROWS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr,
-    SINK_TOKENS: tl.constexpr, IS_EARLY: tl.constexpr,
+    SINK_TOKENS: tl.constexpr, WHOLE: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile, one KV head, one split. Scores are in units of log2."""
     index = tl.program_id(0) // NUM_KV_HEADS
@@ -242,7 +245,7 @@ def _attend(
     begin, end_key = first_key, last_position + 1
     num_parts = 1
     if IS_SPLIT:
-        split_keys = _split_keys(end_key - first_key, num_splits, KEYS)
+        split_keys = _split_keys(end_key - first_key, num_splits, KEYS, WHOLE)
         num_parts = tl.cdiv(end_key - first_key, split_keys)
         begin = first_key + split * split_keys
         is_one &= begin < end_key
@@ -420,7 +423,7 @@ def attention(
     elif launches is None:
         launches = plan(
             q_TX.shape[0], len(kv_lens), num_kv_heads, num_heads // num_kv_heads, block_tables_SB.shape[1] * block_size,
-            head_dim, q_TX.element_size(), num_processors(q_TX.device), shared_memory(q_TX.device),
+            head_dim, q_TX.element_size(), num_processors(q_TX.device), shared_memory(q_TX.device), tree is not None,
         )  # fmt: skip
     if q_TX.stride(1) != 1 or sink_q_TX is not None:
         q_TX, sink_q_TX = q_TX.contiguous(), None if sink_q_TX is None else sink_q_TX.contiguous()
@@ -451,8 +454,9 @@ def _run(
         arrived = arrivals(q_TX.device)
         sums = torch.empty(num_rows * num_splits * value_dim, dtype=torch.float32, device=q_TX.device)
         stats = torch.empty(num_rows * num_splits * 2, dtype=torch.float32, device=q_TX.device)
-    # Short tiles meet their whole past and a few masked keys in one loop: to start another costs more than masks.
-    first_phase = 2 if tile.rows < 64 else 1 - (window > 0)
+    # Short tiles meet their whole past and a few masked keys in one loop: to start another costs more than masks. Those
+    # of a tree cost more than that.
+    first_phase = 2 if tile.rows < 64 and tree is None else 1 - (window > 0)
     _attend[num_tiles * num_kv_heads, num_splits](
         q_TX, sink_q_TX, kv_PNBKD, out_TX, sums, stats, arrived, query_starts, kv_lens, block_tables_SB, alibi_slopes_H,
         sinks_H, kv_scales_PK, *(tree or (None, None, None)), num_sequences, num_splits, window, scale, soft_cap,
@@ -461,8 +465,8 @@ def _run(
         num_kv_heads, group, head_dim, value_dim, main, rest, value_main, value_rest,
         num_planes == 1 and value_dim == main, block_size, tile.rows, tile.keys,
         first_phase, num_splits > 1, launch.max_rows, launch.min_rows,
-        window > 0, soft_cap != 0, alibi_slopes_H is not None, sinks_H is not None, sink_tokens, is_early,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=is_early,
+        window > 0, soft_cap != 0, alibi_slopes_H is not None, sinks_H is not None, sink_tokens, launch.whole_keys,
+        is_early, num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=is_early,
     )  # fmt: skip
 
 
@@ -481,18 +485,25 @@ def _powers_of_two(width: int) -> tuple[int, int]:
 
 def plan(
     num_tokens: int, num_sequences: int, num_kv_heads: int, group: int, max_keys: int, head_dim: int, item_size: int,
-    num_processors: int, shared_bytes: int,
+    num_processors: int, shared_bytes: int, has_trees: bool = False,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """The launches for a step of these shapes: a recorded one must do for any lengths that come in them."""
     tokens_a_sequence = -(-num_tokens // num_sequences)
+    whole = WHOLE if item_size < 4 and head_dim <= 128 else 0
     # Up to eight may be drafted tokens that each sequence verifies; more than that are a prompt's, beside generation.
     few = _few_rows(group * tokens_a_sequence if tokens_a_sequence <= 8 else group, head_dim, item_size)
     many = _many_rows(num_tokens * group, head_dim, item_size)
 
     def launch(tile: Tile, num_tiles: int, programs_a_processor: int, **limits: int) -> Launch:
         room = programs_a_processor * num_processors // (max(1, num_tiles) * num_kv_heads)
-        return Launch(tile, max(1, min(room, -(-max_keys // (2 * tile.keys)), MOST_SPLITS.value)), **limits)
+        most = min(room, -(-max_keys // (2 * tile.keys)), MOST_SPLITS.value)
+        return Launch(tile, max(1, most if max_keys > whole else 1), whole_keys=whole, **limits)
 
+    # Drafts that are verified: a processor for each few rows, though each reads the keys again.
+    is_short = 1 < num_tokens <= (64 if num_sequences == 1 else 256 if has_trees and 8 < tokens_a_sequence <= 64 else 0)
+    if is_short and item_size < 4 and head_dim <= 128:
+        tile = Tile(16, 64, 4, 3) if has_trees else _one_a_processor(head_dim, item_size, shared_bytes)
+        return (launch(tile, -(-num_tokens * group // tile.rows) + num_sequences - 1, 1),)
     # A recorded step has as many sequences as tokens, unless it ends with drafts; its tokens may still be one prompt's.
     if num_tokens <= min(num_sequences, 64) or num_tokens * group <= few.rows:
         num_tiles = min(num_tokens, num_sequences) * -(-group // few.rows)

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import lru_cache
+from itertools import accumulate, chain
 from typing import TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from slipstream.runtime.worker.tables import BlockTables, Numbers
 from slipstream.schema.step import PENDING, SequenceStep, StepPlan
 
 Places = TypeVar("Places", int, Tensor)
+Many = TypeVar("Many", Tensor, Numbers)
 
 NO_SLOT = -1  # as an index: one beyond all slots
 NO_TEXT = -1  # where no token follows, or none that the host knows
@@ -76,14 +78,23 @@ class StepSizes:
     def num_numbers(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes().values())
 
-    def views(self, numbers: Tensor) -> dict[str, Tensor]:
+    def views(self, numbers: Many) -> dict[str, Many]:
         """The step's tensors, one after the other in `numbers`."""
-        shapes = self.shapes()
-        parts = numbers.split([math.prod(shape) for shape in shapes.values()])
         return {
-            name: part if len(shape) == 1 else part.view(shape)
-            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+            name: numbers[part] if len(shape) == 1 else numbers[part].reshape(shape)
+            for name, part, shape in _layout(self)
         }
+
+
+@lru_cache(maxsize=256)
+def _layout(sizes: StepSizes) -> list[tuple[str, slice, tuple[int, ...]]]:
+    """Of each tensor where in the numbers it lies."""
+    shapes = sizes.shapes()
+    ends = accumulate(math.prod(shape) for shape in shapes.values())
+    return [
+        (name, slice(end - math.prod(shape), end), shape)
+        for (name, shape), end in zip(shapes.items(), ends, strict=True)
+    ]
 
 
 def rows_wanted(plan: StepPlan, wants_all_rows: Sequence[bool]) -> list[int]:
@@ -113,7 +124,9 @@ def fill_inputs(
     Where sizes are larger than the plan: tokens beyond its own belong to no sequence and are written to the null
     block, sequences beyond its own have no tokens, rows of logits beyond its own are of token 0.
     """
-    columns = {name: view.numpy() for name, view in sizes.views(out.zero_()).items()}
+    numbers: Numbers = out.numpy()
+    numbers.fill(0)
+    columns = sizes.views(numbers)
     sequences, num_sequences, size = plan.sequences, len(plan.sequences), tables.tokens_per_block
     slots = _column((each.slot for each in sequences), num_sequences)
     starts = _column((each.start for each in sequences), num_sequences)

@@ -359,9 +359,14 @@ class Worker:
                 results[save.place] = SequenceResult(error=why)
         return StepResult(tuple(results))
 
+    @property
+    def computes_by_itself(self) -> bool:
+        """While the host does other things. Stages have several steps under way already."""
+        return self._device.type == "cuda" and self._manifest.pp_size == 1
+
     def can_run_ahead(self, flight: Flight) -> bool:
         """Whether the step after this one may be launched before it is collected."""
-        if self._device.type != "cuda" or self._manifest.pp_size > 1:  # stages have several steps under way already
+        if not self.computes_by_itself:
             return False
         if any(step.max_drafts for step in flight.plan.sequences):
             return False  # how far drafts get decides where it begins
