@@ -352,7 +352,11 @@ def test_no_tokens(device: torch.device) -> None:
 
 def test_a_plan_depends_on_shapes_and_fills_the_device() -> None:
     def plan(
-        num_tokens: int, num_sequences: int, max_keys: int = 8192, shared_bytes: int = 227 << 10, has_trees: bool = False
+        num_tokens: int,
+        num_sequences: int,
+        max_keys: int = 8192,
+        shared_bytes: int = 227 << 10,
+        has_trees: bool = False,
     ) -> tuple[tiles.Launch, ...]:
         return tiles.plan(num_tokens, num_sequences, 8, 4, max_keys, 128, 2, 132, shared_bytes, has_trees)
 
