@@ -29,6 +29,7 @@ from slipstream.engine.shared import head_of_tokens
 from slipstream.errors import UsageError
 from slipstream.kernels.attention.paged import kv_write
 from slipstream.kernels.attention.tree import WORD, tree_attention
+from slipstream.kernels.largest import largest
 from slipstream.kernels.registry import Op
 from slipstream.kernels.rope import rope, rope_cos_sin
 from slipstream.schema.speculative import MAX_DRAFT_LEN, Speculation
@@ -200,9 +201,9 @@ class Drafter(LayerDrafter):
         attended_SMX = attended_NX.view(num_trees, end, -1)
         hidden_NH = self._head.leave(attended_SMX[:, first:].flatten(0, 1), residual_NH)
         logits_ND = self._head.logits(hidden_NH, self._running.head)
-        best = logits_ND.float().log_softmax(1).topk(self._trees.num_ranks)
-        forest.token_ids[:, first:end] = self._head.token_ids(best.indices).view(num_trees, end - first, -1)
-        forest.scores[:, first:end] += best.values.view(num_trees, end - first, -1)
+        scores_NK, drafted_NK = largest(logits_ND.float().log_softmax(1), self._trees.num_ranks)
+        forest.token_ids[:, first:end] = self._head.token_ids(drafted_NK).view(num_trees, end - first, -1)
+        forest.scores[:, first:end] += scores_NK.view(num_trees, end - first, -1)
         return hidden_NH.view(num_trees, end - first, -1)
 
     def _descend(self, forest: _Forest, first: int, level: Level, hidden_SWH: Tensor) -> tuple[Tensor, Tensor]:

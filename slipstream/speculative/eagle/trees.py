@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.kernels.largest import largest
 from slipstream.speculative.choices import Choice, parents_of
 from slipstream.speculative.drafter import DraftTensors
 
@@ -95,7 +96,7 @@ class Growing(Trees):
         if depth + 1 == self._depth:
             return None
         scores_SC = grown.scores[:, grown.first : grown.num_nodes].flatten(1)
-        best_SW = scores_SC.topk(self.num_ranks).indices
+        _, best_SW = largest(scores_SC, self.num_ranks)
         return Level(grown.first + best_SW // self.num_ranks, best_SW % self.num_ranks)
 
     def drafts(self, grown: Grown, levels: Sequence[Level]) -> DraftTensors:

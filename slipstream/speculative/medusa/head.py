@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.errors import ModelError
+from slipstream.kernels.largest import largest
 from slipstream.speculative.head_file import CONFIG_FILE, Product, open_head, read_draft_tokens, read_shaped
 
 WEIGHTS_FILE, PICKLED_FILE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
@@ -51,7 +52,7 @@ class Heads(NamedTuple):
 
     def likeliest(self, x_SH: Tensor, count: int) -> Tensor:
         """[S, N, K] token ids, the likeliest first."""
-        places_NSK = self.logits(x_SH).topk(count).indices
+        _, places_NSK = largest(self.logits(x_SH), count)
         found_NSK = places_NSK if self.token_ids_D is None else self.token_ids_D[places_NSK]
         return found_NSK.transpose(0, 1)
 

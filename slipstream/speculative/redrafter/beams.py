@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.kernels.largest import largest
 from slipstream.speculative.drafter import DraftTensors
 from slipstream.speculative.redrafter.head import Head
 
@@ -27,11 +28,11 @@ def beam_search(
         e_SBH = embed(last_SB.flatten()).view(num, -1, hidden_size)
         state_SBH = head.state(e_SBH, state_SBH)
         logits_SBD = head.logits(h_SH[:, None].expand_as(state_SBH), state_SBH).float()
-        likely = logits_SBD.topk(min(MOST_LIKELY, logits_SBD.shape[2]))
-        scores_SBK = scores_SB[:, :, None] + likely.values.log_softmax(2)
-        scores_SB, places_SB = scores_SBK.flatten(1).topk(min(width, scores_SBK[0].numel()))
+        likely_SBK, drafted_SBK = largest(logits_SBD, min(MOST_LIKELY, logits_SBD.shape[2]))
+        scores_SBK = scores_SB[:, :, None] + likely_SBK.log_softmax(2)
+        scores_SB, places_SB = largest(scores_SBK.flatten(1), min(width, scores_SBK[0].numel()))
         before_SB1 = places_SB[:, :, None] // scores_SBK.shape[2]
-        last_SB = head.token_ids(likely.indices).flatten(1).gather(1, places_SB)
+        last_SB = head.token_ids(drafted_SBK).flatten(1).gather(1, places_SB)
         beams_SBL = beams_SBL.gather(1, before_SB1.expand(-1, -1, beams_SBL.shape[2]))
         beams_SBL = torch.cat((beams_SBL, last_SB[:, :, None]), 2)
         state_SBH = state_SBH.gather(1, before_SB1.expand(-1, -1, hidden_size))
