@@ -67,50 +67,56 @@ class Drafter(ModelDrafter):
 
     @torch.inference_mode()
     def follow(self, step: StepTensors) -> None:
-        self._compute(replace(step, logit_rows=torch.zeros(1, dtype=torch.int64, device=self._device)))
+        last, no_rows = self._manifest.max_seq_len - 1, torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._compute(replace(step, positions=step.positions.clamp(max=last), logit_rows=no_rows))
 
     @torch.inference_mode()
     def draft(self, ends: Ends, most: int) -> DraftTensors:
         assert ends.block_tables is not None and ends.previous_ids is not None
         num_sequences, places_S = len(ends.slots), ends.positions
         tables_SB = ends.block_tables.where(ends.slots[:, None] >= 0, 0)  # what is no text writes into the null block
+        # All that is known before the tokens are, of every step at once: a GPU waits for launches here.
         starts = torch.arange(num_sequences + 1, device=self._device)
-        token_ids_SQ = torch.stack((ends.previous_ids, ends.token_ids), 1)
-        places_SQ = torch.stack((places_S - 1, places_S), 1).clamp(min=0)
-        drafts = list[Tensor]()
-        while True:
-            logits_SV = self._compute(self._step(token_ids_SQ, places_SQ, starts, tables_SB))
-            drafts.append(self._slots.choose(logits_SV, ends.slots, places_S + 1 + len(drafts)))
-            if len(drafts) == most:
-                break
-            token_ids_SQ, places_SQ = drafts[-1][:, None], (places_S + len(drafts))[:, None]
+        places_NS = places_S + torch.arange(1 + most, device=self._device)[:, None]
+        before_S = (places_S - 1).clamp(min=0)
+        slots_NS = self._slots_at(torch.cat((before_S[None], places_NS[:most])), tables_SB)
+        last = self._manifest.max_seq_len - 1
+        positions_NS = places_NS.clamp(max=last)
+        first = StepTensors(
+            token_ids=torch.stack((ends.previous_ids, ends.token_ids), 1).flatten(),
+            positions=torch.stack((before_S.clamp(max=last), positions_NS[0]), 1).flatten(),
+            slots=torch.stack((slots_NS[0].where(ends.previous_ids >= 0, 0), slots_NS[1]), 1).flatten(),
+            query_starts=2 * starts,
+            kv_lens=places_NS[1],
+            block_tables=tables_SB,
+            logit_rows=2 * starts[1:] - 1,
+        )
+        drafts, rows = [self._slots.choose(self._compute(first), ends.slots, places_NS[1])], starts[1:] - 1
+        for place in range(1, most):
+            step = StepTensors(
+                token_ids=drafts[-1],
+                positions=positions_NS[place],
+                slots=slots_NS[1 + place],
+                query_starts=starts,
+                kv_lens=places_NS[1 + place],
+                block_tables=tables_SB,
+                logit_rows=rows,
+            )
+            drafts.append(self._slots.choose(self._compute(step), ends.slots, places_NS[1 + place]))
         token_ids_SN = torch.stack(drafts, 1)
         parents_SN = torch.arange(most, device=self._device).expand_as(token_ids_SN)
-        counts_S = (self._manifest.max_seq_len - 1 - places_S).clamp(0, most)
+        counts_S = (last - places_S).clamp(0, most)
         return DraftTensors(token_ids_SN, parents_SN, counts_S)
 
-    def _step(self, token_ids_SQ: Tensor, places_SQ: Tensor, starts: Tensor, tables_SB: Tensor) -> StepTensors:
-        """Q tokens of each sequence, of which the last is at the end; those below 0 are computed for nobody."""
-        is_here_SQ = (token_ids_SQ >= 0) & (places_SQ < self._manifest.max_seq_len)
-        blocks_SQ = tables_SB.gather(1, places_SQ // self._block_size).where(is_here_SQ, 0)
-        query_starts = starts * token_ids_SQ.shape[1]
-        return StepTensors(
-            token_ids=token_ids_SQ.flatten(),
-            positions=places_SQ.flatten(),
-            slots=(blocks_SQ * self._block_size + places_SQ % self._block_size).flatten(),
-            query_starts=query_starts,
-            kv_lens=places_SQ[:, -1] + 1,
-            block_tables=tables_SB,
-            logit_rows=query_starts[1:] - 1,
-        )
+    def _slots_at(self, places_NS: Tensor, tables_SB: Tensor) -> Tensor:
+        """Of keys and values; those beyond the model's positions are computed for nobody."""
+        blocks_NS = tables_SB.gather(1, (places_NS // self._block_size).T).T
+        blocks_NS = blocks_NS.where(places_NS < self._manifest.max_seq_len, 0)
+        return (blocks_NS * self._block_size + places_NS % self._block_size).contiguous()
 
     def _compute(self, step: StepTensors) -> Tensor:
-        """The logits of its logit_rows. What the model has no token or place for is computed as another one."""
-        step = replace(
-            step,
-            token_ids=step.token_ids.clamp(0, self._manifest.vocab_size - 1),
-            positions=step.positions.clamp(max=self._manifest.max_seq_len - 1),
-        )
+        """The logits of its logit_rows. What the model has no token for is computed as another one."""
+        step = replace(step, token_ids=step.token_ids.clamp(0, self._manifest.vocab_size - 1))
         inputs = {f"step.{name}": getattr(step, name) for name in STEP_SHAPES}
         for group in range(1, self._num_groups):
             inputs |= {group_input(name, group): inputs[name] for name in ONE_A_GROUP}
