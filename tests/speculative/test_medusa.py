@@ -67,12 +67,12 @@ def test_heads_that_share_the_models_own(model: Path, tmp_path: Path) -> None:
     heads = load(
         folder, HIDDEN, VOCAB, torch.float32, CPU, lambda ids: head_of_tokens(engine, ids, torch.float32, CPU)
     )  # fmt: skip
-    found_SNK = heads.likeliest(x_SH, 5)
+    found_NSK = heads.token_ids(heads.logits(x_SH).topk(5).indices)
     for row, x_H in enumerate(x_SH):
         for head in range(3):
             logits_V = naive(tensors | {f"{head}.1.weight": own}, head, 1, x_H.double())
             expected = token_ids[logits_V[token_ids].argsort(descending=True)]
-            assert found_SNK[row, head].tolist() == expected.tolist()
+            assert found_NSK[head, row].tolist() == expected.tolist()
 
 
 def test_where_the_models_head_is(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from slipstream.engine.shared import head_of_tokens
+from slipstream.kernels.largest import largest
 from slipstream.schema.speculative import Speculation
 from slipstream.speculative.choices import Choice, fitting, parents_of, read_choices
 from slipstream.speculative.drafter import LAST, DeviceDrafter, DraftTensors, Ends, Target, read_options
@@ -64,9 +65,9 @@ class Drafter(DeviceDrafter):
     def draft(self, ends: Ends, most: int) -> DraftTensors:
         assert ends.hidden is not None
         heads = self._heads.first(max(map(len, self._choices[:most])))
-        ranked_SNK = heads.likeliest(ends.hidden, self._num_ranks)
+        _, ranked_NSK = largest(heads.logits(ends.hidden), self._num_ranks)
         heads_N, ranks_N = self._drafted_N2[:most].unbind(1)
-        token_ids_SN = ranked_SNK[:, heads_N, ranks_N]
+        token_ids_SN = heads.token_ids(ranked_NSK[heads_N, :, ranks_N]).T
         return DraftTensors(token_ids_SN, self._parents_N[:most].expand_as(token_ids_SN))
 
 

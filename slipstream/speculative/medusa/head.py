@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.errors import ModelError
-from slipstream.kernels.largest import largest
 from slipstream.speculative.head_file import CONFIG_FILE, Product, open_head, read_draft_tokens, read_shaped
 
 WEIGHTS_FILE, PICKLED_FILE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
@@ -50,11 +49,9 @@ class Heads(NamedTuple):
             return self.lm_heads[0](x_NSH)
         return torch.stack([head(x) for x, head in zip(x_NSH, self.lm_heads, strict=True)])
 
-    def likeliest(self, x_SH: Tensor, count: int) -> Tensor:
-        """[S, N, K] token ids, the likeliest first."""
-        _, places_NSK = largest(self.logits(x_SH), count)
-        found_NSK = places_NSK if self.token_ids_D is None else self.token_ids_D[places_NSK]
-        return found_NSK.transpose(0, 1)
+    def token_ids(self, places: Tensor) -> Tensor:
+        """Of the model, for those of logits."""
+        return places if self.token_ids_D is None else self.token_ids_D[places]
 
 
 def load(
