@@ -91,7 +91,8 @@ class Admission:
         if not self._has_promises:
             num_to_compute = max_computed
         num_steps = max(2, self._config.num_stages)
-        most = min(num_steps * self._config.max_num_tokens, max(1, num_to_compute) + 1 + self._config.max_draft_len)
+        num_drafts = (1 + self._config.takes_late_steps) * self._config.max_draft_len
+        most = min(num_steps * self._config.max_num_tokens, max(1, num_to_compute) + 1 + num_drafts)
         return most + self._config.tokens_ahead
 
     # ------------------------------------------------------------------ now

@@ -9,7 +9,7 @@ class Drafting:
     """One for a scheduler. Each sequence is asked for the most there may be, or for as many as pay (is_adaptive)."""
 
     def __init__(self, config: RuntimeConfig) -> None:
-        self._max_draft_len = config.max_draft_len
+        self._max_draft_len, self._takes_late_steps = config.max_draft_len, config.takes_late_steps
         self._control: DraftControl | None = None
         if config.is_adaptive and config.max_draft_len:
             self._control = DraftControl(config.max_draft_len, config.max_batch_size, config.draft_shape)
@@ -19,8 +19,8 @@ class Drafting:
 
     @property
     def can_plan_ahead(self) -> bool:
-        """Drafts begin with a step whose start is known."""
-        return self._control is None or self._control.is_idle
+        """Drafts begin with a step whose start is known, unless the worker finds out by itself."""
+        return self._takes_late_steps or self._control is None or self._control.is_idle
 
     def start(self, slot: int) -> None:
         """A sequence enters."""

@@ -258,6 +258,7 @@ def start_engine(
         is_adaptive=speculation is not None and speculation.adaptive and not deterministic,
         recomputes_last_found=isinstance(drafter, LayerDrafter),
         tokens_ahead=tokens_ahead,
+        takes_late_steps=worker.takes_late_steps,
         num_stages=manifest.pp_size if drafter is None else 1,  # drafts are known when the step before has ended
     )
     return Engine(config, worker, guidance, group)

@@ -15,7 +15,7 @@ class Outline:
     loads: list[BlockLoad] = field(default_factory=list)
     saves: list[BlockSave] = field(default_factory=list)
 
-    def add(self, sequence: Sequence, end: int, num_drafts: int = 0, *, is_new: bool = False) -> None:
+    def add(self, sequence: Sequence, end: int, num_drafts: int = 0, *, late_by: int = 0, is_new: bool = False) -> None:
         """Compute the sequence's tokens from num_planned to `end`, and verify drafts of what comes then."""
         assert sequence.slot is not None
         start, sample = sequence.num_planned, end == sequence.num_expected and sequence.request.pooling is None
@@ -23,7 +23,7 @@ class Outline:
         if len(token_ids) < end - start:
             token_ids += (PENDING,)
         changes = sequence.table.take_changes()
-        step = SequenceStep(sequence.slot, start, token_ids, sample, changes, num_drafts=num_drafts)
+        step = SequenceStep(sequence.slot, start, token_ids, sample, changes, num_drafts=num_drafts, late_by=late_by)
         if is_new:
             generated = tuple(sequence.token_ids[sequence.num_prompt :])
             step = step._replace(new=sequence.request, output_token_ids=generated)
@@ -35,6 +35,6 @@ class Outline:
         self.steps.append(step)
         self.budget -= step.num_tokens
         sequence.num_planned = end
-        sequence.num_drafts, sequence.is_verifying = 0, num_drafts > 0
+        sequence.num_drafts, sequence.num_verifying = 0, num_drafts
         sequence.num_pending += sample
         sequence.num_in_flight += 1

@@ -21,7 +21,8 @@ priorities.
     outline.py     the plan of a step in the making
 
 Where the worker runs by itself (a GPU), plan_ahead makes the next plan while this one is executed: what that one will
-sample is PENDING there. A sequence that ends with such a token has a row in the next step for nothing.
+sample is PENDING there. A sequence that ends with such a token has a row in the next step for nothing. Where that one
+verifies drafts, the next is late: it has blocks for all of them, and begins where they end (worker/late.py).
 
 Where the worker is a pipeline, as many steps as it has stages are under way at once. Then plan_ahead waits for tokens:
 it takes sequences of which no step is to sample one, and of all that run an equal share.
@@ -134,6 +135,8 @@ class Scheduler:
             self._num_steps, self._drafting.asked_of(outline.steps), tuple(outline.copies),
             self._running.take_freed_slots(), tuple(outline.loads), tuple(outline.saves),
         )  # fmt: skip
+        for sequence, step in zip(outline.sequences, plan.sequences, strict=True):
+            sequence.num_asked = step.max_drafts
         self._in_flight.append((plan, outline.sequences))
         self._num_steps += 1
         return plan
@@ -147,23 +150,38 @@ class Scheduler:
         while index < len(running) and outline.budget > 0 and len(outline.steps) < most:
             sequence = running[index]
             index += 1
-            if sequence.will_end or sequence.is_verifying or (is_pipeline and sequence.num_pending):
+            late_by = sequence.num_verifying
+            if sequence.will_end or (is_pipeline and sequence.num_pending) or not self._can_be_late(sequence, late_by):
                 continue
             end = self._chunk_end(sequence, sequence.num_planned, outline.budget)
             if end == sequence.num_planned:
                 continue
-            if end > len(sequence.table.rows) * size:
-                if self._in_flight and not self._kv.can_extend(sequence.table, end):
+            if end + late_by > len(sequence.table.rows) * size:
+                if self._in_flight and not self._kv.can_extend(sequence.table, end + late_by):
                     return False
-                if not self._make_room(sequence, end):
+                if not self._make_room(sequence, end + late_by):
                     continue
-                self._kv.extend(sequence.table, end)
+                self._kv.extend(sequence.table, end + late_by)
             num_drafts = 0
-            if sequence.num_drafts:
-                num_drafts = self._make_room_for_drafts(sequence, end, outline.budget, len(running) - index)
+            if sequence.num_drafts or self._are_made_in_flight(sequence):
+                num_drafts = self._make_room_for_drafts(sequence, end, late_by, outline.budget, len(running) - index)
             self._reach_ahead(sequence, end + num_drafts, len(running) - index)
-            outline.add(sequence, end, num_drafts)
+            outline.add(sequence, end, num_drafts, late_by=late_by)
         return self._num_preemptions == num_preemptions
+
+    def _can_be_late(self, sequence: Sequence, late_by: int) -> bool:
+        """Where a step in flight verifies so many drafts of it: whether the next one may be planned already.
+
+        It is not, near the text's end, which may come before its rows.
+        """
+        if not late_by:
+            return True
+        is_next = self.config.takes_late_steps and sequence.num_in_flight == 1
+        return is_next and sequence.num_expected + late_by <= sequence.max_computed
+
+    def _are_made_in_flight(self, sequence: Sequence) -> bool:
+        """Whether the drafts that a step in flight was asked for are there when the next one runs."""
+        return self.config.takes_late_steps and sequence.num_in_flight > 0 and sequence.num_asked > 0
 
     def _chunk_end(self, sequence: Sequence, start: int, budget: int) -> int:
         """Where a chunk from `start` ends, `start` itself if there can be none.
@@ -192,7 +210,7 @@ class Scheduler:
                 return False
         return True
 
-    def _make_room_for_drafts(self, sequence: Sequence, end: int, budget: int, num_others: int) -> int:
+    def _make_room_for_drafts(self, sequence: Sequence, end: int, late_by: int, budget: int, num_others: int) -> int:
         """How many drafts go along after the token before `end`: others that come after keep a token and a block each.
 
         Not more than could be of use: of a sequence's last token nothing is computed. So they stay within the blocks
@@ -201,13 +219,14 @@ class Scheduler:
         if end != sequence.num_expected:
             return 0
         budget -= end - sequence.num_planned + num_others
-        room = min(sequence.num_drafts, budget, sequence.max_computed - end)
+        num_drafts, latest = sequence.num_asked if sequence.num_in_flight else sequence.num_drafts, end + late_by
+        room = min(num_drafts, budget, sequence.max_computed - latest)
         held = len(sequence.table.rows) * self.config.tokens_per_block
-        if room > 0 and end + room > held:
-            if self._kv.can_extend(sequence.table, end + room, num_spared=num_others):
-                self._kv.extend(sequence.table, end + room)
+        if room > 0 and latest + room > held:
+            if self._kv.can_extend(sequence.table, latest + room, num_spared=num_others):
+                self._kv.extend(sequence.table, latest + room)
             else:
-                room = held - end
+                room = held - latest
         return max(0, room)
 
     def _reach_ahead(self, sequence: Sequence, end: int, num_others: int) -> None:

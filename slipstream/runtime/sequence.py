@@ -34,7 +34,8 @@ class Sequence:
     num_pending: int = 0
     num_in_flight: int = 0  # steps that have it and are not committed
     num_drafts: int = 0  # that the worker has for its next step
-    is_verifying: bool = False  # a step in flight has drafts of it: how far it gets is not known
+    num_asked: int = 0  # drafts that the last step in flight was asked for
+    num_verifying: int = 0  # drafts that the last step in flight has: how many of them it accepts is not known
     num_cached: int | None = None  # set at the first admission
     added_at: float = field(default_factory=time.monotonic)
     seconds_queued: float = 0.0  # until that
@@ -105,12 +106,15 @@ class Sequence:
             if outcome.prompt_logprobs and self.wants_prompt_logprobs:
                 self.prompt_logprobs.extend(outcome.prompt_logprobs)
             token_ids = self._up_to_a_stop(outcome.token_ids)
+        start = len(self.token_ids) - 1 if step.late_by else step.start
         self.token_ids += token_ids
         # Of one that was aborted before, the token that the step began with was never taken in.
-        num_computed = step.start + len(step.token_ids) + max(0, len(token_ids) - 1)
+        num_computed = start + len(step.token_ids) + max(0, len(token_ids) - 1)
         self.num_computed = min(num_computed, len(self.token_ids))
         if step.num_drafts:
-            self.num_planned, self.is_verifying = self.num_computed, False
+            self.num_planned = self.num_computed + (self.num_in_flight > 0)  # a late step has the token after these
+        if not self.num_in_flight:
+            self.num_verifying = 0
         return token_ids
 
     def _up_to_a_stop(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -88,4 +88,5 @@ class RuntimeConfig:
     # A drafter's KV of a token may depend on the next one: of a prefix found, the last token is computed again.
     recomputes_last_found: bool = False
     tokens_ahead: int = 0  # beyond a step's, whose KV a drafter computes in the sequence's next blocks
+    takes_late_steps: bool = False  # whether the worker begins a step where the one before it has got to
     num_stages: int = 1  # of a pipeline: as many steps are under way at once, each of other sequences

@@ -21,7 +21,8 @@ class SequenceStep(NamedTuple):
                                                        where the request pools
     drafts                                 |~~~|       then there may be drafts: the worker's own, which are verified
 
-    Where the step before is still running, the last of token_ids may be PENDING: what it samples for this slot.
+    Where the step before is still running, the last of token_ids may be PENDING: what it samples for this slot. If that
+    step verifies drafts, nobody knows yet how far it gets: then this one begins up to late_by tokens later.
     """
 
     slot: int  # the worker's row for this sequence's sampling state
@@ -33,8 +34,9 @@ class SequenceStep(NamedTuple):
     table_changes: tuple[tuple[int, tuple[int, ...]], ...] = ()
     new: GenerateRequest | None = None  # set in the first step after admission (again after preemption)
     output_token_ids: tuple[int, ...] = ()  # with `new`: tokens generated before a preemption
-    num_drafts: int = 0  # the first of those that the result of this slot's step before has told of
+    num_drafts: int = 0  # the first of those that this slot's step before has told of, or was asked for
     max_drafts: int = 0  # that are asked for, for its next step
+    late_by: int = 0  # at most: as many as the step before accepts
 
     @property
     def num_tokens(self) -> int:

@@ -101,7 +101,7 @@ def draft() -> None:
         slots_S, drafts_SN = torch.zeros(4, dtype=torch.int64), torch.zeros(4, num_drafts, dtype=torch.int64)
         trees.keep(slots_S, drafts_SN, drafts_SN, tables, 100)
         trees.fill(drafts_SN.flatten(), drafts_SN.flatten(), drafts_SN.flatten(), tables, -2)
-        trees.accept(drafts_SN.flatten(), slots_S, slots_S, slots_S, 1 + num_drafts, tables)
+        trees.accept(drafts_SN.flatten(), slots_S, slots_S, slots_S, 1 + num_drafts, tables, slots_S, slots_S)
     for dtype in (torch.bfloat16, torch.int8):
         kv = [torch.empty(2, 4, 32, 8, 128, dtype=dtype)] * 3
         trees.move(kv, slots_S, drafts_SN, slots_S, slots_S, drafts_SN)

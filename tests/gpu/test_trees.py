@@ -1,5 +1,6 @@
 """Trees of drafts by kernels: tables of slots, tokens, what is accepted and what moves are as torch has them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,12 @@ from slipstream.kernels.sampling import NOTHING_TO_SAMPLE
 from slipstream.models import gemma3_text
 from slipstream.runtime.worker.drafts import Drafts
 from slipstream.runtime.worker.ending import Ending
+from slipstream.runtime.worker.groups import group_input
 from slipstream.runtime.worker.inputs import NO_SLOT, draft_name
 from slipstream.schema.kv import KVGroup
 from slipstream.speculative.accept import Accepted
 from slipstream.speculative.drafter import DraftTensors
+from tests.runtime.test_late import check as check_late
 from tests.speculative.heads import write_medusa
 from tests.speculative.parrot import offered
 from tests.speculative.test_accept import parents_of
@@ -34,7 +37,10 @@ def both(device: torch.device, max_len: int, can_branch: bool) -> tuple[Drafts, 
     """By torch, and by kernels."""
     found = []
     for module in (None, kernels):
-        drafts = Drafts(None, VOCAB, NUM_SLOTS, device, lambda slot: (), max_len=max_len, can_branch=can_branch)
+        last_token_X = torch.zeros(NUM_SLOTS + 1, dtype=torch.int64, device=device)
+        drafts = Drafts(
+            None, VOCAB, NUM_SLOTS, device, lambda slot: (), last_token_X, max_len=max_len, can_branch=can_branch
+        )
         drafts.kernels, drafts._may_look = module, False
         found.append(drafts)
     return found[0], found[1]
@@ -114,6 +120,9 @@ def test_the_same_drafts_are_accepted(device: torch.device, can_branch: bool, da
     )
     for name, theirs, ours in zip(Accepted._fields, expected, found, strict=True):
         assert torch.equal(ours, theirs), name
+    for name in ("num_accepted_X", "_last_token_X"):  # where late steps begin
+        theirs, ours = (getattr(drafts, name)[slots[:-1]] for drafts in pair)
+        assert torch.equal(ours, theirs), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
@@ -158,3 +167,14 @@ def test_texts_are_those_without_drafts(
         found, stats = run(model, requests, speculative=speculative, **options)
     assert_same(found, expected)
     assert sum(stats.num_accepted_tokens) > 0 or method == "medusa"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_late_steps_are_moved_on(seed: int, device: torch.device) -> None:
+    def move(inputs: Mapping[str, torch.Tensor], accepted_X: torch.Tensor, num_groups: int, size: int) -> None:
+        for group in range(num_groups):
+            of_group = (inputs[group_input(name, group)] for name in ("step.slots", "step.block_tables"))
+            kernels.move_on(inputs, accepted_X, *of_group, size, is_first=group == 0)
+        inputs["row_positions"].copy_(1 + inputs["step.positions"][inputs["step.logit_rows"]])
+
+    check_late(seed, 1 + seed % 3, move, device)

@@ -12,7 +12,7 @@ one leaves its history in the cells, where nobody may read it.
 """
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from slipstream.runtime.kv.blocks import NULL_BLOCK
 from slipstream.schema.build import RuntimeConfig
@@ -102,7 +102,7 @@ class FakeWorker:
 
     def execute(self, plan: StepPlan, failing: frozenset[int] = frozenset()) -> StepResult:
         """Run a step. The sequences at the indexes `failing` report an error and leave rubbish in their blocks."""
-        self._enter(plan)
+        plan = self._enter(plan)
         for copy in plan.copies:
             for offset in range(copy.num_tokens):
                 self.cells[copy.target, offset] = self.cells[copy.source, offset]
@@ -141,7 +141,7 @@ class FakeWorker:
 
     def crash(self, plan: StepPlan) -> None:
         """Run a step that dies midway: whatever it was to write is rubbish now."""
-        self._enter(plan)
+        plan = self._enter(plan)
         for copy in plan.copies:
             for offset in range(self.config.tokens_per_block):
                 self.cells[copy.target, offset] = None
@@ -149,12 +149,14 @@ class FakeWorker:
             self._write(step, None)
             self.rows[step.slot].has_failed = True
 
-    def _enter(self, plan: StepPlan) -> None:
+    def _enter(self, plan: StepPlan) -> StepPlan:
+        """-> the same, with its late steps where the ones before them have got to."""
         assert 0 < plan.num_tokens <= self.config.max_num_tokens
         assert len({step.slot for step in plan.sequences}) == len(plan.sequences) <= self.config.max_batch_size
         assert {copy.source for copy in plan.copies}.isdisjoint(copy.target for copy in plan.copies)
         for slot in plan.freed_slots:
             del self.rows[slot]
+        sequences = []
         for step in plan.sequences:
             if step.new is not None:
                 assert step.slot not in self.rows, f"slot {step.slot} was not freed"
@@ -162,7 +164,20 @@ class FakeWorker:
                 tables: list[list[int]] = [[] for _ in self.config.kv_groups]
                 self.rows[step.slot] = Row(step.new, token_ids, fold_all(step.new, token_ids), tables)
             self._change_tables(step, self.rows[step.slot].tables)
-            self._check_step(step, self.rows[step.slot])
+            sequences.append(self._begun(step, self.rows[step.slot]))
+            self._check_step(sequences[-1], self.rows[step.slot])
+        return replace(plan, sequences=tuple(sequences))
+
+    def _begun(self, step: SequenceStep, row: Row) -> SequenceStep:
+        """Where the step before has got to, with no more drafts than that has made."""
+        assert self.config.takes_late_steps or (not step.late_by and step.num_drafts <= len(row.drafts))
+        num_places = step.start + step.num_tokens + step.late_by
+        most = len(row.request.prompt_token_ids) + row.request.max_tokens - 1
+        reach = min(num_places + self.config.tokens_ahead * step.sample, most)  # where blocks are left
+        row.most_places = max(row.most_places, num_places, reach)
+        start = len(row.token_ids) - 1 if step.late_by and not row.has_failed else step.start
+        assert step.start <= start <= step.start + step.late_by
+        return step._replace(start=start, num_drafts=min(step.num_drafts, len(row.drafts)), late_by=0)
 
     def _change_tables(self, step: SequenceStep, tables: list[list[int]]) -> None:
         assert len({place for place, _ in step.table_changes}) == len(step.table_changes)
@@ -176,9 +191,6 @@ class FakeWorker:
         end, size = step.start + len(step.token_ids), self.config.tokens_per_block
         assert 0 <= step.num_drafts <= len(row.drafts) and (step.sample or not step.num_drafts)
         num_places, num_steps = end + step.num_drafts, max(2, self.config.num_stages)
-        most = len(row.request.prompt_token_ids) + row.request.max_tokens - 1
-        reach = min(num_places + self.config.tokens_ahead * step.sample, most)  # where blocks are left
-        row.most_places = max(row.most_places, num_places, reach)
         if not row.has_failed:
             own = tuple(row.token_ids[step.start : end])
             assert len(own) == len(step.token_ids) > 0

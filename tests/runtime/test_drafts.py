@@ -50,7 +50,10 @@ def trees(draw: st.DrawFn) -> Draft:
 @given(st.lists(trees(), min_size=1, max_size=4), st.data())
 def test_rows_are_told_where_they_stand_in_their_trees(drafts: list[Draft], data: st.DataObject) -> None:
     drafter, num = Given(), len(drafts)
-    books = Drafts(drafter, VOCAB, num, CPU, lambda slot: (), max_len=drafter.max_draft_len, can_branch=True)
+    last_token_X = torch.zeros(num + 1, dtype=torch.int64)
+    books = Drafts(
+        drafter, VOCAB, num, CPU, lambda slot: (), last_token_X, max_len=drafter.max_draft_len, can_branch=True
+    )  # fmt: skip
     slots = data.draw(st.permutations(range(num)))
     for slot in slots:
         books.add(slot, make_request(str(slot)), ())

@@ -45,7 +45,7 @@ class Slots:
         return SequenceStep(
             slot, start, token_ids, sample=rng.random() < 0.7,
             table_changes=tuple((place, rows[place]) for place in sorted(changed)),
-            new=make_request(str(slot)) if is_new else None,
+            new=make_request(str(slot)) if is_new else None, late_by=rng.choice((0, 0, 0, 3)),
         )  # fmt: skip
 
 
@@ -71,6 +71,7 @@ def expected(
         found["token_slots"] += [step.slot] * len(step.token_ids)
         found["step.query_starts"].append(first + len(step.token_ids))
         found["step.kv_lens"].append(end)
+        found["late_slots"].append(step.slot if step.late_by else NO_SLOT)
         found["step.tree_starts"].append(end - 1)
         found["step.logit_rows"] += range(first + len(step.token_ids) - count, first + len(step.token_ids))
         found["row_slots"] += [NO_SLOT] * (count - 1) + [step.slot if is_mine else NO_SLOT] if count else []
@@ -86,7 +87,8 @@ def expected(
 
 def padded(name: str, values: list, shape: tuple[int, ...], num_tokens: int) -> np.ndarray:
     fill = {
-        "step.query_starts": num_tokens, "row_slots": NO_SLOT, "trees.slots": NO_SLOT, "trees.next_ids": NO_TEXT
+        "step.query_starts": num_tokens, "row_slots": NO_SLOT, "late_slots": NO_SLOT, "trees.slots": NO_SLOT,
+        "trees.next_ids": NO_TEXT,
     }.get(name, 0)  # fmt: skip
     out = np.full(shape, fill)
     if values:

@@ -47,6 +47,7 @@ def random_config(rng: random.Random) -> RuntimeConfig:
         tokens_ahead=rng.choice((0, 0, 1, 6)),
         draft_shape=rng.choice(list(DraftShape)),
         is_adaptive=rng.random() < 0.7,
+        takes_late_steps=rng.random() < 0.5,
     )
 
 

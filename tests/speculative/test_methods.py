@@ -29,7 +29,7 @@ from slipstream.runtime.worker.drafts import Drafts
 from slipstream.runtime.worker.ending import Ending, EndingPlan
 from slipstream.runtime.worker.inputs import fill_inputs, sizes_of
 from slipstream.runtime.worker.recorded import RecordedSteps, StepOutputs
-from slipstream.runtime.worker.worker import Worker
+from slipstream.runtime.worker.worker import Begun, Worker
 from slipstream.schema.build import DraftShape
 from slipstream.schema.step import StepPlan
 from slipstream.speculative.draft_model import drafter as draft_model
@@ -55,6 +55,8 @@ METHODS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "medusa": lambda model, folder: {"method": "medusa", "model": str(write_medusa(model, folder))},
     "redrafter": lambda model, folder: {"method": "redrafter", "model": str(write_redrafter(model, folder))},
 }  # fmt: skip
+FEW = [0, 2, 5, 7]  # of REQUESTS, alone
+LATE = {"eagle", "medusa", "redrafter"}  # whose steps may be launched before it is known where they begin
 
 
 def test_no_method_is_left_out() -> None:
@@ -92,26 +94,43 @@ def test_texts_are_those_of_plain_decoding(
         assert llm.stats.num_draft_tokens > in_company.num_draft_tokens
     assert 0 < sum(in_company.num_accepted_tokens) < in_company.num_draft_tokens
 
-    few = [0, 2, 5, 7]  # alone
     with LLM(model, **LIMITS | {"max_batch_size": 1}, speculative=speculative) as llm:
-        found = [llm.generate(prompts(llm.manifest.vocab_size)[index], asked[index]) for index in few]
-    assert_same(found, [expected[index] for index in few])
+        found = [llm.generate(prompts(llm.manifest.vocab_size)[index], asked[index]) for index in FEW]
+    assert_same(found, [expected[index] for index in FEW])
+
+
+@pytest.fixture
+def num_late(monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
+    """Steps by whether they are late, of engines that launch ahead as on a GPU."""
+    counted, begin = Counter[bool](), Worker.begin
+
+    def count(self: Worker, plan: StepPlan) -> Begun:
+        counted[any(step.late_by for step in plan.sequences)] += 1
+        return begin(self, plan)
+
+    monkeypatch.setattr(Worker, "computes_by_itself", True)
+    monkeypatch.setattr(Worker, "begin", count)
+    return counted
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_texts_are_the_same_where_steps_are_launched_before_events_are_told(
-    method: str, adapting: tuple[Path, list[RequestOutput]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_texts_are_the_same_where_the_next_step_is_launched_already(
+    method: str, plain: tuple[Path, list[RequestOutput], list[RequestOutput]], tmp_path: Path, num_late: Counter[bool]
 ) -> None:
-    """As on a GPU: a request that comes or is aborted meanwhile finds a step under way."""
-    model, expected = adapting
-    speculative = METHODS[method](model, tmp_path / "draft")
-    monkeypatch.setattr(Worker, "computes_by_itself", True)
-    with LLM(model, **LIMITS, speculative=speculative) as llm:
-        asked = [SamplingParams(**{"max_tokens": 40, **each}) for each in REQUESTS]
-        assert_same(llm.generate(prompts(llm.manifest.vocab_size)[: len(asked)], asked), expected)
-        stats = llm.stats
-    assert stats.num_blocks_used == 0 and stats.num_running == 0
-    assert 0 < sum(stats.num_accepted_tokens) < stats.num_draft_tokens
+    """Drafts that the device makes and verifies leave nothing for the host to know before the next step begins."""
+    model, expected, expected_draws = plain
+    for is_adaptive in (False, True):
+        speculative = METHODS[method](model, tmp_path / f"draft {is_adaptive}") | {"adaptive": is_adaptive}
+        with LLM(model, **LIMITS, speculative=speculative) as llm:
+            asked = [SamplingParams(**{"max_tokens": 40, **each}) for each in REQUESTS]
+            assert_same(llm.generate(prompts(llm.manifest.vocab_size)[: len(asked)], asked), expected)
+            assert_same(draws(llm), expected_draws)
+            for index in FEW:
+                assert_same([llm.generate(prompts(llm.manifest.vocab_size)[index], asked[index])], [expected[index]])
+            stats = llm.stats
+        assert (stats.num_blocks_used, stats.num_running) == (0, 0)
+        assert 0 < sum(stats.num_accepted_tokens) < stats.num_draft_tokens
+    assert (num_late[True] > 20) == (method.partition(" ")[0] in LATE)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -184,9 +203,10 @@ def looking(call: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_are_as_a_gpu_replays_them(
-    method: str, adapting: tuple[Path, list[RequestOutput]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of few sizes, each with an ending that drafts as much as can be for all that there is room for."""
+    method: str, adapting: tuple[Path, list[RequestOutput]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    num_late: Counter[bool],
+) -> None:  # fmt: skip
+    """Of few sizes, each with an ending that drafts as much as can be for all that there is room for; and late."""
     allocate, run_padded, end, endings = Worker.allocate_kv, Replayed.run, Ending.run, list[EndingPlan | None]()
 
     def allocate_and_record(self: Worker, num_blocks: int) -> None:
@@ -219,7 +239,12 @@ def test_steps_are_as_a_gpu_replays_them(
     endings.clear()
     found, _ = run(model, REQUESTS[:5], speculative=speculative)
     assert_same(found, expected[:5])
+    with LLM(model, **LIMITS, speculative=speculative) as llm:
+        for index in FEW:
+            asked = SamplingParams(**{"max_tokens": 40, **REQUESTS[index]})
+            assert_same([llm.generate(prompts(llm.manifest.vocab_size)[index], asked)], [expected[index]])
     assert sum(ending is not None and ending.num_nodes > 1 for ending in endings) > 5
+    assert (num_late[True] > 5) == (method.partition(" ")[0] in LATE)
 
 
 RANKS = {"tp_size": 2, "pp_size": 2}

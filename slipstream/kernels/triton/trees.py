@@ -4,12 +4,13 @@
     fill     tokens   a step's names of drafts become tokens, places and masks
     accept   trees    what was chosen by each row, walked down from the root (speculative/accept.py, the reference)
     move     trees × layers   keys and values of accepted nodes to the places after their root
+    move_on  sequences        the places of steps that were planned before it was known how far the ones before get
 
 Shape suffixes: X slots, the last of which is of those without one; S sequences, N drafts, M nodes, W words of 64 bits,
 T tokens, R rows of logits, B blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -169,7 +170,7 @@ def fill(
 
 @triton.jit
 def _accept(
-    token_ids, roots, sizes, slots, token_ids_XN, parents_XN, depths_XM, masks_XMW, accepted,
+    token_ids, roots, sizes, slots, token_ids_XN, parents_XN, depths_XM, masks_XMW, accepted, last_token_X, accepted_X,
     num_rows, num_slots, num_drafts, num_nodes,
     NODES: tl.constexpr, WORDS: tl.constexpr, CAN_BRANCH: tl.constexpr,
 ):  # fmt: skip
@@ -204,8 +205,10 @@ def _accept(
     said_depth_M = tl.where(is_said_M, depth_M, -1)
     count = 1 + tl.max(said_depth_M, 0)
     is_on_path_M = is_said_M
+    last = tl.argmax(said_depth_M, 0).to(tl.int64)
+    tl.store(last_token_X + slot, tl.sum(tl.where(node_M == last, chosen_M, 0), 0))
+    tl.store(accepted_X + slot, count - 1)
     if CAN_BRANCH:
-        last = tl.argmax(said_depth_M, 0).to(tl.int64)
         is_on_path_M = node_M == 0  # also where nothing was ever kept
         for word in tl.static_range(WORDS):
             mask = tl.load(masks + last * WORDS + word)
@@ -224,13 +227,17 @@ def _accept(
 
 
 def accept(
-    token_ids_R: Tensor, roots_S: Tensor, sizes_S: Tensor, slots_S: Tensor, num_nodes: int, tables: TreeTables
-) -> tuple[Tensor, ...]:
-    """roots, sizes: of each tree its first row of logits, and its nodes. -> the fields of accept.py: Accepted."""
+    token_ids_R: Tensor, roots_S: Tensor, sizes_S: Tensor, slots_S: Tensor, num_nodes: int, tables: TreeTables,
+    last_token_X: Tensor, accepted_X: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """roots, sizes: of each tree its first row of logits, and its nodes. -> the fields of accept.py: Accepted.
+
+    last_token, accepted: written of each slot, its last token and the number of drafts before it.
+    """
     accepted_SX = token_ids_R.new_empty(len(slots_S), 1 + 3 * num_nodes)
     _accept[(len(slots_S),)](
-        token_ids_R, roots_S, sizes_S, slots_S, *tables[:4], accepted_SX, len(token_ids_R), len(tables.token_ids),
-        tables.token_ids.shape[1], num_nodes,
+        token_ids_R, roots_S, sizes_S, slots_S, *tables[:4], accepted_SX, last_token_X, accepted_X, len(token_ids_R),
+        len(tables.token_ids), tables.token_ids.shape[1], num_nodes,
         NODES=_nodes(tables), WORDS=tables.masks.shape[2], CAN_BRANCH=tables.can_branch,
     )  # fmt: skip
     counts_S1, *others = accepted_SX.split([1, num_nodes, num_nodes, num_nodes], 1)
@@ -288,3 +295,44 @@ def move(
             tables_SB.stride(0), alike[0].stride(0), row_size, block_size,
             TYPE=INTEGERS[itemsize], PLANES=planes, COLUMNS=triton.next_power_of_2(row_size),
         )  # fmt: skip
+
+
+# --- move on ---
+
+
+@triton.jit
+def _move_on(
+    positions, kv_lens, tree_starts, query_starts, late_slots, accepted_X, slots_T, tables, table_stride, block_size,
+    TOKENS: tl.constexpr, IS_FIRST: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0).to(tl.int64)
+    late = tl.load(late_slots + sequence)
+    if late >= 0:
+        moved = tl.load(accepted_X + late)
+        begin, end = tl.load(query_starts + sequence), tl.load(query_starts + sequence + 1)
+        tables += sequence * table_stride
+        if IS_FIRST:
+            tl.store(kv_lens + sequence, tl.load(kv_lens + sequence) + moved)
+            tl.store(tree_starts + sequence, tl.load(tree_starts + sequence) + moved)
+        for first in range(begin, end, TOKENS):
+            token_T = first + tl.arange(0, TOKENS)
+            is_token_T = token_T < end
+            place_T = tl.load(positions + token_T, mask=is_token_T, other=0)
+            if IS_FIRST:
+                place_T += moved
+                tl.store(positions + token_T, place_T, mask=is_token_T)
+            block_T = tl.load(tables + place_T // block_size, mask=is_token_T, other=0)
+            tl.store(slots_T + token_T, block_T * block_size + place_T % block_size, mask=is_token_T)
+
+
+def move_on(
+    inputs: Mapping[str, Tensor], accepted_X: Tensor, slots_T: Tensor, tables_SB: Tensor, block_size: int,
+    *, is_first: bool,
+) -> None:  # fmt: skip
+    """runtime/worker/late.py, of one group's KV; with the first everything else, too."""
+    late_S = inputs["late_slots"]
+    names = ("positions", "kv_lens", "tree_starts", "query_starts")
+    _move_on[(len(late_S),)](
+        *(inputs[f"step.{name}"] for name in names), late_S, accepted_X, slots_T, tables_SB, tables_SB.stride(0),
+        block_size, TOKENS=64, IS_FIRST=is_first,
+    )  # fmt: skip

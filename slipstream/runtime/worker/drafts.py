@@ -26,6 +26,7 @@ from slipstream.speculative.drafter import (
     Drafter,
     DraftTensors,
     KVDrafter,
+    ModelDrafter,
     Running,
     Verified,
 )
@@ -61,12 +62,13 @@ class Drafts:
         num_slots: int,
         device: torch.device,
         texts: Callable[[int], Sequence[int]],
+        last_token_X: Tensor,
         *,
         max_len: int = 0,
         can_branch: bool = False,
     ) -> None:
-        """texts: of each slot the tokens that are known on the host. max_len, can_branch: of the drafter, also where
-        another rank has it."""
+        """texts: of each slot the tokens that are known on the host. last_token: of each slot, and of NO_SLOT. max_len,
+        can_branch: of the drafter, also where another rank has it."""
         self._drafter = drafter
         self._on_host = drafter if isinstance(drafter, Drafter) else None
         self._on_device = drafter if isinstance(drafter, DeviceDrafter) else None
@@ -83,6 +85,8 @@ class Drafts:
         # Of drafts that may branch, and their roots: how far a node is from the root, and what is above it.
         self._depths, self._masks = of_slots(1 + self.max_len), of_slots(1 + self.max_len, self.num_mask_words)
         self.kernels = tree_kernels(device)
+        # How far each slot's last step got: there late steps begin.
+        self._last_token_X, self.num_accepted_X = last_token_X, of_slots()
         self._is_taking = [False] * num_slots
         self._known: list[Sequence[int]] = [()] * num_slots  # tokens that each text had when it came
         self._told = [0] * num_slots  # tokens of each that the drafter was told of, where it was not asked since
@@ -134,6 +138,11 @@ class Drafts:
     @property
     def reads_ends(self) -> bool:
         return self._drafter is not None and self._drafter.reads_ends
+
+    @property
+    def can_be_late(self) -> bool:
+        """Whether all that is drafted comes from the device, and the host need not know where."""
+        return self._on_device is not None and not isinstance(self._on_device, ModelDrafter)
 
     @property
     def can_be_recorded(self) -> bool:
@@ -282,11 +291,16 @@ class Drafts:
     def accepted(self, slots_S: Tensor, rows_S: Tensor, sizes_S: Tensor, num_nodes: int, chosen_R: Tensor) -> Accepted:
         """Of the drafts of each slot those that were chosen. rows, sizes: its first row of logits, and its nodes."""
         if self.kernels is not None:
-            return Accepted(*self.kernels.accept(chosen_R, rows_S, sizes_S, slots_S, num_nodes, self._tables()))
+            left = self._last_token_X, self.num_accepted_X
+            return Accepted(*self.kernels.accept(chosen_R, rows_S, sizes_S, slots_S, num_nodes, self._tables(), *left))
         nodes_M = torch.arange(num_nodes, device=self._device)
         rows_SM = (rows_S[:, None] + nodes_M).clamp(max=len(chosen_R))
         chosen_SM = functional.pad(chosen_R, (0, 1), value=NOTHING_TO_SAMPLE)[rows_SM]
-        return accept(chosen_SM, *self.trees(slots_S, num_nodes), sizes_S)
+        accepted = accept(chosen_SM, *self.trees(slots_S, num_nodes), sizes_S)
+        before_S = accepted.counts - 1
+        self._last_token_X[slots_S] = accepted.token_ids.gather(1, before_S[:, None])[:, 0]
+        self.num_accepted_X[slots_S] = before_S
+        return accepted
 
     def _tables(self) -> Any:
         assert self.kernels is not None

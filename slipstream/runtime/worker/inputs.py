@@ -48,6 +48,8 @@ class StepSizes:
         And of each token its sequence's slot in the worker; of each row of logits the slot that the step chooses a
         token for, or NO_SLOT, and where in its text that token will be. Drafts are named as draft_name says.
 
+        Of each sequence whose step is late, its slot, or NO_SLOT: places are those of a step that is not (late.py).
+
         Where trees end it, of each sequence that samples its slot, the row of its tree's root among the step's and
         among those of logits, and its nodes (NO_SLOT and 0 of others); and what is known to follow each row.
         """
@@ -58,6 +60,7 @@ class StepSizes:
             "step.kv_lens": (self.num_sequences,),
             "step.tree_starts": (self.num_sequences,),
             "step.logit_rows": (self.num_rows,),
+            "late_slots": (self.num_sequences,),
             "token_slots": (self.num_tokens,),
             "row_slots": (self.num_rows,),
             "row_positions": (self.num_rows,),
@@ -107,7 +110,7 @@ def rows_wanted(plan: StepPlan, wants_all_rows: Sequence[bool]) -> list[int]:
 
 def sizes_of(plan: StepPlan, logit_counts: Iterable[int], tables: BlockTables) -> StepSizes:
     """Exactly what the plan needs, without trees that end it."""
-    longest = max(sequence.start + sequence.num_tokens for sequence in plan.sequences)
+    longest = max(sequence.start + sequence.num_tokens + sequence.late_by for sequence in plan.sequences)
     width, num_rows = -(-(longest + tables.tokens_ahead) // tables.tokens_per_block), sum(logit_counts)
     return StepSizes(plan.num_tokens, len(plan.sequences), num_rows, width, tables.num_groups)
 
@@ -145,6 +148,10 @@ def fill_inputs(
     columns["step.tree_starts"][:num_sequences] = kv_lens - num_nodes
     row_ends = counts.cumsum()
     columns["step.logit_rows"][: row_ends[-1]] = np.arange(row_ends[-1]) + (ends - row_ends).repeat(counts)
+    columns["late_slots"][:] = NO_SLOT
+    if any(each.late_by for each in sequences):
+        late = (each.slot if each.late_by else NO_SLOT for each in sequences)
+        columns["late_slots"][:num_sequences] = _column(late, num_sequences)
     slot_of_token = columns["token_slots"][:num_tokens]
     slot_of_token[:] = slots.repeat(lengths)
     columns["row_slots"][:] = NO_SLOT

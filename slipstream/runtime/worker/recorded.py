@@ -178,6 +178,7 @@ class RecordedSteps:
         numbers = host.to(self._device)
         inputs = sizes.views(numbers)
         inputs["row_slots"].fill_(NO_SLOT)
+        inputs["late_slots"].fill_(NO_SLOT)
         if sizes.num_nodes:
             inputs["trees.slots"].fill_(NO_SLOT)
         if sizes.is_followed:

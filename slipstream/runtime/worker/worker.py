@@ -22,6 +22,7 @@ from slipstream.runtime.worker.groups import with_groups, with_trees
 from slipstream.runtime.worker.handover import HandedKV, Saving
 from slipstream.runtime.worker.hidden import with_hidden
 from slipstream.runtime.worker.inputs import make_inputs, rows_wanted
+from slipstream.runtime.worker.late import move_on
 from slipstream.runtime.worker.memory import allocate_kv, free_memory, keep_freed_memory, left_by_plan, peak_memory
 from slipstream.runtime.worker.pool import Pooler, Vectors
 from slipstream.runtime.worker.recorded import RecordedSteps, StepOutputs
@@ -94,7 +95,7 @@ class Worker:
         )
         self._drafts = Drafts(
             drafter, manifest.vocab_size, max_batch_size, device, self._sampler.token_ids,
-            max_len=max_draft_len, can_branch=drafts_branch,
+            self._sampler.slots.last_token, max_len=max_draft_len, can_branch=drafts_branch,
         )  # fmt: skip
         graph = with_groups(engine.graph, groups)  # may refuse: before anything is loaded
         if drafts_branch:
@@ -364,11 +365,16 @@ class Worker:
         """While the host does other things. Stages have several steps under way already."""
         return self._device.type == "cuda" and self._manifest.pp_size == 1
 
+    @property
+    def takes_late_steps(self) -> bool:
+        """Whether a step may be launched before it is known how far the drafts of the one before get."""
+        return self.computes_by_itself and self._drafts.can_be_late and self._ranks.size == 1
+
     def can_run_ahead(self, flight: Flight) -> bool:
         """Whether the step after this one may be launched before it is collected."""
         if not self.computes_by_itself:
             return False
-        if any(step.max_drafts for step in flight.plan.sequences):
+        if any(step.max_drafts for step in flight.plan.sequences) and not self.takes_late_steps:
             return False  # how far drafts get decides where it begins
         return not any(flight.wants_all_rows) and flight.draw.is_plain
 
@@ -398,6 +404,8 @@ class Worker:
     def _run(self, inputs: Inputs, ending: EndingPlan | None = None) -> StepOutputs:
         slots = self._sampler.slots
         slots.fill_pending(inputs["step.token_ids"], inputs["token_slots"])
+        if self.takes_late_steps:
+            move_on(inputs, self._drafts.num_accepted_X, len(self._groups), self._tables.tokens_per_block)
         tree = self._drafts.fill(inputs)
         if self._copies_tokens:
             self._ranks.copy_first(inputs["step.token_ids"])  # which knows them
