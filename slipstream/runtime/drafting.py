@@ -1,8 +1,12 @@
 """Drafting: how many drafts the sequences of a step are asked for, and what became of those that were verified."""
 
+from collections.abc import Sequence
+
 from slipstream.runtime.draft_control import DraftControl, Observed
 from slipstream.schema.build import RuntimeConfig
 from slipstream.schema.step import SequenceStep, StepPlan, StepResult
+
+_NOBODY = -1  # a slot of nobody's
 
 
 class Drafting:
@@ -39,14 +43,16 @@ class Drafting:
         asked = iter([self._max_draft_len] * len(slots) if self._control is None else self._control.ask(slots))
         return tuple(step._replace(max_drafts=next(asked)) if step.sample else step for step in steps)
 
-    def observe(self, plan: StepPlan, result: StepResult, seconds: float | None) -> None:
-        """A step is over, and took so long."""
+    def observe(self, plan: StepPlan, result: StepResult, seconds: float | None, is_live: Sequence[bool]) -> None:
+        """A step is over, and took so long. is_live: of each sequence; of others it was for nothing."""
         if self._control is None:
             return
         is_decoding = all(step.sample and len(step.token_ids) == 1 for step in plan.sequences)
         drafts = [
-            Observed(step.slot, step.num_drafts, outcome.accepted, step.max_drafts, outcome.num_drafts)
-            for step, outcome in zip(plan.sequences, result.sequences, strict=True)
+            Observed(
+                step.slot if live else _NOBODY, step.num_drafts, outcome.accepted, step.max_drafts, outcome.num_drafts
+            )
+            for step, outcome, live in zip(plan.sequences, result.sequences, is_live, strict=True)
         ]
         self._control.observe(drafts, seconds if is_decoding else None)
 

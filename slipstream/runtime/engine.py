@@ -136,8 +136,11 @@ class Engine:
         seconds = self._last_collected - began_at
         is_usual = self._worker.num_recordings == oldest.num_recordings  # to record takes longer, and not again
         events = self._scheduler.commit(oldest.plan, result, seconds if is_usual else None)
-        if not self._steps and self._worker.computes_by_itself and (plan := self._scheduler.plan()) is not None:
-            self._launch(self._begin(plan))
+        # Of a group that would raise, and nobody would be told of these events.
+        if not self._steps and self._worker.computes_by_itself and self._group is None:
+            plan = self._scheduler.plan()
+            if plan is not None:
+                self._launch(self._begin(plan))
         return events
 
     def _begin(self, plan: StepPlan) -> _Step:

@@ -292,7 +292,8 @@ class Scheduler:
         seconds: that it took, from the end of the one before, where these follow each other.
         """
         sequences = self._take_in_flight(plan)
-        self._drafting.observe(plan, result, seconds)
+        is_live = [each.slot is not None and not each.is_finished for each in sequences]
+        self._drafting.observe(plan, result, seconds, is_live)
         events = []
         for sequence, step, outcome in zip(sequences, plan.sequences, result.sequences, strict=True):
             event = self._commit_sequence(sequence, step, outcome)
@@ -324,7 +325,7 @@ class Scheduler:
         if step.start < sequence.num_prompt:
             self._prompt_tokens_computed += min(sequence.num_computed, sequence.num_prompt) - step.start
         self._kv.commit(sequence.table, sequence.token_ids, sequence.num_computed)
-        if step.num_drafts:
+        if step.num_drafts and token_ids:
             self._drafting.count(step.num_drafts, len(outcome.token_ids) - 1)
         if sequence.is_finished:
             if not sequence.num_in_flight:

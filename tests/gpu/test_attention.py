@@ -368,7 +368,7 @@ def test_a_plan_depends_on_shapes_and_fills_the_device() -> None:
     assert plan(512, 512)[0].num_splits == 1
     (prompt,) = plan(2048, 1)
     assert prompt.num_splits == 1
-    for verified in (plan(16, 1), plan(16, 1, has_trees=True), plan(200, 8, has_trees=True)):
+    for verified in (plan(16, 1, 4096), plan(16, 1, 4096, has_trees=True), plan(200, 8, 4096, has_trees=True)):
         assert len(verified) == 1 and verified[0].tile.rows == 16
     few, many = plan(2048, 64)
     assert few.max_rows + 1 == many.min_rows

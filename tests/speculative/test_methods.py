@@ -133,6 +133,34 @@ def test_texts_are_the_same_where_the_next_step_is_launched_already(
     assert (num_late[True] > 20) == (method.partition(" ")[0] in LATE)
 
 
+@pytest.mark.parametrize("method", [row for row in METHODS if row.partition(" ")[0] in LATE])
+def test_late_steps_may_have_others_that_are_edited(
+    method: str, adapting: tuple[Path, list[RequestOutput]], tmp_path: Path, num_late: Counter[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Two long texts, and beside them short ones, of which every other one is chosen by the host."""
+    model, _ = adapting
+    both, run_and_draw = Counter[bool](), Worker._run_and_draw
+
+    def count(self: Worker, plan: StepPlan, counts: Any, steps: Any) -> Any:
+        is_late = any(step.late_by for step in plan.sequences)
+        both[is_late and any(self._sampler.is_edited(step.slot) for step in steps)] += 1
+        return run_and_draw(self, plan, counts, steps)
+
+    monkeypatch.setattr(Worker, "_run_and_draw", count)
+
+    def answers(speculative: dict[str, Any] | None) -> list[list[int]]:
+        with LLM(model, **LIMITS | {"max_batch_size": 3}, speculative=speculative) as llm:
+            asked = prompts(llm.manifest.vocab_size)
+            short = [{"max_tokens": 6}, {"max_tokens": 2, "logit_bias": {3: 1.0}}] * 14
+            wishes = [SamplingParams(temperature=0, **each) for each in [{"max_tokens": 120}] * 2 + short]
+            return texts_of(llm.generate([asked[index % len(asked)] for index in range(len(wishes))], wishes))
+
+    expected = answers(None)
+    assert answers(METHODS[method](model, tmp_path / "draft") | {"adaptive": False}) == expected
+    assert both[True] > 2
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_texts_are_the_same_whatever_number_of_drafts_is_asked_for(
     method: str, adapting: tuple[Path, list[RequestOutput]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

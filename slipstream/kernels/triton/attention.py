@@ -20,6 +20,7 @@ from slipstream.kernels.triton.launch import arrivals, num_processors, shared_me
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are of base 2
 MOST_SPLITS = tl.constexpr(64)
+MOST_READ_AGAIN = 4096  # keys, by each few of the rows that verify drafts
 WHOLE = 512  # keys that are not split: to merge parts takes as long as to walk through some 500 more
 
 
@@ -499,9 +500,9 @@ def plan(
         most = min(room, -(-max_keys // (2 * tile.keys)), MOST_SPLITS.value)
         return Launch(tile, max(1, most if max_keys > whole else 1), whole_keys=whole, **limits)
 
-    # Drafts that are verified: a processor for each few rows, though each reads the keys again.
+    # Drafts that are verified: a processor for each few rows, though each reads the keys again, where they are few.
     is_short = 1 < num_tokens <= (64 if num_sequences == 1 else 256 if has_trees and 8 < tokens_a_sequence <= 64 else 0)
-    if is_short and item_size < 4 and head_dim <= 128:
+    if is_short and item_size < 4 and head_dim <= 128 and max_keys <= MOST_READ_AGAIN:
         tile = Tile(16, 64, 4, 3) if has_trees else _one_a_processor(head_dim, item_size, shared_bytes)
         return (launch(tile, -(-num_tokens * group // tile.rows) + num_sequences - 1, 1),)
     # A recorded step has as many sequences as tokens, unless it ends with drafts; its tokens may still be one prompt's.

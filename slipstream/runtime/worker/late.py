@@ -20,14 +20,21 @@ from slipstream.runtime.worker.groups import group_input
 _OF_GROUP = ("step.slots", "step.block_tables")
 
 
-def move_on(inputs: Mapping[str, Tensor], accepted_X: Tensor, num_groups: int, tokens_per_block: int) -> None:
-    """In place: where the tokens of late steps are, in their texts and in the cache. accepted: by each slot's last."""
+def move_on(
+    inputs: Mapping[str, Tensor], accepted_X: Tensor, num_groups: int, tokens_per_block: int, *, can_branch: bool
+) -> None:
+    """In place: where the tokens of late steps are, in their texts and in the cache. accepted: by each slot's last.
+
+    can_branch: where drafts do, a GPU sets rows' positions when it fills trees in.
+    """
     if accepted_X.is_cuda:
         from slipstream.kernels.triton import trees
 
         for group in range(num_groups):
             slots_T, tables_SB = (inputs[group_input(name, group)] for name in _OF_GROUP)
             trees.move_on(inputs, accepted_X, slots_T, tables_SB, tokens_per_block, is_first=group == 0)
+        if can_branch:
+            return
     else:
         _move_on(inputs, accepted_X, num_groups, tokens_per_block)
     torch.add(inputs["step.positions"][inputs["step.logit_rows"]], 1, out=inputs["row_positions"])

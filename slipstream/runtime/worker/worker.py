@@ -277,6 +277,7 @@ class Worker:
             ended = ended_SX
             if ended is None:
                 inputs = self._inputs(plan, counts, is_chosen, ending)
+                self._move_on(inputs)
                 assert read_ids_T is not None
                 inputs["step.token_ids"] = read_ids_T[: plan.num_tokens]
                 ended = self._ending.run(ending, inputs, chosen_R, hidden_TF, self._kv_rows())
@@ -404,8 +405,7 @@ class Worker:
     def _run(self, inputs: Inputs, ending: EndingPlan | None = None) -> StepOutputs:
         slots = self._sampler.slots
         slots.fill_pending(inputs["step.token_ids"], inputs["token_slots"])
-        if self.takes_late_steps:
-            move_on(inputs, self._drafts.num_accepted_X, len(self._groups), self._tables.tokens_per_block)
+        self._move_on(inputs)
         tree = self._drafts.fill(inputs)
         if self._copies_tokens:
             self._ranks.copy_first(inputs["step.token_ids"])  # which knows them
@@ -426,6 +426,11 @@ class Worker:
             ended_SX = self._ending.run(ending, inputs, token_ids_R, drafted_from_TF, self._kv_rows())
         hidden = hidden_TH[0] if hidden_TH else None
         return StepOutputs(logits_RV, token_ids_R, hidden, drafted_from_TF, ended_SX, inputs["step.token_ids"])
+
+    def _move_on(self, inputs: Inputs) -> None:
+        if self.takes_late_steps:
+            places = len(self._groups), self._tables.tokens_per_block
+            move_on(inputs, self._drafts.num_accepted_X, *places, can_branch=self._drafts.can_branch)
 
     def _kv_rows(self) -> list[Tensor]:
         return [_indexable(kv_PNBKD) for kv_PNBKD in self._kv]
