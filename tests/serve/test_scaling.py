@@ -56,17 +56,17 @@ def test_an_engine_comes_with_the_load_and_goes_after_it(patient_engine: Path, t
         readers = [Reader(server, number) for number in range(3)]
         eventually(lambda: statuses(server) == ["ok", "ok"], seconds=START_SECONDS)
         readers += [Reader(server, 10 + number) for number in range(2)]
-        eventually(lambda: len(running(server)) == 2 and running(server)[1] >= 1, seconds=60)
+        eventually(lambda: len(running(server)) == 2 and running(server)[1] >= 1, seconds=START_SECONDS)
 
         for reader in readers[:3]:
             reader.leaves = True
         last = Reader(server, 20, max_tokens=300)
-        eventually(lambda: not last.is_alive(), seconds=60)
+        eventually(lambda: not last.is_alive(), seconds=START_SECONDS)
         assert last.ending[1] == "data: [DONE]" and '"finish_reason":"length"' in last.ending[0]
         for reader in readers[3:]:
             assert reader.is_alive()
             reader.leaves = True
-        eventually(lambda: statuses(server) == ["ok"], seconds=60)
+        eventually(lambda: statuses(server) == ["ok"], seconds=START_SECONDS)
         assert server.post("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 2}).status_code == 200
         readers = [Reader(server, 30 + number) for number in range(3)]  # and it comes again
         eventually(lambda: statuses(server) == ["ok", "ok"], seconds=START_SECONDS)
