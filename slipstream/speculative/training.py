@@ -101,6 +101,28 @@ class SharedHead(nn.Module):
         return self.places_V[batch.token_ids].where(batch.is_answer, -1)
 
 
+class Taught:
+    """What the target held likely at each token of an answer that can be drafted: its distribution over these, which
+    says more of each place than the token that came of it."""
+
+    def __init__(self, shared: SharedHead, batch: Batch) -> None:
+        assert batch.hidden is not None
+        self._is_label_SL = shared.labels(batch) >= 0
+        self._rows_SL = self._is_label_SL.flatten().cumsum(0).view_as(self._is_label_SL) - 1
+        with torch.no_grad():
+            hidden_PH = batch.hidden[:, :-1, -shared.weight_DH.shape[1] :][self._is_label_SL[:, 1:]]
+            self._likely_PD = shared(hidden_PH).softmax(1)
+
+    def is_known(self, count: int) -> Tensor:
+        """[S, L] the tokens so many after which there is one of these."""
+        return later(self._is_label_SL, count, fill=False)
+
+    def loss(self, logits_PD: Tensor, count: int, is_asked_SL: Tensor) -> Tensor:
+        """The cross entropy of what is said of the token so many after each of the P that are asked."""
+        expected_PD = self._likely_PD[later(self._rows_SL, count, fill=0)[is_asked_SL]]
+        return -(expected_PD * logits_PD.log_softmax(1)).sum() / max(1, len(logits_PD))
+
+
 def later(values_SL: Tensor, count: int, *, fill: int | bool) -> Tensor:
     """[S, L] at each token the value of the one so many after it."""
     return functional.pad(values_SL, (0, count), value=fill)[:, count:]

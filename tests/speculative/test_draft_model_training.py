@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 def student(model: Path, num_layers: int) -> Student:
     with LLM(model) as llm:
         engine = open_engine(llm.engine_path)
-    return Student(Teacher(str(model), engine, CPU, torch.zeros(0)), Options(num_layers=num_layers))
+    counts = torch.zeros(engine.manifest.vocab_size)
+    return Student(Teacher(str(model), engine, CPU, counts), Options(num_layers=num_layers))
 
 
 @pytest.mark.parametrize(

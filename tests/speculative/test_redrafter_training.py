@@ -18,7 +18,9 @@ from tests.distill.planted import assert_it_learns_and_drafts
 
 def test_the_loss_is_of_each_token_after_the_right_ones(tmp_path: Path) -> None:
     model = write_random_model(tmp_path / "model", llama.TINY)
-    embed_VH = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
+    tensors = load_file(model / "model.safetensors")
+    embed_VH = tensors["model.embed_tokens.weight"]
+    head_VH = tensors.get("lm_head.weight", embed_VH)
     with LLM(model) as llm:
         engine = open_engine(llm.engine_path)
     counts = torch.arange(128).flip(0)  # the first hundred can be drafted
@@ -42,7 +44,9 @@ def test_the_loss_is_of_each_token_after_the_right_ones(tmp_path: Path) -> None:
                 state_H = head.state(embed_VH[ids[place + 1 + ahead]], state_H)
                 label = ids[place + 2 + ahead]
                 if label < 100:
-                    losses[ahead].append(-head.logits(hidden_SLH[text, place], state_H).log_softmax(0)[label])
+                    likely_D = (head_VH[:100] @ hidden_SLH[text, place + 1 + ahead]).softmax(0)
+                    said_D = head.logits(hidden_SLH[text, place], state_H).log_softmax(0)
+                    losses[ahead].append(-(likely_D * said_D).sum())
     torch.testing.assert_close(found, torch.stack([torch.stack(each).mean() for each in losses]).sum())
 
 

@@ -2,14 +2,15 @@
 
 The student is the target's architecture with fewer layers, spread over the depth of the target as they begin; embedding
 and output layer stay the target's. What is trained is the graph that a build would capture, run by the ops' references,
-which autograd goes through: any architecture that is known here can be shortened.
+which autograd goes through: any architecture that is known here can be shortened. It learns the target's
+distribution, as far as that is of likely tokens.
 
-Shape suffixes: S texts, L tokens of the longest, V vocabulary, P places of a batch, N blocks of B tokens, K heads, D
-numbers of each.
+Shape suffixes: S texts, L tokens of the longest, V vocabulary, D tokens whose probabilities are learned, P places of a
+batch, N blocks of B tokens, K heads, D numbers of each (of KV), X columns of queries.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.checkpoint.layouts import theirs_shape, to_hugging_face
 from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.errors import UsageError
+from slipstream.kernels.attention.paged import attend_one
 from slipstream.kernels.registry import known_ops
 from slipstream.models import read_config
 from slipstream.speculative.draft_model.drafter import Drafter
-from slipstream.speculative.training import Batch, Teacher, rotated
+from slipstream.speculative.training import Batch, SharedHead, Teacher, begins, rotated
 from slipstream.speculative.training import Student as Base
 
 BLOCK_SIZE = 32  # tokens of a page of the cache, of which each text has its own
+MOST_LEARNED = 8192  # tokens, the likeliest of the target's distribution
 NAMES_OF_NUM_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # in config.json
 
 
@@ -43,6 +46,7 @@ class Student(Base):
 
     def __init__(self, teacher: Teacher, options: Options) -> None:
         super().__init__(teacher, options)
+        self._shared = SharedHead(teacher, MOST_LEARNED)
         source = resolve(teacher.model)
         if source.kind == "engine":
             raise UsageError(
@@ -72,10 +76,6 @@ class Student(Base):
                 self._places[name] = name.replace(".", "__")
                 self.register_parameter(self._places[name], nn.Parameter(tensor))
 
-    @staticmethod
-    def reads_hidden(num_layers: int) -> tuple[int, ...]:
-        return ()
-
     def _weights(self) -> dict[str, Tensor]:
         return self._frozen | {name: getattr(self, place) for name, place in self._places.items()}
 
@@ -96,7 +96,7 @@ class Student(Base):
             op = self._ops[node.op]
             attributes = [node.attributes[argument.name] for argument in op.attributes]
             many = any(argument.kind == "Tensor[]" for argument in op.arguments)
-            function = rotated if node.op == "rope" else op.reference
+            function = IN_TRAINING.get(node.op, op.reference)
             made = function(*([inputs] if many else inputs), *attributes)
             values.update(zip(node.outputs, made if isinstance(made, tuple | list) else (made,), strict=True))
             if hidden in node.outputs:
@@ -105,9 +105,12 @@ class Student(Base):
         return found
 
     def loss(self, batch: Batch) -> Tensor:
-        next_SL = functional.pad(batch.token_ids, (0, 1))[:, 1:]
-        rows_P = functional.pad(batch.is_answer, (0, 1))[:, 1:].flatten().nonzero()[:, 0]
-        return functional.cross_entropy(self._logits(batch.token_ids, rows_P), next_SL.flatten()[rows_P])
+        assert batch.hidden is not None
+        rows_P = begins(batch).flatten().nonzero()[:, 0]
+        with torch.no_grad():  # what the model held likely there
+            likely_PD = self._shared(batch.hidden.flatten(0, 1)[rows_P]).softmax(1)
+        said_PV = self._logits(batch.token_ids, rows_P).log_softmax(1)
+        return -(likely_PD * said_PV[:, self._shared.token_ids_D]).sum() / max(1, len(rows_P))
 
     def evaluate(self, batches: Iterable[Batch]) -> list[float]:
         """Drafts go on from right drafts only, so what is right at each place of the text says how far they come."""
@@ -178,6 +181,18 @@ def _step(token_ids_SL: Tensor) -> dict[str, Tensor]:
     }
 
 
+def _attended(
+    q_TX: Tensor, kv_PNBKD: Tensor, starts: Tensor, lengths_S: Tensor, tables_SB: Tensor, *rest: Any
+) -> Tensor:
+    """The op attention's reference, of all texts at once: they are of one length."""
+    q_SLX = q_TX.unflatten(0, (len(tables_SB), -1))
+    places_L = torch.arange(length := q_SLX.shape[1], device=q_TX.device)
+    distances_LL = places_L[:, None] - places_L
+    attend = torch.vmap(lambda q_LX, ids_B: attend_one(q_LX, kv_PNBKD, ids_B, length, distances_LL, *rest))
+    attended_SLX: Tensor = attend(q_SLX, tables_SB)
+    return attended_SLX.flatten(0, 1)
+
+
 def _written(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tensor) -> Tensor:
     """What kv_write does in place, which autograd would not follow."""
     planes = []
@@ -186,3 +201,9 @@ def _written(k_TY: Tensor, v_TY: Tensor | None, kv_PNBKD: Tensor, slots_T: Tenso
         x_TKD = x_TY.unflatten(1, plane_NBKD.shape[2:])
         planes.append(plane_NBKD.flatten(0, 1).index_copy(0, slots_T, x_TKD).view_as(plane_NBKD))
     return torch.stack(planes)
+
+
+IN_TRAINING: dict[str, Callable[..., Any]] = {
+    "rope": rotated,
+    "attention": _attended,
+}  # autograd follows these

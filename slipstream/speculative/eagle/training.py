@@ -33,7 +33,7 @@ from slipstream.speculative.eagle.head import (
     shapes_of,
 )
 from slipstream.speculative.head_file import DRAFT_TOKENS
-from slipstream.speculative.training import Batch, SharedHead, Teacher, begins, later, rotated, write_head
+from slipstream.speculative.training import Batch, SharedHead, Taught, Teacher, begins, later, rotated, write_head
 from slipstream.speculative.training import Student as Base
 
 LATER_COUNTS_LESS = 0.8  # a step's loss than the last one's, as in the paper's code: all before it must have been right
@@ -111,20 +111,12 @@ class Student(Base):
             yield hidden_NH.view(num_texts, length, -1)
 
     def loss(self, batch: Batch) -> Tensor:
-        assert batch.hidden is not None
-        head, is_place_SL = self._head(), begins(batch)
-        is_label_SL = self._shared.labels(batch) >= 0
-        with torch.no_grad():  # what the model held likely at each label
-            before_PH = batch.hidden[:, :-1, -self._config.hidden_size :][is_label_SL[:, 1:]]
-            likely_PD = self._shared(before_PH).softmax(1)
-        rows_SL = is_label_SL.flatten().cumsum(0).view_as(is_label_SL) - 1
-        total = torch.zeros((), device=rows_SL.device)
+        head, is_place_SL, taught = self._head(), begins(batch), Taught(self._shared, batch)
+        total = torch.zeros((), device=is_place_SL.device)
         for step, hidden_SLH in enumerate(self._chains(batch)):
-            is_asked_SL = is_place_SL & later(is_label_SL, 2 + step, fill=False)
-            said_PD = head.logits(hidden_SLH[is_asked_SL], _no_head).log_softmax(1)
-            expected_PD = likely_PD[later(rows_SL, 2 + step, fill=0)[is_asked_SL]]
-            entropy = -(expected_PD * said_PD).sum() / max(1, len(said_PD))
-            total = total + LATER_COUNTS_LESS**step * entropy
+            is_asked_SL = is_place_SL & taught.is_known(2 + step)
+            logits_PD = head.logits(hidden_SLH[is_asked_SL], _no_head)
+            total = total + LATER_COUNTS_LESS**step * taught.loss(logits_PD, 2 + step, is_asked_SL)
         return total
 
     def evaluate(self, batches: Iterable[Batch]) -> list[float]:

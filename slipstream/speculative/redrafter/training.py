@@ -3,14 +3,14 @@
     at token t        h_t of the model; s takes in token t + 1, which the model has chosen
     says              token t + 2; then s takes that one in, and the head says token t + 3, and so on
 
-At first the head says what the model's own does at h_t. What it learns from are the model's texts, so each token that s
-takes in is the right one.
+At first the head says what the model's own does at h_t. It learns the model's distribution over its likely tokens,
+in the model's own texts, so each token that s takes in is the right one.
 
 Shape suffixes: S texts, L tokens of the longest, H hidden size, D tokens that can be drafted, P places of a batch, B
 beams, N tokens of each.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.nn import functional
 from slipstream.speculative.head_file import DRAFT_TOKENS
 from slipstream.speculative.redrafter.beams import beam_search
 from slipstream.speculative.redrafter.head import MODEL_TYPE, WEIGHTS_FILE, Head
-from slipstream.speculative.training import Batch, SharedHead, Teacher, begins, later, write_head
+from slipstream.speculative.training import Batch, SharedHead, Taught, Teacher, begins, later, write_head
 from slipstream.speculative.training import Student as Base
 
 PLACES_AT_ONCE = 256  # of a beam search: logits of each beam are in memory
@@ -61,26 +61,18 @@ class Student(Base):
             self._shared.token_ids_D,
         )
 
-    def _examples(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each token of a draft, at the places where one may begin: what s takes in [P], and the label [P].
-
-        A label is a place in the shared head; -1 where the token cannot be drafted, or the text has ended.
-        """
-        is_place_SL, labels_SL = begins(batch), self._shared.labels(batch)
-        for ahead in range(1, 1 + Head.length):
-            taken_SL = later(batch.token_ids, ahead, fill=0)
-            yield taken_SL[is_place_SL], later(labels_SL, 1 + ahead, fill=-1)[is_place_SL]
-
     def loss(self, batch: Batch) -> Tensor:
         assert batch.hidden is not None
-        head, h_PH = self._head(), batch.hidden[begins(batch)]
+        head, is_place_SL, taught = self._head(), begins(batch), Taught(self._shared, batch)
+        h_PH = batch.hidden[is_place_SL]
         state_PH, losses = torch.zeros_like(h_PH), []
-        for taken_P, labels_P in self._examples(batch):
+        for ahead in range(1, 1 + Head.length):
             with torch.no_grad():
-                e_PH = self._embed(taken_P).float()
-            state_PH, is_known_P = head.state(e_PH, state_PH), labels_P >= 0
+                e_PH = self._embed(later(batch.token_ids, ahead, fill=0)[is_place_SL]).float()
+            state_PH, is_known_SL = head.state(e_PH, state_PH), taught.is_known(1 + ahead)
+            is_known_P = is_known_SL[is_place_SL]
             logits_PD = head.logits(h_PH[is_known_P], state_PH[is_known_P])
-            losses.append(functional.cross_entropy(logits_PD, labels_P[is_known_P]))
+            losses.append(taught.loss(logits_PD, 1 + ahead, is_place_SL & is_known_SL))
         return torch.stack(losses).sum()
 
     def evaluate(self, batches: Iterable[Batch]) -> list[float]:
