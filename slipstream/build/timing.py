@@ -23,14 +23,23 @@ Round = Callable[[], float]  # gives the seconds of a call
 
 
 def time_kernels(
-    kernels: Mapping[str, Kernel], calls: Sequence[list[Any]], attributes: Mapping[str, Any], device: torch.device
+    kernels: Mapping[str, Kernel],
+    calls: Sequence[list[Any]],
+    attributes: Mapping[str, Any],
+    device: torch.device,
+    neighbour: Callable[[], object] | None = None,
 ) -> dict[str, float]:
-    """Seconds of one call of each kernel, by name. The calls' arguments take turns, so that they are cold each time."""
+    """Seconds of one call of each kernel, by name. The calls' arguments take turns, so that they are cold each time.
+
+    neighbour: where calls are recorded, what comes after each of them, and counts.
+    """
     turns = cycle(calls)
     rounds: dict[str, Round] = {}
     for name, kernel in kernels.items():
-        time_round = _recorded if device.type == "cuda" and kernel.can_be_recorded else _called
-        rounds[name] = time_round(kernel.function, turns, attributes, device)
+        if device.type == "cuda" and kernel.can_be_recorded:
+            rounds[name] = _recorded(kernel.function, turns, attributes, device, neighbour)
+        else:
+            rounds[name] = _called(kernel.function, turns, attributes, device)
     best = dict.fromkeys(kernels, float("inf"))
     for _ in range(_ROUNDS):  # interleaved, so that a disturbance hits all alike
         for name, seconds in rounds.items():
@@ -98,16 +107,26 @@ def _called(
 
 
 def _recorded(
-    function: Callable[..., Any], turns: Iterator[list[Any]], attributes: Mapping[str, Any], device: torch.device
+    function: Callable[..., Any],
+    turns: Iterator[list[Any]],
+    attributes: Mapping[str, Any],
+    device: torch.device,
+    neighbour: Callable[[], object] | None,
 ) -> Round:
     """A call among calls recorded one after another, as a step is recorded."""
-    function(*next(turns), **attributes)  # compiles
+
+    def call() -> None:
+        function(*next(turns), **attributes)
+        if neighbour is not None:
+            neighbour()
+
+    call()  # compiles
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with warnings.catch_warnings(), torch.cuda.graph(graph):
         warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # of an op that makes views
         for _ in range(_RECORDED_CALLS):
-            function(*next(turns), **attributes)
+            call()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def seconds() -> float:

@@ -43,6 +43,7 @@ WAYS = {
     "row": Tiles(8, 256, splits=0, warps=2),
     "row of one step": Tiles(4, 2048, splits=0),
     "dot": Tiles(32, 128),
+    "dot of few": Tiles(16, 64, warps=2, stages=6),
     "split": Tiles(16, 128, splits=3),  # of 11 groups of 32 columns: the last part ends after them
     "swapped": Tiles(64, 64, is_swapped=True),
     "swapped split": Tiles(64, 128, splits=2, is_swapped=True),
@@ -132,6 +133,14 @@ def test_rows_that_are_padding_disturb_no_other(num_rows: int, device: torch.dev
     with_nan_MN = linear.product(problem.x_MK, problem.weight, problem.bias_N, torch.float32)
     assert torch.equal(with_nan_MN[:-1], y_MN[:-1])
     assert with_nan_MN[-1].isnan().all()
+
+
+@pytest.mark.parametrize("num_rows", [2, 9, 25, 61])
+@pytest.mark.parametrize(("num_out", "num_in"), [(40, 96), (1040, 96), (1040, 1152), (4112, 96)])
+def test_little_weights_have_tiles_of_their_own(num_rows: int, num_out: int, num_in: int, device: torch.device) -> None:
+    problem = Problem("dense", num_rows, num_out, num_in, device)
+    y_MN = linear.product(problem.x_MK, problem.weight, problem.bias_N, torch.float32)
+    assert problem.error(y_MN) < 1e-5, f"seed {SEED}"
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if "a16" in name])

@@ -285,7 +285,7 @@ def choose_plan(
 
     def tiles(num_out: int, num_in: int) -> Tiles:
         group = whole_group(weight.group_size, num_in)
-        return choose_tiles(rows, num_active * num_out, group, x_type, weight.packed.dtype)
+        return choose_tiles(rows, num_active * num_out, num_in, group, x_type, weight.packed.dtype)
 
     block = 16 if x_type == torch.float32 else min(128, max(16, triton.next_power_of_2(rows)))
     return Plan(block, tiles(2 * width, hidden_size)._replace(splits=1), tiles(hidden_size, width))

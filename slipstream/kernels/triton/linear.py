@@ -256,7 +256,7 @@ def _rows(
     x_MK, x_scale_MG, w_NK, scale_NG, zero_NG, bias_N, y_MN, parts_SMN, arrived, M, N, num_groups, x_groups,
     K: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, PER_WORD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    IS_EVEN: tl.constexpr, IS_SWAPPED: tl.constexpr, IS_EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, IS_EVEN: tl.constexpr, IS_SWAPPED: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of x by BLOCK_N rows of W on tensor cores, BLOCK_K columns at a time, a group at most."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -270,8 +270,7 @@ def _rows(
     zero_rows = None if zero_NG is None else zero_NG + inside_n * num_groups
     steps: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
     if IS_EARLY:
-        words: tl.constexpr = BLOCK_K // PER_WORD
-        _prefetch(w_rows, split * steps * words, K // PER_WORD, max(128, 2 * words))
+        _prefetch(w_rows, split * steps * (BLOCK_K // PER_WORD), K // PER_WORD, AHEAD)
     wait_for_previous(IS_EARLY)
     y = products(
         x_rows, m < M, x_scale_rows, w_rows, scale_rows, zero_rows, split * steps, steps,
@@ -379,7 +378,7 @@ def product(
         return _through_dense(x_MK, weight, bias_N)
     group = whole_group(weight.group_size, num_columns)
     x_group = whole_group(weight.x_group_size, num_columns)
-    tiles = tiles or choose_tiles(planned_rows, num_out, group, x_MK.dtype, weight.packed.dtype)
+    tiles = tiles or choose_tiles(planned_rows, num_out, num_columns, group, x_MK.dtype, weight.packed.dtype)
     num_groups = weight.scale_NG.shape[1] if weight.scale_NG is not None else 1
     y_MN = x_MK.new_empty(num_rows, num_out, dtype=dtype)
     is_early = starts_early(x_MK.device)
@@ -404,13 +403,21 @@ def product(
         parts_SMN = y_MN.new_empty(tiles.splits, num_rows, num_out, dtype=torch.float32)
         arrived = arrivals(x_MK.device)
     x_groups = weight.x_scale_MG.shape[1] if weight.x_scale_MG is not None else 1
+    per_word = num_columns // words.shape[1]
     _rows[grid](
         x_MK, weight.x_scale_MG, words, weight.scale_NG, weight.zero_NG, bias_N, y_MN,
         parts_SMN, arrived, num_rows, num_out, num_groups, x_groups, num_columns, group, x_group,
-        num_columns // words.shape[1], block_m, tiles.rows, block_k, tiles.splits, tiles.stages,
+        per_word, block_m, tiles.rows, block_k, tiles.splits, tiles.stages,
+        _words_ahead(words.shape[1], block_k // per_word, tiles.splits),
         num_columns % (block_k * tiles.splits) == 0, tiles.is_swapped, is_early, **launch,
     )  # fmt: skip
     return y_MN
+
+
+def _words_ahead(num_words: int, at_a_time: int, splits: int) -> int:
+    """Of each row, fetched while the kernel ahead still runs: all that a program reads, where that is little."""
+    num_read = -(-num_words // (at_a_time * splits)) * at_a_time
+    return triton.next_power_of_2(num_read) if num_read <= 1024 else max(128, 2 * at_a_time)
 
 
 def whole_group(group_size: int, num_columns: int) -> int:
@@ -418,8 +425,10 @@ def whole_group(group_size: int, num_columns: int) -> int:
     return group_size if group_size < num_columns else 0
 
 
-def choose_tiles(num_rows: int, num_out: int, group: int, x_type: torch.dtype, packed_type: torch.dtype) -> Tiles:
-    """Tiles by shape alone, those that were fastest on an H100 (benchmarks/gpu_linear.py)."""
+def choose_tiles(
+    num_rows: int, num_out: int, num_columns: int, group: int, x_type: torch.dtype, packed_type: torch.dtype
+) -> Tiles:
+    """Tiles by shape alone, those that were fastest on an H100 or an H200 (benchmarks/gpu_linear.py)."""
     columns, is_narrow, is_wide = 256 // x_type.itemsize, num_out < 6144, num_out >= 16384
     if x_type == torch.float32:  # exact products run outside the tensor cores, from registers
         return Tiles(32, 32, stages=2)
@@ -429,6 +438,8 @@ def choose_tiles(num_rows: int, num_out: int, group: int, x_type: torch.dtype, p
         return Tiles(2, 2048, splits=0, warps=8)
     if num_rows == 1:
         return Tiles(2 if packed_type == torch.int8 else 4, 2048, splits=0)
+    if num_rows <= 64 and packed_type == x_type and x_type.itemsize == 2 and num_columns <= 2048 and num_out <= 8192:
+        return _tiles_of_little(num_rows, num_out, num_columns)
     if num_rows <= 64 and packed_type != x_type:
         return _tiles_to_widen(num_rows, num_out, group, columns)
     if num_rows <= 16 and group:
@@ -446,6 +457,17 @@ def choose_tiles(num_rows: int, num_out: int, group: int, x_type: torch.dtype, p
     if num_rows <= 64:
         return Tiles(128, columns, stages=3) if is_wide else Tiles(64, columns)
     return Tiles(128, columns // 2, warps=8, stages=3)
+
+
+def _tiles_of_little(num_rows: int, num_out: int, num_columns: int) -> Tiles:
+    """For W of which a program has little: what counts is that all of it is on its way before x is there."""
+    if num_out > 4096:
+        return Tiles(64, 128 if num_rows <= 32 else 64, is_swapped=True)
+    if num_columns > 1024:
+        return Tiles(32, 128, splits=4, stages=3)
+    if num_out > 1024:
+        return Tiles(64, 128, is_swapped=True) if num_rows <= 16 else Tiles(32, 128, stages=6)
+    return Tiles(16, 64, warps=2, stages=6) if num_rows <= 32 else Tiles(32, 64, stages=6)
 
 
 def _tiles_to_widen(num_rows: int, num_out: int, group: int, columns: int) -> Tiles:
