@@ -13,3 +13,11 @@ def largest(x_RN: Tensor, count: int) -> tuple[Tensor, Tensor]:
     from slipstream.kernels.triton.largest import largest as by_kernel
 
     return by_kernel(x_RN, count)
+
+
+def first_largest(x_RN: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As largest(); of equals the first come first."""
+    if x_RN.device.type != "cuda" or count > MOST:
+        values, indices = x_RN.sort(descending=True, stable=True)
+        return values[..., :count], indices[..., :count]
+    return largest(x_RN, count)

@@ -18,7 +18,7 @@ a tree, W a level's, K ranks.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,11 +27,14 @@ from torch.nn import functional
 
 from slipstream.engine.shared import head_of_tokens
 from slipstream.errors import UsageError
+from slipstream.kernels.activation import silu_and_mul
 from slipstream.kernels.attention.paged import kv_write
 from slipstream.kernels.attention.tree import WORD, tree_attention
 from slipstream.kernels.largest import largest
+from slipstream.kernels.linear.dense import linear
+from slipstream.kernels.norm import add_rms_norm, rms_norm
 from slipstream.kernels.registry import Op
-from slipstream.kernels.rope import rope, rope_cos_sin
+from slipstream.kernels.rope import rope, rope_cos_sin, rope_kv_write
 from slipstream.schema.speculative import MAX_DRAFT_LEN, Speculation
 from slipstream.speculative.choices import fitting, read_choices
 from slipstream.speculative.drafter import (
@@ -44,8 +47,8 @@ from slipstream.speculative.drafter import (
     Target,
     read_options,
 )
-from slipstream.speculative.eagle.head import Sizes, load
-from slipstream.speculative.eagle.trees import Growing, Grown, Level, Trees, Written
+from slipstream.speculative.eagle.head import Ops, Sizes, load
+from slipstream.speculative.eagle.trees import Growing, Grown, Trees, Written
 from slipstream.speculative.head_file import head_folder
 
 MAX_TREE = 32
@@ -65,9 +68,12 @@ class _Forest:
 
     roots: Tensor  # [S] places
     block_tables: Tensor  # [S, B]
+    starts: Tensor  # [levels, S + 1] of each tree's rows, where the last are of that level
+    lengths: Tensor  # [levels, S] of each text, and of its tree as far as that level
     slots: Tensor  # [S, M] of keys and values
     positions: Tensor  # [S, M] in the text
-    masks: Tensor  # [S, M, words] of tree_attention
+    rotations: tuple[Tensor, Tensor]  # [S, M, half of a head] each: cosines and sines
+    masks: Tensor  # [S, M, words] of tree_attention; until a node is there, its own bit alone
     queries: Tensor  # [S, M, X]
     token_ids: Tensor  # [S, M, K] of children, as Grown has them
     scores: Tensor  # [S, M, K]
@@ -88,7 +94,7 @@ class Drafter(LayerDrafter):
         folder = head_folder("eagle", options.model, manifest.name)
         self._head = load(
             folder, sizes, self._dtype, target.device,
-            lambda token_ids_D: head_of_tokens(target.engine, token_ids_D, self._dtype, target.device),
+            lambda token_ids_D: head_of_tokens(target.engine, token_ids_D, self._dtype, target.device), OPS,
         )  # fmt: skip
         self._config = config = self._head.config
         self._trees = self._make_trees(options)
@@ -96,6 +102,10 @@ class Drafter(LayerDrafter):
         self.reads_hidden = config.hidden_layers
         self.own_kv = (OwnKV(2, config.num_kv_heads, config.head_dim, self._dtype),)
         self.num_beyond = self._trees.num_nodes - 1
+        widths_L = torch.tensor(self._trees.widths, device=target.device)
+        self._ends_L = widths_L.cumsum(0)
+        self._depths_M = torch.arange(len(widths_L), device=target.device).repeat_interleave(widths_L)
+        self._own_bits = _own_bits(self._trees.num_nodes, target.device)
         self._inv_freq = config.inv_freq.to(target.device)
         self._block_size = manifest.tokens_per_block
 
@@ -135,7 +145,7 @@ class Drafter(LayerDrafter):
         trees = self._trees
         forest = self._plant((ends.positions - 1).clamp(min=0), ends.block_tables, ends.slots)
         x_NZ, residual_NH = (last[ends.slots] for last in self._last)
-        levels = list[Level]()
+        levels = list[Tensor]()
         while True:
             first = forest.num_nodes
             hidden_SWH = self._compute(forest, len(levels), x_NZ, residual_NH)
@@ -155,15 +165,21 @@ class Drafter(LayerDrafter):
         places_SM = roots_S[:, None] + torch.arange(num_nodes, device=self._device)
         blocks_SM = tables_SB.gather(1, places_SM // self._block_size)
 
+        positions_SM = roots_S[:, None] + self._depths_M
+        cos, sin = self._rotation(positions_SM.flatten())
+
         def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(num_trees, num_nodes, *shape, dtype=dtype, device=self._device)
 
         return _Forest(
             roots=roots_S,
             block_tables=tables_SB,
+            starts=torch.outer(self._ends_L, torch.arange(num_trees + 1, device=self._device)),
+            lengths=self._ends_L[:, None] + roots_S,
             slots=blocks_SM * self._block_size + places_SM % self._block_size,
-            positions=empty(),
-            masks=empty(-(-num_nodes // WORD)),
+            positions=positions_SM,
+            rotations=(cos.unflatten(0, (num_trees, -1)), sin.unflatten(0, (num_trees, -1))),
+            masks=self._own_bits.repeat(num_trees, 1, 1),
             queries=empty(self._config.num_heads * self._config.head_dim, dtype=self._dtype),
             token_ids=empty(num_ranks),
             scores=empty(num_ranks, dtype=torch.float32),
@@ -181,41 +197,36 @@ class Drafter(LayerDrafter):
         """The next nodes of each tree, all of one depth: their children. -> hidden states [S, W, H]"""
         num_trees, first = len(forest.roots), forest.num_nodes
         forest.num_nodes = end = first + len(x_NZ) // num_trees
-        # Long before attention is launched: it may read them before the kernel ahead of it has ended (launch.py).
-        starts, lengths_S = torch.arange(num_trees + 1, device=self._device) * end, forest.roots + end
-        forest.positions[:, first:end] = forest.roots[:, None] + depth
-        rotation = self._rotation(forest.positions[:, first:end].flatten())
+        cos, sin = (each[:, first:end].flatten(0, 1) for each in forest.rotations)
         if depth:
-            self._write(x_NZ, rotation, forest.slots[:, first:end].flatten())
+            q_NX, k_NY, v_NY = self._head.queries_keys_values(x_NZ)
+            q_NX = _run(rope_kv_write, q_NX, k_NY, v_NY, cos, sin, self._kv, forest.slots[:, first:end].flatten(), None)
         else:
-            forest.masks[:, 0, 0].fill_(1)
-        q_NX = _run(rope, self._head.queries(x_NZ), *rotation, self._config.head_dim)
+            q_NX = _run(rope, self._head.queries(x_NZ), cos, sin, self._config.head_dim)
         forest.queries[:, first:end] = q_NX.view(num_trees, end - first, -1)
         # All nodes so far ask, since the op takes a tree whole; the answers to those before are not looked at.
         attended_NX = _run(
             tree_attention, forest.queries[:, :end].flatten(0, 1), self._kv,
-            starts, lengths_S, forest.block_tables,
+            forest.starts[depth], forest.lengths[depth], forest.block_tables,
             forest.positions[:, :end].flatten(), forest.roots, forest.masks[:, :end].flatten(0, 1), None, None, None,
             self._config.head_dim**-0.5, self._window, 0.0, self._config.head_dim,
         )  # fmt: skip
         attended_SMX = attended_NX.view(num_trees, end, -1)
         hidden_NH = self._head.leave(attended_SMX[:, first:].flatten(0, 1), residual_NH)
         logits_ND = self._head.logits(hidden_NH, self._running.head)
-        scores_NK, drafted_NK = largest(logits_ND.float().log_softmax(1), self._trees.num_ranks)
+        scores_NK, drafted_NK = largest(logits_ND.log_softmax(1, torch.float32), self._trees.num_ranks)
         forest.token_ids[:, first:end] = self._head.token_ids(drafted_NK).view(num_trees, end - first, -1)
         forest.scores[:, first:end] += scores_NK.view(num_trees, end - first, -1)
         return hidden_NH.view(num_trees, end - first, -1)
 
-    def _descend(self, forest: _Forest, first: int, level: Level, hidden_SWH: Tensor) -> tuple[Tensor, Tensor]:
+    def _descend(self, forest: _Forest, first: int, children_SW: Tensor, hidden_SWH: Tensor) -> tuple[Tensor, Tensor]:
         """What the nodes of the next level are made of. first: of those of this one, whose hidden states these are."""
-        children_SW = level.parents * self._trees.num_ranks + level.ranks
         begin, end = forest.num_nodes, forest.num_nodes + children_SW.shape[1]
+        parents_SW = children_SW // self._trees.num_ranks
         forest.scores[:, begin:end] = forest.scores.flatten(1).gather(1, children_SW)[:, :, None]
-        above_SWW = level.parents[:, :, None].expand(-1, -1, forest.masks.shape[2])
-        forest.masks[:, begin:end] = forest.masks.gather(1, above_SWW)
-        nodes_W = torch.arange(begin, end, device=self._device)
-        forest.masks[:, nodes_W, nodes_W // WORD] |= 1 << nodes_W % WORD
-        places_SWH = (level.parents - first)[:, :, None].expand(-1, -1, hidden_SWH.shape[2])
+        above_SWW = parents_SW[:, :, None].expand(-1, -1, forest.masks.shape[2])
+        forest.masks[:, begin:end] |= forest.masks.gather(1, above_SWW)
+        places_SWH = (parents_SW - first)[:, :, None].expand(-1, -1, hidden_SWH.shape[2])
         token_ids_SW = forest.token_ids.flatten(1).gather(1, children_SW)
         return self._head.enter(self._embed(token_ids_SW.flatten()), hidden_SWH.gather(1, places_SWH).flatten(0, 1))
 
@@ -231,6 +242,14 @@ class Drafter(LayerDrafter):
         _run(kv_write, _run(rope, k_NY, *rotation, self._config.head_dim), v_NY, self._kv, slots_N, None)
 
 
+def _own_bits(num_nodes: int, device: torch.device) -> Tensor:
+    """[1, M, words] of each node its own bit among those of tree_attention's masks."""
+    nodes_M = torch.arange(num_nodes, device=device)
+    bits_1MW = torch.zeros(1, num_nodes, -(-num_nodes // WORD), dtype=torch.int64, device=device)
+    bits_1MW[0, nodes_M, nodes_M // WORD] = 1 << nodes_M % WORD
+    return bits_1MW
+
+
 def _run(op: Op, x: Tensor, *rest: Any) -> Any:
     return _newest(op, x.device, x.dtype if x.is_floating_point() else torch.float32)(x, *rest)
 
@@ -239,3 +258,11 @@ def _run(op: Op, x: Tensor, *rest: Any) -> Any:
 def _newest(op: Op, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
     """The newest kernel that runs there."""
     return list(op.candidates(device, dtype).values())[-1].function
+
+
+OPS = Ops(
+    linear=partial(_run, linear),
+    norm=lambda x, weight, eps: _run(rms_norm, x, weight, eps, 0.0),
+    add_norm=lambda x, residual, weight, eps: _run(add_rms_norm, x, residual, weight, eps, 0.0),
+    gated=partial(_run, silu_and_mul),
+)

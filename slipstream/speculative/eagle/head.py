@@ -17,6 +17,8 @@
 (SafeAILab/EAGLE, eagle/model/cnets1.py and cnets.py; vLLM, models/llama_eagle.py and llama_eagle3.py.) A first layer
 of EAGLE 1 has no input norm. Heads of slipstream train-drafter are EAGLE-3's and share the model's head.
 
+Products of the same x are one here: queries, keys and values; gate and up.
+
 Shape suffixes: N rows, H hidden size of the layer, E of its embedding, F of what is read of the model, X queries,
 Y keys or values, Z what queries and keys are made of, V vocabulary of the model, D that of drafts.
 """
@@ -25,7 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +53,38 @@ NOT_READ = ("t2d", "inv_freq", "lm_head.weight")  # the last of EAGLE 1, whose h
 
 LAST = -1  # of hidden_layers: what the model's head reads
 
+JOINED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
 Shapes = dict[str, tuple[int, ...]]
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return functional.rms_norm(x, weight.shape, weight, eps)
+
+
+def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return _norm(total, weight, eps), total
+
+
+def _gated(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return functional.silu(gate) * up
+
+
+class Ops(NamedTuple):
+    """What the layer is computed by: torch, which autograd follows, or kernels of ours."""
+
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = functional.linear
+    norm: Callable[[Tensor, Tensor, float], Tensor] = _norm
+    add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = _add_norm  # and the sum
+    gated: Callable[[Tensor], Tensor] = _gated  # silu of the first half, times the second
+
+
+TORCH = Ops()
 
 
 @dataclass(frozen=True)
@@ -82,8 +115,9 @@ class Config:
 @dataclass(frozen=True)
 class Head(ABC):
     config: Config
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]  # joined
     shared_head: Product | None = None  # the model's own, for the tokens that are drafted
+    ops: Ops = TORCH
 
     @property
     def embedding(self) -> Tensor | None:
@@ -99,18 +133,26 @@ class Head(ABC):
         """What queries, keys and values are made of, [N, Z], and what attention is added to, [N, H]."""
 
     def queries(self, x_NZ: Tensor) -> Tensor:
-        return self._linear("self_attn.q_proj", x_NZ)
+        return self._linear("self_attn.qkv_proj", x_NZ, slice(self._num_queries))
 
-    def keys_values(self, x_NZ: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x_NZ: Tensor) -> tuple[Tensor, ...]:
         """[N, Y] each; keys are not rotated yet."""
-        return self._linear("self_attn.k_proj", x_NZ), self._linear("self_attn.v_proj", x_NZ)
+        return self._linear("self_attn.qkv_proj", x_NZ, slice(self._num_queries, None)).chunk(2, 1)
+
+    def queries_keys_values(self, x_NZ: Tensor) -> tuple[Tensor, ...]:
+        num_keys = self.config.num_kv_heads * self.config.head_dim
+        return self._linear("self_attn.qkv_proj", x_NZ).split((self._num_queries, num_keys, num_keys), 1)
+
+    @property
+    def _num_queries(self) -> int:
+        return self.config.num_heads * self.config.head_dim
 
     def leave(self, attended_NX: Tensor, residual_NH: Tensor) -> Tensor:
         """The hidden states of the next token, as the layer has its own. -> [N, H]"""
-        h_NH = residual_NH + self._linear("self_attn.o_proj", attended_NX)
-        x_NH = self._norm("post_attention_layernorm", h_NH)
-        gate, up = self._linear("mlp.gate_proj", x_NH), self._linear("mlp.up_proj", x_NH)
-        return h_NH + self._linear("mlp.down_proj", functional.silu(gate) * up)
+        weight = self.weights["post_attention_layernorm.weight"]
+        o_NH = self._linear("self_attn.o_proj", attended_NX)
+        x_NH, h_NH = self.ops.add_norm(o_NH, residual_NH, weight, self.config.eps)
+        return h_NH + self._linear("mlp.down_proj", self.ops.gated(self._linear("mlp.gate_up_proj", x_NH)))
 
     @abstractmethod
     def logits(self, h_NH: Tensor, head: Product) -> Tensor:
@@ -120,12 +162,12 @@ class Head(ABC):
         """Of the model, for those of drafts."""
         return drafted
 
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+    def _linear(self, name: str, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        bias = self.weights.get(f"{name}.bias")
+        return self.ops.linear(x, self.weights[f"{name}.weight"][rows], None if bias is None else bias[rows])
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        weight = self.weights[f"{name}.weight"]
-        return functional.rms_norm(x, weight.shape, weight, self.config.eps)
+        return self.ops.norm(x, self.weights[f"{name}.weight"], self.config.eps)
 
 
 class Eagle1(Head):
@@ -159,8 +201,9 @@ class Eagle3(Head):
 
 
 def load(
-    folder: Path, sizes: Sizes, dtype: torch.dtype, device: torch.device, head_of_tokens: Callable[[Tensor], Product]
-) -> Head:
+    folder: Path, sizes: Sizes, dtype: torch.dtype, device: torch.device, head_of_tokens: Callable[[Tensor], Product],
+    ops: Ops,
+) -> Head:  # fmt: skip
     """The layer for a model of these sizes; head_of_tokens gives the model's own for some tokens, to be shared.
 
     Raises ModelError for that of another model, and for what is no such folder.
@@ -181,8 +224,23 @@ def load(
     if is_third:
         if "d2t" in weights:
             _check_ids(folder, weights["d2t"], sizes.vocab_size)
-        return Eagle3(config, weights, shared)
-    return Eagle1(config, weights)
+        return Eagle3(config, joined(weights), shared, ops)
+    return Eagle1(config, joined(weights), ops=ops)
+
+
+def joined(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As Head has them, of published ones."""
+    found = dict(weights)
+    for name, parts in JOINED.items():
+        pieces = [found.pop(f"{part}.weight") for part in parts]
+        biases = [found.pop(f"{part}.bias", None) for part in parts]
+        found[f"{name}.weight"] = torch.cat(pieces)
+        if any(bias is not None for bias in biases):
+            found[f"{name}.bias"] = torch.cat([
+                piece.new_zeros(len(piece)) if bias is None else bias
+                for piece, bias in zip(pieces, biases, strict=True)
+            ])  # fmt: skip
+    return found
 
 
 def offsets_of(token_ids_D: Tensor) -> Tensor:

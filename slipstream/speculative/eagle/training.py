@@ -28,6 +28,7 @@ from slipstream.speculative.eagle.head import (
     WEIGHTS_FILE,
     Eagle3,
     Sizes,
+    joined,
     offsets_of,
     read_config,
     shapes_of,
@@ -88,7 +89,7 @@ class Student(Base):
         return num_layers // 10, num_layers // 2, num_layers - 1, LAST
 
     def _head(self) -> Eagle3:
-        weights = {name: getattr(self, place) for name, place in self._places.items()}
+        weights = joined({name: getattr(self, place) for name, place in self._places.items()})
         return Eagle3(self._config, weights | {"d2t": offsets_of(self._shared.token_ids_D)}, self._shared)
 
     def _chains(self, batch: Batch) -> Iterator[Tensor]:
@@ -103,7 +104,7 @@ class Student(Base):
             with torch.no_grad():
                 e_NH = self._embed(later(batch.token_ids, 1 + step, fill=0).flatten()).float()
             x_NZ, residual_NH = head.enter(e_NH, hidden_NH)
-            q_NX, (k_NY, v_NY) = head.queries(x_NZ), head.keys_values(x_NZ)
+            q_NX, k_NY, v_NY = head.queries_keys_values(x_NZ)
             q_NX, k_NY = (rotated(each, cos_NF, sin_NF, config.head_dim) for each in (q_NX, k_NY))
             sizes = (num_texts, length, config.num_kv_heads, -1, config.head_dim)
             rows.append((k_NY.view(sizes).squeeze(3), v_NY.view(sizes).squeeze(3)))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.kernels.largest import largest
+from slipstream.kernels.largest import first_largest, largest
 from slipstream.speculative.choices import Choice, parents_of
 from slipstream.speculative.drafter import DraftTensors
 
@@ -32,25 +32,26 @@ class Grown(NamedTuple):
     scores: Tensor  # [S, M, K] log probability of the whole way down to each child
 
 
-class Level(NamedTuple):
-    """Which children become nodes: child `rank` of node `parent`."""
-
-    parents: Tensor  # [S, W]
-    ranks: Tensor  # [S, W]
-
-
 class Trees(ABC):
     num_ranks: int
-    num_nodes: int  # that are computed in all, the root among them
+    widths: Sequence[int]  # nodes of each level, the first of which is the root's
     num_drafts: int
 
-    @abstractmethod
-    def level(self, depth: int, grown: Grown) -> Level | None:
-        """What comes after the level of that depth; None after the last."""
+    @property
+    def num_nodes(self) -> int:
+        """That are computed in all, the root among them."""
+        return sum(self.widths)
 
     @abstractmethod
-    def drafts(self, grown: Grown, levels: Sequence[Level]) -> DraftTensors:
-        """levels: of the nodes behind the root."""
+    def level(self, depth: int, grown: Grown) -> Tensor | None:
+        """Which children become the nodes of the level after that depth, [S, W]; None after the last level.
+
+        Child `rank` of a node has the number node · num_ranks + rank.
+        """
+
+    @abstractmethod
+    def drafts(self, grown: Grown, levels: Sequence[Tensor]) -> DraftTensors:
+        """levels: of the nodes behind the root, as `level` gives them."""
 
 
 class Written(Trees):
@@ -61,26 +62,24 @@ class Written(Trees):
         self.num_ranks, self.num_drafts = 1 + max(max(choice) for choice in choices), len(choices)
         with_children = {choice[:-1] for choice in choices}
         nodes = {choice: node for node, choice in enumerate(sorted(with_children, key=lambda each: (len(each), each)))}
-        self.num_nodes = len(nodes)
 
-        def children(chosen: Sequence[Choice]) -> Level:
-            numbers = torch.tensor([[nodes[each[:-1]] for each in chosen], [each[-1] for each in chosen]])
-            return Level(*numbers.to(device)[:, None])
+        def children(chosen: Sequence[Choice]) -> Tensor:
+            numbers = [nodes[each[:-1]] * self.num_ranks + each[-1] for each in chosen]
+            return torch.tensor(numbers, device=device)
 
         deepest = max(map(len, nodes))
-        self._levels = [
-            children([choice for choice in nodes if len(choice) == depth]) for depth in range(1, deepest + 1)
-        ]
+        levels = [[choice for choice in nodes if len(choice) == depth] for depth in range(1, deepest + 1)]
+        self.widths = 1, *map(len, levels)
+        self._levels = [children(level) for level in levels]
         self._drafted, self._parents = children(choices), torch.tensor(parents_of(choices), device=device)
 
-    def level(self, depth: int, grown: Grown) -> Level | None:
+    def level(self, depth: int, grown: Grown) -> Tensor | None:
         if depth == len(self._levels):
             return None
-        return Level(*(numbers.expand(len(grown.token_ids), -1) for numbers in self._levels[depth]))
+        return self._levels[depth].expand(len(grown.token_ids), -1)
 
-    def drafts(self, grown: Grown, levels: Sequence[Level]) -> DraftTensors:
-        nodes_N, ranks_N = (numbers[0] for numbers in self._drafted)
-        token_ids_SN = grown.token_ids[:, nodes_N, ranks_N]
+    def drafts(self, grown: Grown, levels: Sequence[Tensor]) -> DraftTensors:
+        token_ids_SN = grown.token_ids.flatten(1)[:, self._drafted]
         return DraftTensors(token_ids_SN, self._parents.expand_as(token_ids_SN))
 
 
@@ -89,20 +88,20 @@ class Growing(Trees):
 
     def __init__(self, width: int, depth: int, num_drafts: int) -> None:
         self.num_ranks, self._depth = width, depth
-        self.num_nodes = 1 + width * (depth - 1)
+        self.widths = 1, *[width] * (depth - 1)
         self.num_drafts = min(num_drafts, self.num_nodes * width)
 
-    def level(self, depth: int, grown: Grown) -> Level | None:
+    def level(self, depth: int, grown: Grown) -> Tensor | None:
         if depth + 1 == self._depth:
             return None
         scores_SC = grown.scores[:, grown.first : grown.num_nodes].flatten(1)
         _, best_SW = largest(scores_SC, self.num_ranks)
-        return Level(grown.first + best_SW // self.num_ranks, best_SW % self.num_ranks)
+        return best_SW + grown.first * self.num_ranks
 
-    def drafts(self, grown: Grown, levels: Sequence[Level]) -> DraftTensors:
+    def drafts(self, grown: Grown, levels: Sequence[Tensor]) -> DraftTensors:
         """The likeliest first. A child is never likelier than its parent, and comes after it where it is as likely."""
         scores_SC = grown.scores[:, : grown.num_nodes].flatten(1)
-        order_SN = scores_SC.sort(descending=True, stable=True).indices[:, : self.num_drafts]
+        _, order_SN = first_largest(scores_SC, min(self.num_drafts, scores_SC.shape[1]))
         token_ids_SN = grown.token_ids.flatten(1).gather(1, order_SN)
         # Which draft each child is, counted as nodes are, and which child each node is; the root is none.
         numbers_SN = torch.arange(1, 1 + order_SN.shape[1], device=order_SN.device).expand_as(order_SN)
@@ -110,6 +109,5 @@ class Growing(Trees):
         nodes_SN = order_SN // self.num_ranks
         if not levels:
             return DraftTensors(token_ids_SN, torch.zeros_like(nodes_SN))
-        as_children_SM = torch.cat([level.parents * self.num_ranks + level.ranks for level in levels], 1)
-        drafts_SM = functional.pad(draft_of_SC.gather(1, as_children_SM), (1, 0))
+        drafts_SM = functional.pad(draft_of_SC.gather(1, torch.cat(list(levels), 1)), (1, 0))
         return DraftTensors(token_ids_SN, drafts_SM.gather(1, nodes_SN))
