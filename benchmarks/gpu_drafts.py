@@ -1,6 +1,7 @@
 """A large target with smaller draft models on one GPU, batch 1: what a step costs where acceptance is given.
 
     python benchmarks/gpu_drafts.py --folder /dev/shm      Llama-3.3-70B's shape in fp8, drafts of 1B, 3B, 8B (an H200)
+    python benchmarks/gpu_drafts.py --folder /dev/shm --drafts llama-3.2-1b llama-3-8b:int4    drafts in other formats
     python benchmarks/gpu_drafts.py --device cpu --shape tiny --drafts tiny --format bf16      the script itself
 
 ACCEPTANCE IS SYNTHETIC. All weights are random, so hardly a draft would be right: each draft is declared accepted with
@@ -55,7 +56,7 @@ def toss_coins(rate: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3.3-70b", choices=SHAPES)
-    parser.add_argument("--drafts", nargs="+", default=list(GOALS), choices=SHAPES)
+    parser.add_argument("--drafts", nargs="+", default=list(GOALS), help="shapes; SHAPE:FORMAT for another --format")
     parser.add_argument("--format", default="fp8-static", choices=FORMATS, help="of target and drafts")
     parser.add_argument("--kv_cache_dtype", default="fp8", help="of target and drafts")
     parser.add_argument(
@@ -80,19 +81,20 @@ def main() -> None:
         gpu_step.card()
         gpu_step.free_memory()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        shapes = dict.fromkeys((arguments.shape, *arguments.drafts))
-        engines = {shape: built(shape, arguments, Path(folder) / shape) for shape in shapes}
+        names = dict.fromkeys((arguments.shape, *arguments.drafts))
+        engines = {name: built(name, arguments, Path(folder) / name.replace(":", "-")) for name in names}
         compare(engines, arguments)
 
 
-def built(shape: str, arguments: argparse.Namespace, folder: Path) -> Path:
-    start = time.perf_counter()
+def built(name: str, arguments: argparse.Namespace, folder: Path) -> Path:
+    """name: a shape, or SHAPE:FORMAT."""
+    start, (shape, _, format) = time.perf_counter(), name.partition(":")
     config = BuildConfig(
         dtype="bfloat16", kv_cache_dtype=arguments.kv_cache_dtype, max_batch_size=2, max_num_tokens=256,
         max_seq_len=1024,
     )  # fmt: skip
-    build(checkpoint_of(shape, arguments.format), folder, config, device=arguments.device)
-    print(f"{shape} built in {time.perf_counter() - start:.0f} s", flush=True)
+    build(checkpoint_of(shape, format or arguments.format), folder, config, device=arguments.device)
+    print(f"{name} built in {time.perf_counter() - start:.0f} s", flush=True)
     return folder
 
 
@@ -110,7 +112,7 @@ def compare(engines: dict[str, Path], arguments: argparse.Namespace) -> None:
                 "method": "draft_model", "model": str(engines[draft]), "max_draft_len": length, "adaptive": False
             }  # fmt: skip
             speed, accepted = tokens_a_second(engines[arguments.shape], speculative, arguments)
-            goal = GOALS.get(draft, "") if arguments.shape == "llama-3.3-70b" else ""
+            goal = GOALS.get(draft.partition(":")[0], "") if arguments.shape == "llama-3.3-70b" else ""
             row = f"{draft} | {length} | {speed:.1f} | {accepted:.2f} | {speed / plain:.2f} | {goal} | "
             print(f"| {row}{1e3 * accepted / speed:.2f} |", flush=True)
 
