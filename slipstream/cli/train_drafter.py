@@ -43,6 +43,7 @@ def train_drafter(
     num_epochs: Annotated[int, typer.Option(min=1, help="Times that each text is learned from.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Of Adam, at its highest.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts of a training step.")] = 16,
+    dtype: options.Dtype = "auto",
     max_batch_size: options.MaxBatchSize = None,
     random_seed: Annotated[int, typer.Option("--random_seed", "--seed", help="Equal seeds give equal bytes.")] = 0,
     device: options.Device = "auto",
@@ -65,7 +66,7 @@ def train_drafter(
     texts = TextSettings(
         model=model, num_texts=num_texts or (len(given) if given else 1024), max_output_len=max_output_len,
         temperature=temperature, seed=random_seed,
-        prompts=None if given is None else hashlib.sha256(repr(given).encode()).hexdigest(),
+        prompts=None if given is None else hashlib.sha256(repr(given).encode()).hexdigest(), dtype=dtype,
     )  # fmt: skip
     settings = Settings(
         method=method, options={name: value for name, value in flags.items() if value is not None},

@@ -57,6 +57,7 @@ class TextSettings:
     temperature: float  # of answers; prompts that the target makes are drawn at 1
     seed: int
     prompts: str | None = None  # a digest of those that were given
+    dtype: str = "auto"  # that the target computes in, as LLM has it
 
     def first_line(self) -> dict[str, Any]:
         """What the texts of a file have in common: there may be more of them, and of these the first are taken."""

@@ -75,7 +75,7 @@ def train(
     options = _options(kind, settings)
     work = _open_folder(output_dir)
     where = device_for(device)
-    build = BuildOptions(max_batch_size=max_batch_size)
+    build = BuildOptions(dtype=texts.dtype, max_batch_size=max_batch_size)
     path = engine_path(resolve(texts.model), build, where, show_progress=True)
     engine = open_engine(path)
     if engine.manifest.num_ranks > 1:

@@ -236,6 +236,7 @@ def test_steps_are_as_a_gpu_replays_them(
 ) -> None:  # fmt: skip
     """Of few sizes, each with an ending that drafts as much as can be for all that there is room for; and late."""
     allocate, run_padded, end, endings = Worker.allocate_kv, Replayed.run, Ending.run, list[EndingPlan | None]()
+    kind_of, kinds = Replayed._kind, list[Any]()
 
     def allocate_and_record(self: Worker, num_blocks: int) -> None:
         allocate(self, num_blocks)
@@ -248,6 +249,10 @@ def test_steps_are_as_a_gpu_replays_them(
         endings.append(ending)
         return run_padded(self, plan, counts, chosen, ending)
 
+    def note_kind(self: Replayed, *arguments: Any) -> Any:
+        kinds.append(kind_of(self, *arguments))
+        return kinds[-1]
+
     def end_unseen(self: Ending, *inputs: Any) -> Tensor:
         with Unseen():
             return end(self, *inputs)
@@ -257,6 +262,7 @@ def test_steps_are_as_a_gpu_replays_them(
     monkeypatch.setattr(Worker, "allocate_kv", allocate_and_record)
     monkeypatch.setattr(Ending, "run", end_unseen)
     monkeypatch.setattr(Replayed, "run", note)
+    monkeypatch.setattr(Replayed, "_kind", note_kind)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     model, expected = adapting
     speculative = METHODS[method](model, tmp_path / "draft") | {"adaptive": False}
@@ -270,7 +276,9 @@ def test_steps_are_as_a_gpu_replays_them(
     with LLM(model, **LIMITS, speculative=speculative) as llm:
         for index in FEW:
             asked = SamplingParams(**{"max_tokens": 40, **REQUESTS[index]})
+            kinds.clear()
             assert_same([llm.generate(prompts(llm.manifest.vocab_size)[index], asked)], [expected[index]])
+            assert len({kind for kind in kinds if kind.sizes.num_nodes > 1}) <= 1  # to its end: one recording
     assert sum(ending is not None and ending.num_nodes > 1 for ending in endings) > 5
     assert (num_late[True] > 5) == (method.partition(" ")[0] in LATE)
 

@@ -106,8 +106,11 @@ class Ending:
         most = max((plan.sequences[index].max_drafts for index in asked), default=0)
         if self._may_look:  # a shorter step is a faster one there
             return EndingPlan(1 + verified, most, asked, is_followed)
-        most_there_are = self._drafts.max_len  # so that steps have few sizes
-        return EndingPlan(1 + (verified and most_there_are), most and most_there_are, None, is_followed)
+        # So that steps are of few kinds: each is recorded before it runs, and all requests wait for that. At a text's
+        # end drafts are made for nobody.
+        most_there_are = self._drafts.max_len
+        is_drafting = most > 0 or (verified > 0 and self._drafter is not None)
+        return EndingPlan(1 + (verified and most_there_are), is_drafting * most_there_are, None, is_followed)
 
     def _is_followed(self, plan: StepPlan, asked: Sequence[int], followed: Followed) -> bool:
         """Whether drafts are asked for after rows that the draft model has not read."""

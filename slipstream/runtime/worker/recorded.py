@@ -30,6 +30,7 @@ NUM_TOKENS = (
 
 _OWN_THREAD = "thread_local"  # what others do meanwhile, as NCCL's watchdog does, is no part of a recording
 
+FEW_ROWS = 64  # that take a step hardly longer than one does
 FEWEST_TOKENS = 1024  # a sequence: tables of recorded steps have room for so many at least
 
 
@@ -130,9 +131,12 @@ class RecordedSteps:
 
     def _kind(self, exact: StepSizes, ending: EndingPlan | None) -> _Kind | None:
         """That serves steps of these sizes, their ending aside; None of those that are not recorded."""
-        if exact.num_tokens > MAX_RECORDED_TOKENS:
+        num_tokens = exact.num_tokens
+        if ending is not None and 1 < exact.num_sequences * ending.num_nodes <= FEW_ROWS:
+            num_tokens = max(num_tokens, exact.num_sequences * ending.num_nodes)  # those of fewer drafts take it, too
+        if num_tokens > MAX_RECORDED_TOKENS:
             return None
-        sizes = self._sizes(exact.num_tokens, exact.table_width, exact.num_groups)
+        sizes = self._sizes(num_tokens, exact.table_width, exact.num_groups)
         if exact.num_rows > sizes.num_rows:  # where prompt logprobs are asked for
             return None
         if ending is not None:  # which is work for each sequence
