@@ -1,10 +1,12 @@
 """More engines while the load asks for them: the rule by itself, and a server whose second one comes and goes."""
 
+import time
 from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slipstream.serve.messages import LOAD_SECONDS
 from slipstream.serve.scaling import Scaling
 from tests.cli.conftest import Call, call  # noqa: F401
 from tests.serve.conftest import eventually, serving
@@ -47,6 +49,10 @@ def test_steady_loads_settle_within_the_bounds(loads: list[tuple[int, int]]) -> 
     assert not any(changes[-10:]) and not {1, -1} <= {*changes}
 
 
+def notes(said: Path) -> list[str]:
+    return [line for line in said.read_text().splitlines() if line.startswith("note: ")]
+
+
 def test_an_engine_comes_with_the_load_and_goes_after_it(patient_engine: Path, tmp_path: Path) -> None:
     """With two fronts. Who is answered by the one that leaves is answered to the end."""
     options = ("--max_replicas", 2, "--max_batch_size", 2, "--num_fronts", 2, *ENDLESS)
@@ -61,6 +67,10 @@ def test_an_engine_comes_with_the_load_and_goes_after_it(patient_engine: Path, t
 
         for reader in readers[:3]:
             reader.leaves = True
+        # Until they have left and both fronts know, the second engine is the emptier one, where this one would wait for
+        # those that never end.
+        eventually(lambda: running(server)[0] == 0, seconds=PATIENCE)
+        time.sleep(3 * LOAD_SECONDS)
         last = Reader(server, 20, max_tokens=300)
         eventually(lambda: not last.is_alive(), seconds=PATIENCE)
         assert last.ending[1] == "data: [DONE]" and '"finish_reason":"length"' in last.ending[0]
@@ -73,9 +83,8 @@ def test_an_engine_comes_with_the_load_and_goes_after_it(patient_engine: Path, t
         eventually(lambda: statuses(server) == ["ok", "ok"], seconds=PATIENCE)
         for reader in readers:
             reader.leaves = True
-    notes = [line for line in said.read_text().splitlines() if line.startswith("note: ")]
-    assert [" one more " in line for line in notes] == [True, False, True], notes
-    assert notes[0].endswith(" sequences are in flight, and 2 run at a time.")
+    assert [" one more " in line for line in notes(said)] == [True, False, True], notes(said)
+    assert notes(said)[0].endswith(" sequences are in flight, and 2 run at a time.")
 
 
 def test_fewer_at_most_than_at_least_are_refused(call: Call) -> None:  # noqa: F811
