@@ -187,6 +187,9 @@ def multiply(numbers: Set[torch.dtype], rows: tuple[int, ...]) -> None:
             x_scale_MG = torch.empty(num_rows, 32 if group else 1) if x != wide else None
             weight = linear.Weight(weight_NK, scale_NG, None, group, x_scale_MG, group if x != wide else 0)
             linear.product(torch.empty(num_rows, 4096, dtype=x), weight, None, wide)
+    if torch.uint8 in numbers:  # a row of fewer words than are fetched at once
+        short = linear.Weight(torch.empty(640, 256, dtype=torch.uint8), torch.empty(640, 4), None, 128)
+        linear.product(torch.empty(9, 512, dtype=wide), short, None, wide)
     for num_out, num_in in ((576, 576), (3072, 576), (576, 1536), (8192, 576)):
         little = linear.Weight(torch.empty(num_out, num_in, dtype=wide))
         linear.product(torch.empty(9, num_in, dtype=wide), little, None, wide)

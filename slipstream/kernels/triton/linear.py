@@ -417,7 +417,7 @@ def product(
 def _words_ahead(num_words: int, at_a_time: int, splits: int) -> int:
     """Of each row, fetched while the kernel ahead still runs: all that a program reads, where that is little."""
     num_read = -(-num_words // (at_a_time * splits)) * at_a_time
-    return triton.next_power_of_2(num_read) if num_read <= 1024 else max(128, 2 * at_a_time)
+    return max(128, triton.next_power_of_2(num_read) if num_read <= 1024 else 2 * at_a_time)
 
 
 def whole_group(group_size: int, num_columns: int) -> int:
