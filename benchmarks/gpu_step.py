@@ -65,9 +65,11 @@ FORMATS = {
     "bf16": None,
     "fp8": WeightFormat(kind="fp8"),
     "fp8-static": WeightFormat(kind="fp8", input_scale=0.05),
+    "fp8-static-head": WeightFormat(kind="fp8", input_scale=0.05),  # the last product, too
     "int8": WeightFormat(kind="w8a16"),
-    "int8-head": WeightFormat(kind="w8a16"),  # the last product, too
+    "int8-head": WeightFormat(kind="w8a16"),
     "int4": WeightFormat(kind="w4a16", group_size=128, scale_dtype="bfloat16"),
+    "int4-head": WeightFormat(kind="w4a16", group_size=128, scale_dtype="bfloat16"),
 }
 
 

@@ -165,7 +165,7 @@ class Scheduler:
             num_drafts = 0
             if sequence.num_drafts or self._are_made_in_flight(sequence):
                 num_drafts = self._make_room_for_drafts(sequence, end, late_by, outline.budget, len(running) - index)
-            self._reach_ahead(sequence, end + num_drafts, len(running) - index)
+            self._reach_ahead(sequence, end, late_by + num_drafts, len(running) - index)
             outline.add(sequence, end, num_drafts, late_by=late_by)
         return self._num_preemptions == num_preemptions
 
@@ -229,11 +229,11 @@ class Scheduler:
                 room = held - latest
         return max(0, room)
 
-    def _reach_ahead(self, sequence: Sequence, end: int, num_others: int) -> None:
+    def _reach_ahead(self, sequence: Sequence, end: int, num_drafts: int, num_others: int) -> None:
         """Blocks for what a drafter computes behind a text's last token, if there are some that no other needs."""
-        reach = min(end + self.config.tokens_ahead, sequence.max_computed)
+        reach = min(end + num_drafts + self.config.tokens_ahead, sequence.max_computed)
         is_at_its_end = end >= sequence.num_expected
-        if reach > end and is_at_its_end and self._kv.can_extend(sequence.table, reach, num_spared=num_others):
+        if self.config.tokens_ahead and is_at_its_end and self._kv.can_extend(sequence.table, reach, num_spared=num_others):
             self._kv.extend(sequence.table, reach)
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -280,7 +280,7 @@ class Scheduler:
             sequence.seconds_queued = time.monotonic() - sequence.added_at
             self._prompt_tokens += sequence.num_prompt
             self._prompt_tokens_cached += match.num_tokens
-        self._reach_ahead(sequence, end, 0)
+        self._reach_ahead(sequence, end, num_drafts=0, num_others=0)
         self._drafting.start(self._running.enter(sequence))
         outline.add(sequence, end, is_new=True)
 

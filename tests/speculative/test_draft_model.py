@@ -17,6 +17,7 @@ from slipstream.errors import SlipstreamError, UsageError
 from slipstream.kernels.attention.metadata import StepTensors
 from slipstream.models import llama
 from slipstream.runtime.draft_control import DraftControl
+from slipstream.runtime.worker.worker import Worker
 from slipstream.schema.build import BuildConfig
 from slipstream.speculative.draft_model import drafter as draft_model
 from tests.speculative.likeness import write_likeness
@@ -26,6 +27,14 @@ from tests.speculative.test_lossless import LIMITS, REQUESTS, assert_same, promp
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("target"), llama.TINY)
+
+
+@pytest.fixture(params=[False, True], ids=["waits", "launches ahead"])
+def computes_by_itself(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """As on a GPU, whose next step begins before it is known where."""
+    is_late: bool = request.param
+    monkeypatch.setattr(Worker, "computes_by_itself", is_late)
+    return is_late
 
 
 def drafted_by(folder: Path | str, max_draft_len: int = 4) -> dict[str, Any]:
@@ -42,6 +51,7 @@ def drafted_by(folder: Path | str, max_draft_len: int = 4) -> dict[str, Any]:
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("computes_by_itself")
 def test_all_is_accepted_of_a_draft_model_that_is_the_model(asked: dict[str, Any], model: Path) -> None:
     """Drawn with the request's own noise. Then its last draft is computed with the next token, every time."""
     with LLM(model, **LIMITS, speculative=drafted_by(model)) as llm:
@@ -61,6 +71,7 @@ def test_all_is_accepted_of_a_draft_model_that_is_the_model(asked: dict[str, Any
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("computes_by_itself")
 def test_however_the_target_runs(options: dict[str, Any], model: Path, tmp_path: Path) -> None:
     draft = write_likeness(model, tmp_path / "draft")
     expected, _ = run(model, REQUESTS, **options)
@@ -70,6 +81,7 @@ def test_however_the_target_runs(options: dict[str, Any], model: Path, tmp_path:
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_num_tokens": 16, "max_batch_size": 3}], ids=str)
+@pytest.mark.usefixtures("computes_by_itself")
 def test_it_has_read_every_token_whenever_it_is_asked(
     limits: dict[str, Any], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +109,7 @@ def test_it_has_read_every_token_whenever_it_is_asked(
     assert sum(stats.num_accepted_tokens) == stats.num_draft_tokens
 
 
+@pytest.mark.usefixtures("computes_by_itself")
 def test_texts_may_be_longer_than_its_positions(model: Path, tmp_path: Path) -> None:
     draft = tmp_path / "draft"
     write_random_model(draft, llama.TINY | {"max_position_embeddings": 48})

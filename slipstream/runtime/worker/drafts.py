@@ -142,7 +142,7 @@ class Drafts:
     @property
     def can_be_late(self) -> bool:
         """Whether all that is drafted comes from the device, and the host need not know where."""
-        return self._on_device is not None and not isinstance(self._on_device, ModelDrafter)
+        return self._on_device is not None
 
     @property
     def can_be_recorded(self) -> bool:

@@ -119,6 +119,10 @@ class Ending:
             followed.note(step, is_followed=is_followed, is_asked=index in asked)
         return is_followed
 
+    def knows_after(self, plan: StepPlan) -> bool:
+        """Of a step that was launched: whether the next needs no word of how far its drafts get."""
+        return self._followed is None or self._followed.knows_after(plan)
+
     def in_full(self) -> EndingPlan | None:
         """Of steps in which each sequence verifies drafts, and more are made; None where nothing is drafted."""
         most = self._drafts.max_len

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from slipstream.runtime.worker.tables import BlockTables
 from slipstream.schema.step import SequenceStep, StepPlan
 
-_ALL = 1 << 60  # with the last token that is known after a step, and so the root of the next
+_ALL = 1 << 60  # with the last token that is there after a step, and so the root of the next, wherever it is
 
 
 class Followed:
@@ -52,9 +52,16 @@ class Followed:
         """All its rows but drafts."""
         return self._read_until(step) >= step.start + len(step.token_ids)
 
+    def knows_after(self, plan: StepPlan) -> bool:
+        """Whether it is known what is read after a step, however far its drafts get."""
+        return all(self._read[step.slot] == _ALL for step in plan.sequences if step.num_drafts)
+
     def note(self, step: SequenceStep, *, is_followed: bool, is_asked: bool) -> None:
-        """After a step whose rows are read, or not, and that drafts come after, or not."""
-        before, end = self._read_until(step), step.start + step.num_tokens
+        """After a step whose rows are read, or not, and that drafts come after, or not.
+
+        Of a late one it is known where it begins at least, and where it ends at most (late.py).
+        """
+        before, end = self._read_until(step), step.start + step.late_by + step.num_tokens
         read = before
         if is_asked:
             read = end  # with the drafts of its rows, the last of which is read again before the next ones

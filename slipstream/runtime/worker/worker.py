@@ -377,6 +377,8 @@ class Worker:
             return False
         if any(step.max_drafts for step in flight.plan.sequences) and not self.takes_late_steps:
             return False  # how far drafts get decides where it begins
+        if not self._ending.knows_after(flight.plan):
+            return False
         return not any(flight.wants_all_rows) and flight.draw.is_plain
 
     def _inputs(
