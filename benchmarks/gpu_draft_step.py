@@ -2,11 +2,15 @@
 
     python benchmarks/gpu_draft_step.py [plain medusa24 eagle24 …] [--trace FOLDER]
     python benchmarks/gpu_draft_step.py --device cpu --layers 4     the script itself
+    python benchmarks/gpu_draft_step.py --batch_size 64 --rounds 5    with auto-control, beside plain decoding
 
 Nothing is accepted, since heads are random (in the layouts and sizes that `slipstream train-drafter` makes): so a step
 says one token, and its time is that of drafting and verifying. Milliseconds are medians of five runs of 200 steps after
 a prompt of 128 tokens. Of a run under torch's profiler: kernels and copies a step, and how long at least one was at
 work. --trace: a file for each engine, its kernels by time, and those of a step one after another with the gaps between.
+
+--batch_size: so many requests at once, of different prompts, and as many drafts as pay, which is none here but for the
+n-grams of texts that repeat themselves, as those of random models do. Each round asks both engines, in turn.
 """
 
 import argparse
@@ -34,7 +38,7 @@ SMOLLM2 = {
     "rope_theta": 100000.0, "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16",
 }  # fmt: skip
 EAGLE = {"intermediate_size": 1152, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
-DRAFT_VOCAB, PROMPT, STEPS = 8192, list(range(5, 133)), 200
+DRAFT_VOCAB, PROMPT, STEPS, LIMIT = 8192, list(range(5, 133)), 200, 512
 Events = list[tuple[float, float, str]]  # microseconds
 
 
@@ -71,6 +75,27 @@ def ask(llm: LLM, num_tokens: int) -> tuple[float, int]:
     before, start = llm.stats.num_steps, time.perf_counter()
     llm.generate([PROMPT], SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True))
     return time.perf_counter() - start, llm.stats.num_steps - before - 1
+
+
+def tokens_a_second(llm: LLM, batch_size: int, seed: int) -> float:
+    prompts = [[(index * 7 + place * 31 + seed) % 4096 for place in range(128)] for index in range(batch_size)]
+    start = time.perf_counter()
+    llm.generate(prompts, SamplingParams(max_tokens=STEPS, temperature=0, ignore_eos=True))
+    return batch_size * STEPS / (time.perf_counter() - start)
+
+
+def compare(plain: LLM, drafting: LLM, batch_size: int, rounds: int) -> str:
+    """A row: both engines' tokens a second, and the ratios of the rounds."""
+    for llm in (plain, drafting):
+        tokens_a_second(llm, batch_size, 0)
+    pairs = [
+        tuple(tokens_a_second(llm, batch_size, seed) for llm in (plain, drafting)) for seed in range(1, 1 + rounds)
+    ]
+    ratios = [drafted / alone for alone, drafted in pairs]
+    alone, drafted = (statistics.median(speeds) for speeds in zip(*pairs, strict=True))
+    before = drafting.stats
+    share = sum(before.num_accepted_tokens) / max(1, before.num_draft_tokens)
+    return f"{alone:.0f} | {drafted:.0f} | {statistics.median(ratios):.3f} ({min(ratios):.3f}) | {share:.0%}"
 
 
 def milliseconds(llm: LLM) -> list[float]:
@@ -114,14 +139,32 @@ def write_trace(path: Path, events: Events, num_steps: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+def compare_all(arguments: argparse.Namespace) -> None:
+    print("\n| engine | plain, tok/s | with drafts | times plain, median (least) | accepted of all drafts |")
+    print("| --- " * 5 + "|", flush=True)
+    limits = {"max_batch_size": arguments.batch_size, "kv_cache_max_tokens": LIMIT * arguments.batch_size}
+    limits |= {"device": arguments.device, "dtype": "bfloat16", "enable_block_reuse": False}
+    with tempfile.TemporaryDirectory() as folder:
+        model, engines = engines_of(Path(folder), arguments.layers)
+        with LLM(model, **limits) as plain:
+            for name in arguments.engines or [each for each in engines if each != "plain"]:
+                with LLM(model, **limits, speculative=(engines[name] or {}) | {"adaptive": True}) as llm:
+                    print(f"| {name} | {compare(plain, llm, arguments.batch_size, arguments.rounds)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", nargs="*", help="of those in the table; by default all")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--trace", type=Path, help="folder for a file for each engine")
+    parser.add_argument("--batch_size", type=int, help="requests at once, with auto-control")
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     print(f"{describe_device(torch.device(arguments.device))}, torch {torch.__version__}")
+    if arguments.batch_size:
+        compare_all(arguments)
+        return
     print("\n| engine | ms a step, median (least) | kernels | copies | busy, ms |\n" + "| --- " * 5 + "|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         model, engines = engines_of(Path(folder), arguments.layers)

@@ -232,8 +232,8 @@ class Scheduler:
     def _reach_ahead(self, sequence: Sequence, end: int, num_drafts: int, num_others: int) -> None:
         """Blocks for what a drafter computes behind a text's last token, if there are some that no other needs."""
         reach = min(end + num_drafts + self.config.tokens_ahead, sequence.max_computed)
-        is_at_its_end = end >= sequence.num_expected
-        if self.config.tokens_ahead and is_at_its_end and self._kv.can_extend(sequence.table, reach, num_spared=num_others):
+        is_asked = self.config.tokens_ahead > 0 and end >= sequence.num_expected
+        if is_asked and self._kv.can_extend(sequence.table, reach, num_spared=num_others):
             self._kv.extend(sequence.table, reach)
 
     def _preempt(self, sequence: Sequence) -> None:

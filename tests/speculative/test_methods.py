@@ -56,7 +56,8 @@ METHODS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "redrafter": lambda model, folder: {"method": "redrafter", "model": str(write_redrafter(model, folder))},
 }  # fmt: skip
 FEW = [0, 2, 5, 7]  # of REQUESTS, alone
-LATE = {"draft_model", "eagle", "medusa", "redrafter"}  # whose steps may be launched before it is known where they begin
+# Whose steps may be launched before it is known where they begin.
+LATE = {"draft_model", "eagle", "medusa", "redrafter"}
 
 
 def test_no_method_is_left_out() -> None:

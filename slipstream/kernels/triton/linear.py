@@ -432,12 +432,8 @@ def choose_tiles(
     columns, is_narrow, is_wide = 256 // x_type.itemsize, num_out < 6144, num_out >= 16384
     if x_type == torch.float32:  # exact products run outside the tensor cores, from registers
         return Tiles(32, 32, stages=2)
-    if num_rows == 1 and packed_type == torch.uint8:
-        return Tiles(8, 512, splits=0)
-    if num_rows == 1 and packed_type.itemsize == 2:
-        return Tiles(2, 2048, splits=0, warps=8)
     if num_rows == 1:
-        return Tiles(2 if packed_type == torch.int8 else 4, 2048, splits=0)
+        return _tiles_of_a_row(num_out, num_columns, packed_type)
     if num_rows <= 64 and packed_type == x_type and x_type.itemsize == 2 and num_columns <= 2048 and num_out <= 8192:
         return _tiles_of_little(num_rows, num_out, num_columns)
     if num_rows <= 64 and packed_type != x_type:
@@ -457,6 +453,27 @@ def choose_tiles(
     if num_rows <= 64:
         return Tiles(128, columns, stages=3) if is_wide else Tiles(64, columns)
     return Tiles(128, columns // 2, warps=8, stages=3)
+
+
+def _tiles_of_a_row(num_out: int, num_columns: int, packed_type: torch.dtype) -> Tiles:
+    """What is read at once ends with the row where it can; where rows are many, there are few threads for each."""
+    is_wide = num_out >= 16384
+    if packed_type == torch.uint8:
+        words = num_columns // 8
+        if words > 512:
+            return Tiles(8, 512, splits=0)
+        if words % 256 or (is_wide and words <= 256):
+            return Tiles(16, 128, splits=0, warps=2 if words <= 256 else 4)
+        return Tiles(16, 256, splits=0)
+    if packed_type.itemsize == 2:
+        return Tiles(2, 2048, splits=0, warps=8)
+    if packed_type == torch.int8:
+        return Tiles(2, 2048, splits=0)
+    if num_columns <= 4096 and (is_wide or num_columns % 2048):
+        return Tiles(4, 1024, splits=0, warps=2 if is_wide else 4)
+    if num_out <= 4096 and num_columns >= 8192:
+        return Tiles(8, 2048, splits=0, warps=8)
+    return Tiles(4, 2048, splits=0)
 
 
 def _tiles_of_little(num_rows: int, num_out: int, num_columns: int) -> Tiles:

@@ -26,7 +26,6 @@ from slipstream.speculative.drafter import (
     Drafter,
     DraftTensors,
     KVDrafter,
-    ModelDrafter,
     Running,
     Verified,
 )
