@@ -61,7 +61,8 @@ class TextSettings:
 
     def first_line(self) -> dict[str, Any]:
         """What the texts of a file have in common: there may be more of them, and of these the first are taken."""
-        return {"settings": {name: value for name, value in asdict(self).items() if name != "num_texts"}}
+        left_out = {"num_texts"} | ({"dtype"} if self.dtype == "auto" else set())  # which older files do not have
+        return {"settings": {name: value for name, value in asdict(self).items() if name not in left_out}}
 
 
 class PromptSource(Protocol):

@@ -75,6 +75,11 @@ class Student(nn.Module, ABC):
     def save(self, folder: Path, facts: Mapping[str, Any]) -> None: ...
 
 
+def most_said(counts_V: Tensor, num_tokens: int) -> Tensor:
+    """The tokens with the highest counts, all of them where there are no more, in the order of their numbers."""
+    return counts_V.argsort(descending=True, stable=True)[:num_tokens].sort().values
+
+
 class SharedHead(nn.Module):
     """The target's head for the tokens that it says most often. What is left out cannot be drafted, and is mostly not
     said either."""
@@ -85,9 +90,8 @@ class SharedHead(nn.Module):
 
     def __init__(self, teacher: Teacher, num_tokens: int) -> None:
         super().__init__()
-        vocab_size, num_tokens = len(teacher.counts), min(num_tokens, len(teacher.counts))
-        token_ids_D = teacher.counts.argsort(descending=True, stable=True)[:num_tokens].sort().values
-        places_V = torch.full((vocab_size,), -1).index_put((token_ids_D,), torch.arange(num_tokens))
+        token_ids_D = most_said(teacher.counts, num_tokens)
+        places_V = torch.full((len(teacher.counts),), -1).index_put((token_ids_D,), torch.arange(len(token_ids_D)))
         weight_DH = lm_head(teacher.engine)[token_ids_D].float()
         for name, tensor in (("token_ids_D", token_ids_D), ("places_V", places_V), ("weight_DH", weight_DH)):
             self.register_buffer(name, tensor, persistent=False)

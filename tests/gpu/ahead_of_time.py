@@ -190,6 +190,11 @@ def multiply(numbers: Set[torch.dtype], rows: tuple[int, ...]) -> None:
     if torch.uint8 in numbers:  # a row of fewer words than are fetched at once
         short = linear.Weight(torch.empty(640, 256, dtype=torch.uint8), torch.empty(640, 4), None, 128)
         linear.product(torch.empty(9, 512, dtype=wide), short, None, wide)
+        for num_in in (2048, 3072):  # a row, in parts that end with it
+            row = linear.Weight(
+                torch.empty(16384, num_in // 2, dtype=torch.uint8), torch.empty(16384, num_in // 128), None, 128
+            )
+            linear.product(torch.empty(1, num_in, dtype=wide), row, None, wide)
     for num_out, num_in in ((576, 576), (3072, 576), (576, 1536), (8192, 576)):
         little = linear.Weight(torch.empty(num_out, num_in, dtype=wide))
         linear.product(torch.empty(9, num_in, dtype=wide), little, None, wide)

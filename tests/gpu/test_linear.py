@@ -143,6 +143,16 @@ def test_little_weights_have_tiles_of_their_own(num_rows: int, num_out: int, num
     assert problem.error(y_MN) < 1e-5, f"seed {SEED}"
 
 
+@pytest.mark.parametrize("num_in", [1024, 2048, 3072, 4096, 8192])
+@pytest.mark.parametrize("num_out", [24, 16384])
+def test_a_row_of_four_bits_is_read_by_parts_that_end_with_it(num_in: int, num_out: int, device: torch.device) -> None:
+    tiles = linear.choose_tiles(1, num_out, num_in, 128, WIDE, torch.uint8)
+    assert tiles.splits == 0 and num_in // 8 % tiles.columns == 0
+    problem = Problem("w4a16 groups", 1, 24, num_in, device)
+    y_MN = linear.product(problem.x_MK, problem.weight, problem.bias_N, torch.float32, tiles)
+    assert problem.error(y_MN) < 1e-5, f"seed {SEED}"
+
+
 @pytest.mark.parametrize("name", [name for name in FORMATS if "a16" in name])
 def test_many_rows_go_through_a_dense_weight(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is made in parts, the last of them shorter."""

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from slipstream import LLM, SamplingParams
 from slipstream.checkpoint.random import write_random_model
 from slipstream.engine.folder import open_engine
 from slipstream.errors import UsageError
-from slipstream.models import gemma3_text, llama, qwen3
+from slipstream.models import gemma2, gemma3_text, granite, llama, qwen3
+from slipstream.speculative.draft_model import training
 from slipstream.speculative.draft_model.training import Options, Student
-from slipstream.speculative.training import Teacher
+from slipstream.speculative.training import Batch, Teacher
 from tests.cli.conftest import Call, call  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -42,6 +44,29 @@ def test_the_student_says_what_its_engine_will_say(tiny: dict[str, Any], num_lay
     for text_L, found_LV, score in zip(texts_SL, found_SLV, scores, strict=True):
         expected_L = torch.tensor(score.logprobs[1:])
         torch.testing.assert_close(found_LV[:-1].gather(1, text_L[1:, None])[:, 0], expected_L, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tiny", [llama.TINY, granite.TINY, gemma2.TINY], ids=["llama", "granite", "gemma2"])
+def test_the_loss_is_the_cross_entropy_with_what_the_model_says(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By transformers, whose logits are scaled and capped as the model says; over the tokens that are learned."""
+    folder = write_random_model(tmp_path / "model", tiny)
+    monkeypatch.setattr(training, "MOST_LEARNED", learned := 50)
+    made = student(folder, 1)
+    texts_SL = torch.randint(tiny["vocab_size"], (3, 12), generator=torch.Generator().manual_seed(0))
+    is_answer_SL = torch.arange(12).expand(3, -1) >= torch.tensor([[4], [6], [11]])
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")(texts_SL, output_hidden_states=True)
+        total = num_places = 0.0
+        said_SLV = made._logits(texts_SL, torch.arange(texts_SL.numel())).view_as(found.logits).double().log_softmax(2)
+        for text, place in is_answer_SL[:, 1:].nonzero().tolist():  # the token before each of an answer
+            likely_D = found.logits[text, place, :learned].double().softmax(0)
+            total -= float((likely_D * said_SLV[text, place, :learned]).sum())
+            num_places += 1
+        loss = made.loss(Batch(texts_SL, is_answer_SL, found.hidden_states[-1]))
+    assert num_places == 15
+    assert float(loss) == pytest.approx(total / num_places, rel=1e-4)
 
 
 def test_it_learns_and_drafts(tmp_path: Path, call: Call) -> None:  # noqa: F811

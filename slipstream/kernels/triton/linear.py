@@ -457,23 +457,16 @@ def choose_tiles(
 
 def _tiles_of_a_row(num_out: int, num_columns: int, packed_type: torch.dtype) -> Tiles:
     """What is read at once ends with the row where it can; where rows are many, there are few threads for each."""
-    is_wide = num_out >= 16384
     if packed_type == torch.uint8:
         words = num_columns // 8
         if words > 512:
             return Tiles(8, 512, splits=0)
-        if words % 256 or (is_wide and words <= 256):
+        if words % 256 or (num_out >= 16384 and words <= 256):
             return Tiles(16, 128, splits=0, warps=2 if words <= 256 else 4)
         return Tiles(16, 256, splits=0)
     if packed_type.itemsize == 2:
         return Tiles(2, 2048, splits=0, warps=8)
-    if packed_type == torch.int8:
-        return Tiles(2, 2048, splits=0)
-    if num_columns <= 4096 and (is_wide or num_columns % 2048):
-        return Tiles(4, 1024, splits=0, warps=2 if is_wide else 4)
-    if num_out <= 4096 and num_columns >= 8192:
-        return Tiles(8, 2048, splits=0, warps=8)
-    return Tiles(4, 2048, splits=0)
+    return Tiles(2 if packed_type == torch.int8 else 4, 2048, splits=0)
 
 
 def _tiles_of_little(num_rows: int, num_out: int, num_columns: int) -> Tiles:

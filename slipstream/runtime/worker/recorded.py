@@ -132,7 +132,7 @@ class RecordedSteps:
     def _kind(self, exact: StepSizes, ending: EndingPlan | None) -> _Kind | None:
         """That serves steps of these sizes, their ending aside; None of those that are not recorded."""
         num_tokens = exact.num_tokens
-        if ending is not None and 1 < exact.num_sequences * ending.num_nodes <= FEW_ROWS:
+        if ending is not None and exact.num_sequences * ending.num_nodes <= FEW_ROWS:
             num_tokens = max(num_tokens, exact.num_sequences * ending.num_nodes)  # those of fewer drafts take it, too
         if num_tokens > MAX_RECORDED_TOKENS:
             return None

@@ -10,7 +10,7 @@ batch, N blocks of B tokens, K heads, D numbers of each (of KV), X columns of qu
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from torch.nn import functional
 from slipstream.build.capture import capture
 from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.checkpoint.layouts import theirs_shape, to_hugging_face
+from slipstream.engine.graph import Node
 from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.errors import UsageError
 from slipstream.kernels.attention.paged import attend_one
 from slipstream.kernels.registry import known_ops
 from slipstream.models import read_config
 from slipstream.speculative.draft_model.drafter import Drafter
-from slipstream.speculative.training import Batch, SharedHead, Teacher, begins, rotated
+from slipstream.speculative.training import Batch, Teacher, begins, most_said, rotated
 from slipstream.speculative.training import Student as Base
 
 BLOCK_SIZE = 32  # tokens of a page of the cache, of which each text has its own
@@ -46,7 +47,7 @@ class Student(Base):
 
     def __init__(self, teacher: Teacher, options: Options) -> None:
         super().__init__(teacher, options)
-        self._shared = SharedHead(teacher, MOST_LEARNED)
+        self._learned_D = most_said(teacher.counts, MOST_LEARNED).to(teacher.device)
         source = resolve(teacher.model)
         if source.kind == "engine":
             raise UsageError(
@@ -64,13 +65,17 @@ class Student(Base):
         captured = capture(checkpoint.model.Model, self._config, "float32", BLOCK_SIZE)
         self._graph, self._ops = captured.graph, known_ops()
         self._constants = {name: tensor.to(teacher.device) for name, tensor in captured.constants.items()}
+        self._logits_name, self._hidden_name = self._graph.outputs
+        end = 1 + next(index for index, node in enumerate(self._graph.nodes) if self._hidden_name in node.outputs)
+        self._layers, self._head = self._graph.nodes[:end], self._graph.nodes[end:]
+        of_head = {name for node in self._head for name in node.inputs}  # which the target's logits are made of, too
         self._frozen: dict[str, Tensor] = {}
         self._places: dict[str, str] = {}  # weights' names to parameters', which have no dots
         for name in self._graph.weights:
             if name in self._constants:
                 continue
             tensor = checkpoint.read(_of_target(name, chosen)).to(teacher.device, torch.float32, copy=True)
-            if tensor.ndim > 1 and not name.startswith("layers."):
+            if name in of_head or (tensor.ndim > 1 and not name.startswith("layers.")):
                 self._frozen[name] = tensor
             else:
                 self._places[name] = name.replace(".", "__")
@@ -82,13 +87,23 @@ class Student(Base):
     def _logits(self, token_ids_SL: Tensor, rows_P: Tensor) -> Tensor:
         """[P, V] of these of the S · L tokens."""
         values: dict[str, Any] = {**_step(token_ids_SL), **self._constants, **self._weights()}
-        logits, hidden = self._graph.outputs
         num_blocks = 1 + values["step.block_tables"].numel()
-        for node in self._graph.nodes:
-            for name in node.inputs:
-                if name is not None and name.startswith("kv.") and name not in values:
-                    planes, _, *sizes = self._graph.inputs[name].shape
-                    values[name] = torch.zeros(planes, num_blocks, *sizes, device=token_ids_SL.device)  # type: ignore[arg-type]
+        for name, kind in self._graph.inputs.items():
+            if name.startswith("kv."):
+                planes, _, *sizes = kind.shape
+                values[name] = torch.zeros(planes, num_blocks, *sizes, device=token_ids_SL.device)  # type: ignore[arg-type]
+        self._compute(self._layers, values)
+        return self._said(values[self._hidden_name][rows_P])
+
+    def _said(self, hidden_PH: Tensor) -> Tensor:
+        """[P, V] the logits of what the head reads, in the target or here."""
+        values: dict[str, Any] = {self._hidden_name: hidden_PH, **self._constants, **self._weights()}
+        self._compute(self._head, values)
+        found: Tensor = values[self._logits_name]
+        return found
+
+    def _compute(self, nodes: Sequence[Node], values: dict[str, Any]) -> None:
+        for node in nodes:
             inputs: list[Any] = [None if name is None else values[name] for name in node.inputs]
             if node.op == "kv_write":
                 values[str(node.inputs[2])] = _written(*inputs[:4])
@@ -99,18 +114,14 @@ class Student(Base):
             function = IN_TRAINING.get(node.op, op.reference)
             made = function(*([inputs] if many else inputs), *attributes)
             values.update(zip(node.outputs, made if isinstance(made, tuple | list) else (made,), strict=True))
-            if hidden in node.outputs:
-                values[hidden] = values[hidden][rows_P]
-        found: Tensor = values[logits]
-        return found
 
     def loss(self, batch: Batch) -> Tensor:
         assert batch.hidden is not None
         rows_P = begins(batch).flatten().nonzero()[:, 0]
         with torch.no_grad():  # what the model held likely there
-            likely_PD = self._shared(batch.hidden.flatten(0, 1)[rows_P]).softmax(1)
+            likely_PD = self._said(batch.hidden.flatten(0, 1)[rows_P])[:, self._learned_D].softmax(1)
         said_PV = self._logits(batch.token_ids, rows_P).log_softmax(1)
-        return -(likely_PD * said_PV[:, self._shared.token_ids_D]).sum() / max(1, len(rows_P))
+        return -(likely_PD * said_PV[:, self._learned_D]).sum() / max(1, len(rows_P))
 
     def evaluate(self, batches: Iterable[Batch]) -> list[float]:
         """Drafts go on from right drafts only, so what is right at each place of the text says how far they come."""
