@@ -178,8 +178,9 @@ class Stream:
         response = self._open.__enter__()
         self._lines = response.iter_lines()
         self.next()
-        _, port = response.extensions["network_stream"].get_extra_info("client_addr")
-        [self.front] = [pid for pid in server.front_pids if socket_to(port) in sockets(pid)]
+        stream = response.extensions["network_stream"]
+        socket = socket_between(stream.get_extra_info("server_addr")[1], stream.get_extra_info("client_addr")[1])
+        [self.front] = [pid for pid in server.front_pids if socket in sockets(pid)]
 
     def next(self) -> str:
         return next(line for line in self._lines if line)
@@ -188,10 +189,11 @@ class Stream:
         self._open.__exit__(None, None, None)
 
 
-def socket_to(port: int) -> str:
-    """The socket of this machine whose peer has this port, as /proc/PID/fd shows it."""
+def socket_between(port: int, peers_port: int) -> str:
+    """The socket of this machine with these two ports, as /proc/PID/fd shows it. A client's port alone may be that of
+    connections to other servers, too."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    [inode] = [row[9] for row in rows if row[2].endswith(f":{port:04X}")]
+    [inode] = [row[9] for row in rows if row[1].endswith(f":{port:04X}") and row[2].endswith(f":{peers_port:04X}")]
     return f"socket:[{inode}]"
 
 
