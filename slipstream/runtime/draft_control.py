@@ -7,10 +7,11 @@
 So a sequence that quotes may have drafts and one beside it none, and where a step has so many rows that each costs its
 full time nobody has any: that is plain decoding. What is measured fades, or is forgotten when it is old.
 
-Each sequence begins with a trial: too short to cost much, long enough to count. One whose drafts do not pay is left
-alone until its next trial. What trials lose is owed, and the next ones wait until a small part of the time has made up
-for it: this bounds what all of them cost, in batches of any size. Where plain steps, or steps with drafts, have not
-been seen of late, a few are made.
+Each sequence begins with a trial: too short to cost much, long enough to count, and shorter still while nothing is
+known of times, when a whole batch has its first one. One whose drafts do not pay is left alone until its next trial.
+What trials lose is owed, and the next ones wait until a small part of the time has made up for it: this bounds what all
+of them cost, in batches of any size. Where plain steps, or steps with drafts, have not been seen of late, a few are
+made.
 
 It has no clock and draws no numbers: what it asks for follows from what it was told. It imports no torch.
 
@@ -37,7 +38,10 @@ _COMMON_WEIGHT = 2.0  # verifications that what holds for all counts as, for a s
 _AT_FIRST = 0.5  # part of the drafts at a place that is expected to be accepted where nothing is known
 _TRIAL, _TRIAL_STEPS = 2, 16  # verifications, and steps after which it ends without
 _PAUSE = 16  # steps between two trials, at least
-_FOR_TRIALS = 0.02  # of the time
+_FIRST_DRAFTS = 32  # of a step, before it is known what they cost
+_AT_ONCE = 2  # times the drafts that were seen are the most that the next steps have: each size is timed on the way
+_FOR_TRIALS = 0.015  # of the time
+_MOST_LOST = 2  # plain steps, by a step with drafts: where it took longer, the machine was busy
 _SAVED = 8  # plain steps: as much of what drafts have gained is kept for trials
 _AS_GOOD = 0.985  # of the rate of plain decoding: what cannot be told apart goes on as it is
 _NUM_SAMPLES, _FEWEST_SAMPLES = 7, 3
@@ -60,7 +64,8 @@ class _State:
 
     num_asked: int = 0
     is_drafting: bool = False
-    num_to_verify: int = 0  # until its trial is over
+    trial_len: int = 0  # drafts of each step of its trial
+    num_to_verify: int = 0  # until that is over
     trial_ends: int = 0  # or at this step
     next_trial: int = 0  # the step from which it may have one
 
@@ -70,7 +75,6 @@ class DraftControl:
 
     def __init__(self, max_draft_len: int, num_slots: int, shape: DraftShape = DraftShape.CHAIN) -> None:
         self.max_draft_len, self.shape = max_draft_len, shape
-        self._trial_len = max_draft_len if shape is DraftShape.WHOLE else -(-max_draft_len // 2)
         self._lengths_K = np.arange(max_draft_len + 1)
         self._acceptance = _Acceptance(max_draft_len, num_slots, is_chain=shape is DraftShape.CHAIN)
         self._times: dict[int, _Times] = defaultdict(_Times)  # by about how many sequences a step has
@@ -99,9 +103,9 @@ class DraftControl:
 
     def ask(self, slots: Sequence[int]) -> list[int]:
         """How many drafts each of these sequences of the next step is to have in the step after."""
-        for slot in slots:
-            if self._is_due(self._states[slot]):
-                self._begin_trial(self._states[slot])
+        due = [self._states[slot] for slot in slots if self._is_due(self._states[slot])]
+        for state in due:
+            self._begin_trial(state, self._trial_len(len(slots)))
         self._step += 1
         drafting = [slot for slot in slots if self._states[slot].is_drafting]
         if drafting and self._step >= self._next_choice:
@@ -129,18 +133,34 @@ class DraftControl:
             kind = times.drafting[num_verified.bit_length()] if self._num_asked else times.plain
             kind.append(_Time(self._step, num_verified, seconds))
         self._seconds_owed = max(min(self._seconds_owed, 0.0), self._seconds_owed - _FOR_TRIALS * seconds)
-        if num_verified and times.known is not None:
-            plain, curve = times.known
+        if num_verified:  # what was seen before costs were known is charged when they are
             num_said = num_sequences + sum(len(each.accepted) for each in told)
-            self._seconds_owed += float(curve.at(num_verified)) - plain * num_said / num_sequences
+            times.unpaid.append((num_verified, num_said / num_sequences))
+        if times.known is not None:
+            self._pay(times, *times.known)
+
+    def _pay(self, times: "_Times", plain: float, curve: "_Curve") -> None:
+        for num_verified, num_said in times.unpaid:
+            lost = float(curve.at(num_verified)) - plain * num_said
+            self._seconds_owed += min(lost, _MOST_LOST * plain)
             self._seconds_owed = max(-_SAVED * plain, self._seconds_owed)
+        times.unpaid.clear()
 
     def _is_due(self, state: _State) -> bool:
         return not state.is_drafting and state.next_trial <= self._step and self._seconds_owed <= 0
 
-    def _begin_trial(self, state: _State) -> None:
+    def _trial_len(self, num_sequences: int) -> int:
+        """Before it is known what drafts cost, all sequences have their first trial at once, and a short one."""
+        if self.shape is DraftShape.WHOLE:
+            return self.max_draft_len
+        longest = -(-self.max_draft_len // 2)
+        if self._times[_about(num_sequences)].known is not None:
+            return longest
+        return max(1, min(longest, _FIRST_DRAFTS // num_sequences))
+
+    def _begin_trial(self, state: _State, num_drafts: int) -> None:
         self._next_choice = self._step  # what holds for all may ask for more at once
-        state.is_drafting, state.num_asked = True, self._trial_len
+        state.is_drafting, state.num_asked, state.trial_len = True, num_drafts, num_drafts
         state.num_to_verify, state.trial_ends = _TRIAL, self._step + _TRIAL_STEPS
 
     def _choose(self, drafting: list[int], num_sequences: int) -> None:
@@ -149,7 +169,7 @@ class DraftControl:
         states = [self._states[slot] for slot in drafting]
         if curve is None:  # of verifying, any time would do
             for state in states:
-                state.num_asked = self._trial_len
+                state.num_asked = state.trial_len
         elif plain is None:
             for state in states:
                 state.num_asked = 0
@@ -161,7 +181,7 @@ class DraftControl:
 
     def _settle(self, state: _State, num_drafts: int) -> None:
         is_on_trial = state.num_to_verify > 0 and self._step < state.trial_ends
-        state.num_asked = num_drafts or (self._trial_len if is_on_trial else 0)
+        state.num_asked = num_drafts or (state.trial_len if is_on_trial else 0)
         if not state.num_asked:
             state.is_drafting, state.next_trial = False, self._step + _PAUSE
 
@@ -172,6 +192,7 @@ class DraftControl:
         num_said_SK = num_sequences + np.take_along_axis(gains_SK * given_S[:, None], order_SK, 0).cumsum(0)
         num_drafts_SK = given_S[order_SK].cumsum(0) * self._lengths_K
         rates_SK = num_said_SK / curve.at(num_drafts_SK)
+        rates_SK[num_drafts_SK > _AT_ONCE * max(curve.num_drafts[-1], len(drafting))] = 0
         if self.shape is DraftShape.WHOLE:
             rates_SK[:, :-1] = 0
         count, length = np.unravel_index(rates_SK.argmax(), rates_SK.shape)
@@ -231,13 +252,17 @@ class _Time(NamedTuple):
 
 
 class _Curve(NamedTuple):
-    """Seconds of a step by its drafts, rising; more than were tried are taken to cost no more, until they are."""
+    """Seconds of a step by its drafts, rising; beyond what was tried, each costs what the last ones did."""
 
     num_drafts: list[int]
     seconds: list[float]
 
     def at(self, num_drafts: Any) -> Any:
-        return np.interp(num_drafts, self.num_drafts, self.seconds)
+        slope = 0.0
+        if len(self.num_drafts) > 1:
+            slope = (self.seconds[-1] - self.seconds[-2]) / (self.num_drafts[-1] - self.num_drafts[-2])
+        num_beyond = np.maximum(0, np.asarray(num_drafts) - self.num_drafts[-1])
+        return np.interp(num_drafts, self.num_drafts, self.seconds) + slope * num_beyond
 
 
 class _Times:
@@ -245,6 +270,8 @@ class _Times:
 
     def __init__(self) -> None:
         self.known: tuple[float, _Curve] | None = None  # of plain steps and others, at the last choice
+        # Drafts that steps verified, and their tokens a sequence, which are not accounted for yet.
+        self.unpaid: deque[tuple[int, float]] = deque(maxlen=_OLD)
         self.plain = _latest()  # nothing verified, and nothing asked for
         self.drafting: dict[int, deque[_Time]] = defaultdict(_latest)  # by the bits of the number of drafts verified
 

@@ -133,6 +133,13 @@ def test_a_large_batch_of_bad_drafts_loses_little(cost: Cost, lifetime: int | No
     assert engine.rate(2000) > 0.97 * plain
 
 
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("chance", [0.05, 0.3])
+def test_an_engine_that_begins_with_a_large_batch_finds_out_cheaply(cost: Cost, chance: float) -> None:
+    plain = Planted(cost, always(chance), 64, fixed=0).rate(100)
+    assert Planted(cost, always(chance), 64).rate(100) > 0.95 * plain
+
+
 def test_sequences_whose_drafts_are_right_have_more_of_them() -> None:
     engine = Planted(reads_weights, lambda step, slot: 0.95 if slot % 4 == 2 else 0.05, 16).run(800)
     late = engine.asked[400:]
