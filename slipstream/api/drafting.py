@@ -10,6 +10,7 @@ from slipstream.engine.folder import Engine, open_engine
 from slipstream.engine.manifest import Manifest
 from slipstream.errors import UsageError
 from slipstream.schema.speculative import Speculation
+from slipstream.speculative.head_file import head_folder
 from slipstream.text.tokenizer import Tokenizer
 
 
@@ -21,9 +22,10 @@ def open_draft_engine(
 
     tokenizer: the target's. Raises UsageError where the draft model has another vocabulary.
     """
-    model = speculation.options.get("model")
+    model = speculation.options.get("model", "")
     if speculation.method != "draft_model" or not isinstance(model, str):
-        return None  # without a model's name the drafter says what it lacks
+        return None  # the drafter says what a model is
+    model = str(head_folder("draft_model", model, target.name))
     engine = open_engine(engine_path(resolve(model), options, device, show_progress=show_progress))
     if engine.manifest.num_ranks > 1:
         raise UsageError(

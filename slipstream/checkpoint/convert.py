@@ -16,7 +16,9 @@ from slipstream.checkpoint.layouts import Recipe, Shapes, from_hugging_face, pat
 from slipstream.checkpoint.own_model import OwnModel
 from slipstream.checkpoint.packed import PackedTensors, open_packed
 from slipstream.checkpoint.quantized import LAYOUTS, open_quantized
-from slipstream.checkpoint.source import Source, resolve
+from slipstream.checkpoint.shared import KEY as SHARES
+from slipstream.checkpoint.shared import LENT, Shares, WithShared, read_shares
+from slipstream.checkpoint.source import Source, lender_of, resolve
 from slipstream.checkpoint.tensors import ShardedTensors, TensorSource
 from slipstream.checkpoint.tokenizer_files import copy_tokenizer, write_gguf_tokenizer
 from slipstream.checkpoint.trtllm import is_tensorrt_llm, open_tensorrt_llm
@@ -98,8 +100,11 @@ def open_checkpoint(source: Source, dtype: str = "auto") -> Checkpoint:
         else:
             tensors = _open_folder(source.path, options)
         options.pop("quantization_config", None)
+        shares = read_shares(options, f"{source.path}/config.json")
+        options.pop(SHARES, None)
         return _open(
-            source, tensors, options, generation, dtype, lambda folder: copy_tokenizer(source.path, folder), weights
+            source, tensors, options, generation, dtype, lambda folder: copy_tokenizer(source.path, folder), weights,
+            shares,
         )  # fmt: skip
     raise ModelError(f"{source.path} is an engine already; give a model folder or a .gguf file to convert.")
 
@@ -121,20 +126,25 @@ def _open(
     dtype: str,
     write_tokenizer: Callable[[Path], None],
     weights: WeightTable | None = None,
+    shares: Shares | None = None,
 ) -> Checkpoint:
     """weights: what the source calls them, where that is not what Hugging Face does."""
+    lent = () if shares is None else shares.weights
     try:
         own = _own(source)
         model, config = read_config(options, str(source.path), own)
         table = weights or model.WEIGHTS
-        if not config.tie_word_embeddings and _lacks_its_head(table, tensors.names()):
+        if not config.tie_word_embeddings and "lm_head.weight" not in lent and _lacks_its_head(table, tensors.names()):
             warnings.warn(f"{source.path} has no head: it is for embeddings, its texts mean nothing.", stacklevel=2)
             options = options | {"tie_word_embeddings": True}
             model, config = read_config(options, str(source.path), own)
         shapes = shapes_of(model, config, source.path)
         recipes = find_weights(model, table, config, shapes, tensors.names(), source.path)
+        formats, kv_cache = formats_of(recipes, tensors), kv_cache_of(tensors, config, source.path)
+        if shares is not None:
+            recipes |= _lent(shares, shapes)
+            tensors, write_tokenizer = _with_lender(shares, tensors, source.path)
         check_shapes(shapes, recipes, tensors, source.path)
-        kv_cache = kv_cache_of(tensors, config, source.path)
     except BaseException:
         tensors.close()
         raise
@@ -143,9 +153,22 @@ def _open(
     generation = {"eos_token_id": options.get("eos_token_id"), "bos_token_id": options.get("bos_token_id")} | generation
     generation["eos_token_id"] = _known_ends(generation["eos_token_id"], config.vocab_size, source)
     return Checkpoint(
-        source.name, options, config, model, dtype, generation, tensors, shapes, recipes, write_tokenizer,
-        formats_of(recipes, tensors), kv_cache,
+        source.name, options, config, model, dtype, generation, tensors, shapes, recipes, write_tokenizer, formats,
+        kv_cache, shares,
     )  # fmt: skip
+
+
+def _lent(shares: Shares, shapes: Shapes) -> dict[str, Recipe]:
+    return {name: renamed(f"{LENT}{name}", shapes.get(name, ())) for name in shares.weights}
+
+
+def _with_lender(shares: Shares, own: TensorSource, where: Path) -> tuple[TensorSource, Callable[[Path], None]]:
+    """The tensors of both; and the tokenizer, which is the lender's."""
+    lender = open_checkpoint(lender_of(shares, where), "float32")
+    if lender.shares is not None or not set(shares.weights) <= lender.shapes.keys():
+        lender.close()
+        raise CorruptFile(f"{where} shares weights with {shares.model}, which does not have them: {shares.weights}.")
+    return WithShared(own, lender), lender.write_tokenizer
 
 
 def _known_ends(value: Any, vocab_size: int, source: Source) -> Any:
@@ -174,21 +197,23 @@ def _open_ours(source: Source, dtype: str) -> Checkpoint:
     if not isinstance(stored, str) or stored not in DTYPES:
         raise CorruptFile(f"{source.path}/config.json: dtype is {stored!r}; it must be one of {', '.join(DTYPES)}.")
     tensors: TensorSource = TensorFile.open(source.path / WEIGHTS_FILE)
+    tokenizer, shares = source.path / TOKENIZER_FOLDER, read_shares(description, f"{source.path}/config.json")
+    write_tokenizer: Callable[[Path], None] = lambda folder: copy_tokenizer(tokenizer, folder)  # noqa: E731
     try:
         shapes = shapes_of(model, config, source.path)
         tensors = _open_parts(tensors, description, shapes, source.path)
         recipes = {name: renamed(name, shapes.get(name, ())) for name in tensors.names()}
+        formats, kv_cache = formats_of(recipes, tensors), kv_cache_of(tensors, config, source.path)
+        if shares is not None:
+            recipes |= _lent(shares, shapes)
+            tensors, write_tokenizer = _with_lender(shares, tensors, source.path)
         check_shapes(shapes, recipes, tensors, source.path)
-        kv_cache = kv_cache_of(tensors, config, source.path)
     except BaseException:
         tensors.close()
         raise
-    chosen = stored if dtype == "auto" else dtype
-    tokenizer = source.path / TOKENIZER_FOLDER
     return Checkpoint(
-        str(description.get("name", source.name))[:256], options, config, model, chosen, generation, tensors,
-        shapes, recipes, lambda folder: copy_tokenizer(tokenizer, folder), formats_of(recipes, tensors),
-        kv_cache,
+        str(description.get("name", source.name))[:256], options, config, model, stored if dtype == "auto" else dtype,
+        generation, tensors, shapes, recipes, write_tokenizer, formats, kv_cache, shares,
     )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from slipstream.checkpoint.kv_cache import KVCache
 from slipstream.checkpoint.layouts import Recipe, Shapes
+from slipstream.checkpoint.shared import KEY as SHARES
+from slipstream.checkpoint.shared import Shares
 from slipstream.checkpoint.tensors import ShardedTensors, TensorSource
 from slipstream.engine.bounded_json import read_json
 from slipstream.engine.tensor_file import TensorEntry, TensorFile, write_tensor_file
@@ -46,6 +48,7 @@ class Checkpoint:
     write_tokenizer: Callable[[Path], None]
     formats: dict[str, WeightFormat] = field(default_factory=dict)  # our names of the weights that are packed
     kv_cache: KVCache = KVCache()  # noqa: RUF009 - frozen
+    shares: Shares | None = None  # with another model; save() leaves it there
 
     def read(self, name: str) -> Tensor:
         """One weight in the checkpoint's dtype, a packed one dequantized; or a part of a packed one as it is stored."""
@@ -90,12 +93,19 @@ class Checkpoint:
         return found
 
     def stored_names(self) -> list[str]:
-        """What save() writes: each weight, a packed one by its parts."""
-        found: list[str] = []
+        """What save() writes: each weight that is not shared, a packed one by its parts."""
+        lent, found = self._lent(), list[str]()
         for name in self.recipes:
+            if name in lent:
+                continue
             parts = self.formats[name].parts(1, 1) if name in self.formats else {}
             found += [f"{name}.{part}" for part in parts] or [name]
         return found
+
+    def _lent(self) -> tuple[str, ...]:
+        """What is another model's, and was not rounded here."""
+        shared = () if self.shares is None else self.shares.weights
+        return tuple(name for name in shared if name not in self.formats)
 
     def _part_type(self, weight: str, part: str) -> PartType:
         return self.formats[weight].parts(*self.shapes[weight])[part]
@@ -121,7 +131,10 @@ class Checkpoint:
             ]
             entries += self.kv_cache.entries()
             write_tensor_file(folder / WEIGHTS_FILE, entries, {"format": "pt"}, progress)
-            self.write_tokenizer(folder / TOKENIZER_FOLDER)
+            if self.shares is None:
+                self.write_tokenizer(folder / TOKENIZER_FOLDER)
+            else:
+                description[SHARES] = Shares(self.shares.model, self._lent()).to_dict()
             description |= {"name": self.name, "dtype": self.dtype}
             description |= {"model": self.options, "generation": self.generation}
             description["kv_dtype"] = self.kv_cache.dtype

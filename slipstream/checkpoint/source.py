@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from slipstream.checkpoint.own_model import OwnModel
+from slipstream.checkpoint.shared import Shares, read_shares
 from slipstream.engine.bounded_json import read_json
 from slipstream.errors import ModelError
 
@@ -31,7 +32,12 @@ class Source:
     def fingerprint(self) -> list[tuple[str, int, int]]:
         """Path, size and time of every file of the model; weights are too large to hash at each start."""
         files = sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
-        return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+        found = [
+            (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()
+        ]
+        config = self.path / "config.json"
+        shares = read_shares(read_json(config), str(config)) if config.is_file() else None
+        return found if shares is None else found + lender_of(shares, self.path).fingerprint()
 
 
 def resolve(model: str | Path, own_model: OwnModel | None = None) -> Source:
@@ -42,6 +48,20 @@ def resolve(model: str | Path, own_model: OwnModel | None = None) -> Source:
     if own_model is not None and source.kind == "gguf":
         raise ModelError(f"{source.path} is a GGUF file; --model_cls_file takes the folder of a model.")
     return replace(source, own_model=own_model)
+
+
+def is_name(model: str) -> bool:
+    """Whether it is found anywhere: an alias or a Hub id, and no path of this machine."""
+    return not _exists(Path(model)) and (model.lower() in ALIASES or HUB_ID.fullmatch(model) is not None)
+
+
+def lender_of(shares: Shares, where: Path) -> Source:
+    """The model that a folder shares weights with. Raises ModelError for a path."""
+    if not is_name(shares.model):
+        raise ModelError(
+            f"{where} shares weights with {shares.model!r}; that must be smollm2, or a Hub id like org/name."
+        )
+    return resolve(shares.model)
 
 
 def _resolve(model: str | Path) -> Source:

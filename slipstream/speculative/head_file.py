@@ -32,7 +32,7 @@ def head_folder(method: str, given: str, model: str) -> Path:
     there = {path.name: path for path in sorted(heads.glob("*")) if path.is_dir()}
     if model not in there:
         raise UsageError(
-            f"speculative lacks model, a folder of a head: those of {method} that ship are for "
+            f"speculative lacks model, a folder: those of {method} that ship are for "
             f"{', '.join(there) or 'no model'}, not for {model}; train one with slipstream train-drafter --method "
             f"{method}."
         )

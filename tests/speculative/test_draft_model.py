@@ -141,7 +141,12 @@ def test_a_text_that_returns_finds_what_it_had_computed(model: Path, monkeypatch
 @pytest.mark.parametrize(
     ("change", "given", "error", "sentence"),
     [
-        ({}, {"method": "draft_model"}, UsageError, "lacks model, which draft_model needs; add it"),
+        (
+            {},
+            {"method": "draft_model"},
+            UsageError,
+            "lacks model, a folder: those of draft_model that ship are for .*, not for",
+        ),
         ({}, {"method": "draft_model", "model": 3}, UsageError, "has model 3; it must be of type str"),
         ({}, {"width": 3}, UsageError, "'width', which draft_model does not know; it takes .*, adaptive, model"),
         ({"vocab_size": 100}, {}, UsageError, "has 100 tokens and the model 128; drafts need one vocabulary"),

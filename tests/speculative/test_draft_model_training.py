@@ -1,22 +1,25 @@
 """Draft models that are trained: the student is the model that is saved, of any architecture, and it learns."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from slipstream import LLM, SamplingParams
+from slipstream.checkpoint import convert, open_checkpoint, resolve, source
 from slipstream.checkpoint.random import write_random_model
 from slipstream.engine.folder import open_engine
-from slipstream.errors import UsageError
+from slipstream.errors import ModelError, UsageError
 from slipstream.models import gemma2, gemma3_text, granite, llama, qwen3
 from slipstream.speculative.draft_model import training
 from slipstream.speculative.draft_model.training import Options, Student
 from slipstream.speculative.training import Batch, Teacher
-from tests.cli.conftest import Call, call  # noqa: F401
+from tests.cli.conftest import Call, call, write_tokenizer  # noqa: F401
 
 CPU = torch.device("cpu")
 
@@ -90,6 +93,61 @@ def test_it_learns_and_drafts(tmp_path: Path, call: Call) -> None:  # noqa: F811
     with LLM(model, speculative={"method": "draft_model", "model": str(folder), "adaptive": False}) as llm:
         assert [output.outputs[0].token_ids for output in llm.generate(prompts, asked)] == expected
         assert sum(llm.stats.num_accepted_tokens) > 0
+
+
+@pytest.fixture
+def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model of the Hub, as far as anybody here can tell."""
+    model = write_random_model(tmp_path / "models" / "named", llama.TINY | {"vocab_size": 300}, dtype="bfloat16")
+    write_tokenizer(model, 300)
+    monkeypatch.setattr(source, "_download", lambda repo, revision, hint: tmp_path / "models" / repo.partition("/")[2])
+    return model
+
+
+def test_the_student_of_a_model_with_a_name_leaves_there_what_is_its_own(named: Path, tmp_path: Path) -> None:
+    whole, small, packed = tmp_path / "whole", tmp_path / "small", tmp_path / "packed"
+    for model, folder in ((str(named), whole), ("somebody/named", small)):
+        folder.mkdir()
+        made = student(Path(model) if folder is whole else named, 2)
+        made._target = model
+        made.save(folder, {})
+    names = {folder: set(load_file(folder / "model.safetensors")) for folder in (whole, small)}
+    assert names[whole] - names[small] == {"model.embed_tokens.weight", "lm_head.weight"} and names[small]
+    assert not (small / "tokenizer.json").exists() and (whole / "tokenizer.json").exists()
+    convert(small, packed)
+    assert load_file(packed / "rank0.safetensors").keys().isdisjoint({"embed.weight", "lm_head.weight"})
+    convert(small, tmp_path / "again", output_format="hf")
+    assert set(load_file(tmp_path / "again" / "model.safetensors")) == names[whole]
+
+    prompts, asked = ["one", "two three"], SamplingParams(max_tokens=20, temperature=0)
+    said = []
+    for folder in (whole, small, packed, tmp_path / "again"):
+        with LLM(folder) as llm:
+            said.append([output.outputs[0].text for output in llm.generate(prompts, asked)])
+    assert said == [said[0]] * 4
+    before = resolve(small).fingerprint()
+    os.utime(named / "model.safetensors", (1, 1))
+    assert resolve(small).fingerprint() != before  # an engine of it is built again
+
+
+@pytest.mark.parametrize(
+    ("shares", "sentence"),
+    [
+        ("named", "shares is 'named'; it must name a model and a list of its weights"),
+        ({"model": "../named", "weights": []}, "shares weights with '../named'; that must be smollm2, or a Hub id"),
+        ({"model": "somebody/named", "weights": ["none.weight"]}, "shares weights with somebody/named, which does not"),
+        ({"model": "somebody/named", "weights": ["norm.weight"]}, "lacks the tensor for embed.weight"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(shares: Any, sentence: str, named: Path, tmp_path: Path) -> None:
+    made = student(named, 2)
+    made._target = "somebody/named"
+    (tmp_path / "small").mkdir()
+    made.save(tmp_path / "small", {})
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"shares": shares}))
+    with pytest.raises(ModelError, match=sentence):
+        open_checkpoint(resolve(tmp_path / "small"))
 
 
 def test_what_cannot_be_a_student_is_refused(tmp_path: Path) -> None:

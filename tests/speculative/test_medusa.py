@@ -174,7 +174,7 @@ def test_choices_of_a_file(model: Path, tmp_path: Path) -> None:
         (
             "no name",
             UsageError,
-            "lacks model, a folder of a head: those of medusa that ship are for .*train one with slipstream",
+            "lacks model, a folder: those of medusa that ship are for .*train one with slipstream",
         ),
         ("other tokens", ModelError, "drafts tokens that the model's 128 do not have; take the head"),
         ("pickled", ModelError, "holds medusa_lm_head.pt, which is pickled.*save its tensors as"),

@@ -172,7 +172,7 @@ def test_drafts_are_the_beams_of_what_the_models_head_read(
     ("change", "error", "sentence"),
     [
         ({"model": "gone"}, ModelError, "has no model.safetensors; name a folder of a ReDrafter head"),
-        ({"model": None}, UsageError, "lacks model, a folder of a head: those of redrafter that ship are for"),
+        ({"model": None}, UsageError, "lacks model, a folder: those of redrafter that ship are for"),
         ({"width": 65}, UsageError, "width · length = 325 drafts a step; lower them to at most 256, such as width 5"),
         ({"beams": 3}, UsageError, "'beams', which redrafter does not know; it takes .*model, width, len"),
         ({"pickled": True}, ModelError, "holds pytorch_model.bin, which is pickled.*save its tensors as"),

@@ -68,6 +68,8 @@ TABLE: dict[str, tuple[str, ...]] = {
     ),
     "text/*": ("schema",),
     "serve/*": ("api", "text", "schema"),  # requests and handles are those of offline use
+    # A draft model may be one that ships, as heads do.
+    "api/drafting": ("build/cache", "checkpoint", "engine", "speculative/head_file", "text/tokenizer", "schema"),
     "api/*": ("build", "checkpoint", "runtime", "engine", "text", "schema", "progress"),
     # The model writes, its engine reads again what it wrote, and a method's own training learns from both.
     "distill/*": (

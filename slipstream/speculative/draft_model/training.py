@@ -22,6 +22,9 @@ from torch.nn import functional
 from slipstream.build.capture import capture
 from slipstream.checkpoint import open_checkpoint, resolve
 from slipstream.checkpoint.layouts import theirs_shape, to_hugging_face
+from slipstream.checkpoint.shared import KEY as SHARES
+from slipstream.checkpoint.shared import Shares
+from slipstream.checkpoint.source import is_name
 from slipstream.engine.graph import Node
 from slipstream.engine.tensor_file import write_tensor_file
 from slipstream.errors import UsageError
@@ -48,7 +51,7 @@ class Student(Base):
     def __init__(self, teacher: Teacher, options: Options) -> None:
         super().__init__(teacher, options)
         self._learned_D = most_said(teacher.counts, MOST_LEARNED).to(teacher.device)
-        source = resolve(teacher.model)
+        source, self._target = resolve(teacher.model), teacher.model
         if source.kind == "engine":
             raise UsageError(
                 f"--model {teacher.model} is an engine, which is not taken apart; give the model it was built of."
@@ -139,9 +142,13 @@ class Student(Base):
         return (num_accepted / max(1, num_places)).tolist()
 
     def save(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        """A Hugging Face folder; what was measured is in training.json beside it."""
+        """A Hugging Face folder; what was measured is in training.json beside it.
+
+        Where the target has a name that is good anywhere, what is the target's stays there.
+        """
         weights = {name: tensor.detach() for name, tensor in self._weights().items()}
-        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        shares = Shares(self._target, tuple(sorted(self._frozen))) if is_name(self._target) else None
+        shapes = {name: tuple(each.shape) for name, each in weights.items() if not shares or name not in self._frozen}
         recipes = to_hugging_face(self._checkpoint.model.WEIGHTS, self._config, shapes)
         entries = [
             (
@@ -151,12 +158,14 @@ class Student(Base):
             for name, recipe in recipes.items()
         ]  # fmt: skip
         write_tensor_file(folder / "model.safetensors", entries, {"format": "pt"})
-        self._checkpoint.write_tokenizer(folder)
+        if shares is None:
+            self._checkpoint.write_tokenizer(folder)
         self._checkpoint.close()
         (folder / "training.json").write_text(json.dumps(dict(facts), indent=1) + "\n")
         if self._checkpoint.generation:
             (folder / "generation_config.json").write_text(json.dumps(self._checkpoint.generation, indent=1) + "\n")
-        (folder / "config.json").write_text(json.dumps(self._options | {"dtype": "bfloat16"}, indent=1) + "\n")
+        options = self._options | {"dtype": "bfloat16"} | ({SHARES: shares.to_dict()} if shares else {})
+        (folder / "config.json").write_text(json.dumps(options, indent=1) + "\n")
 
 
 def _shortened(options: Mapping[str, Any], chosen: list[int], count: int) -> dict[str, Any]:
