@@ -43,6 +43,7 @@ from slipstream.speculative.training import Batch, Student, Teacher, student_of
 HELD_OUT = 16  # one text in so many
 SECONDS_BETWEEN_STATES = 30.0
 WARM_UP = 0.05  # of the steps, in which the learning rate rises
+SORTED_AT_ONCE = 16  # batches whose texts are sorted by length: little padding, and other company in each epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,13 +185,21 @@ class Data:
 
     def __init__(self, texts: Sequence[Text], hidden: HiddenFiles | None, device: torch.device) -> None:
         self._texts, self._hidden, self._device = texts, hidden, device
+        lengths = torch.tensor([len(text.prompt) + len(text.answer) for text in texts])
         is_held_out = torch.arange(len(texts)) % HELD_OUT == 0
         self.held_out, self.trained = is_held_out.nonzero()[:, 0], (~is_held_out).nonzero()[:, 0]
+        self.held_out = self.held_out[lengths[self.held_out].argsort(stable=True)]
+        self._trained_lengths = lengths[self.trained]
 
     def counts(self, vocab_size: int) -> Tensor:
         """[V] how often the target says each token, where it is learned from."""
         said = [token_id for index in self.trained.tolist() for token_id in self._texts[index].answer]
         return torch.bincount(torch.tensor(said, dtype=torch.int64), minlength=vocab_size)
+
+    def epoch(self, batch_size: int, generator: torch.Generator) -> list[Tensor]:
+        """The texts of each step, about as long as each other."""
+        batches = batches_of_like_lengths(self._trained_lengths, batch_size, generator)
+        return [self.trained[batch] for batch in batches]
 
     def batch(self, indices: Tensor) -> Batch:
         texts = [self._texts[index] for index in indices.tolist()]
@@ -208,6 +217,14 @@ class Data:
         return padded.pin_memory().to(self._device, non_blocking=True)  # while it computes the step before
 
 
+def batches_of_like_lengths(lengths: Tensor, batch_size: int, generator: torch.Generator) -> list[Tensor]:
+    """All places of `lengths`, each in one batch; which ones share one, and the order of batches, is random."""
+    groups = torch.randperm(len(lengths), generator=generator).split(SORTED_AT_ONCE * batch_size)
+    by_length = [group[lengths[group].argsort(stable=True)] for group in groups]
+    batches = [batch for group in by_length for batch in group.split(batch_size)]
+    return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+
+
 class Loop:
     """The steps from the last state on."""
 
@@ -217,6 +234,7 @@ class Loop:
         self._optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=0.0)
         self._per_epoch = math.ceil(len(data.trained) / settings.batch_size)
         self._total = settings.num_epochs * self._per_epoch
+        self._epoch, self._batches = -1, list[Tensor]()  # of the last step
 
     def run(self, progress: Progress) -> list[float]:
         """Mean losses of the epochs, as far as this run has seen them."""
@@ -243,9 +261,10 @@ class Loop:
 
     def _indices(self, step: int) -> Tensor:
         epoch, place = divmod(step, self._per_epoch)
-        generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + epoch)
-        order = self._data.trained[torch.randperm(len(self._data.trained), generator=generator)]
-        return order[place * self._settings.batch_size : (place + 1) * self._settings.batch_size]
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + epoch)
+            self._epoch, self._batches = epoch, self._data.epoch(self._settings.batch_size, generator)
+        return self._batches[place]
 
     def _share_of_rate(self, step: int) -> float:
         """Up in a line, down in half a cosine."""
