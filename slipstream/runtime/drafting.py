@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from slipstream.runtime.draft_control import DraftControl, Observed
 from slipstream.schema.build import RuntimeConfig
-from slipstream.schema.step import SequenceStep, StepPlan, StepResult
+from slipstream.schema.step import SequenceResult, SequenceStep, StepPlan, StepResult
 
 _NOBODY = -1  # a slot of nobody's
 
@@ -17,6 +17,7 @@ class Drafting:
         self._control: DraftControl | None = None
         if config.is_adaptive and config.max_draft_len:
             self._control = DraftControl(config.max_draft_len, config.max_batch_size, config.draft_shape)
+        self._made = [config.max_draft_len] * config.max_batch_size  # drafts of each slot, by its last step
         self.num_verifications = 0
         self.num_draft_tokens = 0
         self.num_accepted = [0] * config.max_draft_len  # by place in the draft
@@ -43,18 +44,25 @@ class Drafting:
         asked = iter([self._max_draft_len] * len(slots) if self._control is None else self._control.ask(slots))
         return tuple(step._replace(max_drafts=next(asked)) if step.sample else step for step in steps)
 
-    def observe(self, plan: StepPlan, result: StepResult, seconds: float | None, is_live: Sequence[bool]) -> None:
-        """A step is over, and took so long. is_live: of each sequence; of others it was for nothing."""
-        if self._control is None:
-            return
-        is_decoding = all(step.sample and len(step.token_ids) == 1 for step in plan.sequences)
-        drafts = [
-            Observed(
-                step.slot if live else _NOBODY, step.num_drafts, outcome.accepted, step.max_drafts, outcome.num_drafts
-            )
-            for step, outcome, live in zip(plan.sequences, result.sequences, is_live, strict=True)
-        ]
-        self._control.observe(drafts, seconds if is_decoding else None)
+    def observe(self, plan: StepPlan, result: StepResult, seconds: float | None, is_live: Sequence[bool]) -> list[int]:
+        """A step is over, and took so long: how many drafts of each sequence it verified. is_live: of each; of others
+        it was for nothing."""
+        both = list(zip(plan.sequences, result.sequences, strict=True))
+        verified = [self._verified(step, outcome) for step, outcome in both]
+        if self._control is not None:
+            is_decoding = all(step.sample and len(step.token_ids) == 1 for step in plan.sequences)
+            slots = [step.slot if live else _NOBODY for step, live in zip(plan.sequences, is_live, strict=True)]
+            drafts = [
+                Observed(slot, count, outcome.accepted, step.max_drafts, outcome.num_drafts)
+                for slot, (step, outcome), count in zip(slots, both, verified, strict=True)
+            ]
+            self._control.observe(drafts, seconds if is_decoding else None)
+        return verified
+
+    def _verified(self, step: SequenceStep, outcome: SequenceResult) -> int:
+        """A late step has rows for as many as were asked for, since nobody knows yet how many were made."""
+        made, self._made[step.slot] = self._made[step.slot], outcome.num_drafts
+        return min(step.num_drafts, made)
 
     def count(self, num_drafts: int, num_accepted: int) -> None:
         """A sequence's drafts were verified."""

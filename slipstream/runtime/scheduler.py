@@ -293,10 +293,11 @@ class Scheduler:
         """
         sequences = self._take_in_flight(plan)
         is_live = [each.slot is not None and not each.is_finished for each in sequences]
-        self._drafting.observe(plan, result, seconds, is_live)
+        verified = self._drafting.observe(plan, result, seconds, is_live)
         events = []
-        for sequence, step, outcome in zip(sequences, plan.sequences, result.sequences, strict=True):
-            event = self._commit_sequence(sequence, step, outcome)
+        each = zip(sequences, plan.sequences, result.sequences, verified, strict=True)
+        for sequence, step, outcome, num_verified in each:
+            event = self._commit_sequence(sequence, step, outcome, num_verified)
             if event is not None:
                 events.append(event)
         return events
@@ -315,7 +316,9 @@ class Scheduler:
             sequence.num_in_flight -= 1
         return sequences
 
-    def _commit_sequence(self, sequence: Sequence, step: SequenceStep, outcome: SequenceResult) -> TokenEvent | None:
+    def _commit_sequence(
+        self, sequence: Sequence, step: SequenceStep, outcome: SequenceResult, num_verified: int
+    ) -> TokenEvent | None:
         if sequence.slot is None:  # it failed in the step before this one
             return None
         if outcome.error is not None:
@@ -325,8 +328,8 @@ class Scheduler:
         if step.start < sequence.num_prompt:
             self._prompt_tokens_computed += min(sequence.num_computed, sequence.num_prompt) - step.start
         self._kv.commit(sequence.table, sequence.token_ids, sequence.num_computed)
-        if step.num_drafts and token_ids:
-            self._drafting.count(step.num_drafts, len(outcome.token_ids) - 1)
+        if num_verified and token_ids:
+            self._drafting.count(num_verified, len(outcome.token_ids) - 1)
         if sequence.is_finished:
             if not sequence.num_in_flight:
                 self._release(sequence)

@@ -5,8 +5,9 @@
     stop(slot)                        the sequence has left; the slot may be empty
 
 A Drafter makes lists of what it reads on the host. A DeviceDrafter makes tensors of where texts end, and nobody waits
-for it: it is part of the step, and of its recording. One with a KV cache of its own (KVDrafter) is told of the step's
-rows besides: a LayerDrafter of what the model made of them, a ModelDrafter of their tokens.
+for it: it is part of the step, and of its recording. It may be told of the step's rows besides: a TextDrafter of their
+tokens and places; one with a KV cache of its own (KVDrafter) of what the model made of them (LayerDrafter), or of all
+that the model itself was given (ModelDrafter).
 
 Nothing that a drafter does changes a text (accept.py): it decides how many tokens a step gives, not which.
 
@@ -140,6 +141,11 @@ class AnyDrafter:
     # The hidden states that it drafts from: of a layer's number what that layer reads, or LAST.
     reads_hidden: tuple[int, ...] = ()
 
+    @classmethod
+    def on(cls, device: torch.device, max_seq_len: int) -> "type[AnyDrafter]":
+        """The class that drafts there, for texts of so many tokens at most."""
+        return cls
+
     def __init__(self, speculation: Speculation, target: Target) -> None:
         """Raises UsageError for options that the method does not know."""
         self.max_draft_len = speculation.max_draft_len or self.default_draft_len
@@ -169,12 +175,24 @@ class DeviceDrafter(AnyDrafter, ABC):
 
     can_be_recorded: bool = True  # unless a kernel that it calls says no
 
-    def start(self, slot: int, request: GenerateRequest) -> None:
-        """A sequence enters a slot, before its first step."""
+    def start(self, slot: int, token_ids: Sequence[int], request: GenerateRequest) -> None:
+        """A sequence enters a slot, before its first step, with all tokens that are known of it."""
 
     @abstractmethod
     def draft(self, ends: Ends, most: int) -> DraftTensors:
         """At most `most` for each; max_draft_len where that many are asked for."""
+
+
+class TextDrafter(DeviceDrafter):
+    """One that drafts from what a text says, and has it on the device."""
+
+    @abstractmethod
+    def read(self, slots_T: Tensor, places_T: Tensor, token_ids_T: Tensor) -> None:
+        """The rows of each step, before `draft`: tokens and their places; slots: negative of no text.
+
+        Drafts are among them, at the places that they would have. What was not accepted lies beyond the text's end, and
+        what comes there is written over it.
+        """
 
 
 class KVDrafter(DeviceDrafter):

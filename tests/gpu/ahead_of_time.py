@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from slipstream.kernels.collectives import ShownRows
 from slipstream.kernels.sampling import SlotTable
-from slipstream.kernels.triton import attention, experts, largest, linear, rope, router, rows, sampling, trees
+from slipstream.kernels.triton import attention, experts, largest, linear, ngrams, rope, router, rows, sampling, trees
 
 MEASURED = 90  # benchmarks/; for other GPUs fewer calls show which instructions they lack
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -105,6 +105,9 @@ def draft() -> None:
     for dtype in (torch.bfloat16, torch.int8):
         kv = [torch.empty(2, 4, 32, 8, 128, dtype=dtype)] * 3
         trees.move(kv, slots_S, drafts_SN, slots_S, slots_S, drafts_SN)
+    texts_XL = ngrams.new_texts(4, 3000, torch.device("cpu"))
+    ngrams.write(texts_XL, slots_S, slots_S, slots_S)
+    ngrams.find(texts_XL, slots_S, slots_S, slots_S, 2, 8)
     for dtype, size, count in ((torch.bfloat16, 8192, 10), (torch.float32, 128256, 50), (torch.float32, 64, 8)):
         largest.largest(torch.empty(4, size, dtype=dtype), count)
 

@@ -16,6 +16,7 @@ from slipstream.speculative.drafter import Draft
 from slipstream.speculative.lookahead.drafter import Options, Text
 from slipstream.speculative.tree import ancestors, check_parents, depths, merged
 from tests.speculative.test_lossless import LIMITS
+from tests.speculative.test_ngram import ON_CPU
 
 WINDOW, NGRAM, GUESSES = 3, 4, 5
 
@@ -117,4 +118,4 @@ def test_ngrams_of_the_text_are_drafted_the_newest_first() -> None:
 )
 def test_what_is_wrong_is_said(given: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
-        open_drafter(Speculation.read({"method": "lookahead", **given}), None)  # type: ignore[arg-type]
+        open_drafter(Speculation.read({"method": "lookahead", **given}), ON_CPU)  # type: ignore[arg-type]

@@ -131,7 +131,7 @@ def test_texts_are_the_same_where_the_next_step_is_launched_already(
             stats = llm.stats
         assert (stats.num_blocks_used, stats.num_running) == (0, 0)
         assert 0 < sum(stats.num_accepted_tokens) < stats.num_draft_tokens
-    assert (num_late[True] > 20) == (method.partition(" ")[0] in LATE)
+    assert (num_late[True] > 10) == (method.partition(" ")[0] in LATE)
 
 
 @pytest.mark.parametrize("method", [row for row in METHODS if row.partition(" ")[0] in LATE])

@@ -1,8 +1,10 @@
 """Prompt lookup against a search through the whole text."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +12,10 @@ from slipstream.errors import UsageError
 from slipstream.runtime.speculation import open_drafter
 from slipstream.schema.speculative import Speculation
 from slipstream.speculative.ngram.drafter import Automaton
+
+ON_CPU = SimpleNamespace(device=torch.device("cpu"), max_seq_len=64)  # what is looked at of a Target before options
+    device=torch.device("cpu"), max_seq_len=64
+)  # as much of a Target as is looked at before options
 
 
 def search(text: list[int], min_ngram: int, num_tokens: int) -> list[int]:
@@ -63,4 +69,4 @@ def test_memory_is_linear_in_the_text() -> None:
 )
 def test_what_is_wrong_is_said(given: object, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
-        open_drafter(Speculation.read(given), None)  # type: ignore[arg-type]
+        open_drafter(Speculation.read(given), ON_CPU)  # type: ignore[arg-type]

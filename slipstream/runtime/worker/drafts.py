@@ -124,7 +124,7 @@ class Drafts:
         if self._on_host is not None and self._is_taking[slot]:
             self._on_host.start(slot, self._known[slot], request)
         if self._on_device is not None:
-            self._on_device.start(slot, request)
+            self._on_device.start(slot, self._known[slot], request)
 
     def remove(self, slot: int) -> None:
         if self._on_host is not None:

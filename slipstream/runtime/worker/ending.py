@@ -32,7 +32,7 @@ from slipstream.runtime.worker.inputs import NO_TEXT
 from slipstream.schema.kv import KVGroup
 from slipstream.schema.step import SequenceStep, StepPlan
 from slipstream.speculative.accept import Accepted
-from slipstream.speculative.drafter import Computed, DeviceDrafter, Ends, LayerDrafter, ModelDrafter
+from slipstream.speculative.drafter import Computed, DeviceDrafter, Ends, LayerDrafter, ModelDrafter, TextDrafter
 
 Inputs = Mapping[str, Tensor]
 KV = Sequence[Tensor]  # [2, blocks, tokens_per_block, heads, head_dim] of each place in a group; integers for FP8
@@ -81,6 +81,7 @@ class Ending:
         self._groups, self._block_size = groups, tokens_per_block
         self._may_look = device.type == "cpu"  # at what tensors hold: a GPU would be waited for
         self._layer = drafter if isinstance(drafter, LayerDrafter) else None
+        self._text = drafter if isinstance(drafter, TextDrafter) else None
         self._model, self._followed = drafter if isinstance(drafter, ModelDrafter) else None, followed
         self.known = drafts.known if self._layer else None  # as fill_inputs has it
 
@@ -101,7 +102,7 @@ class Ending:
         verified = max((step.num_drafts for step in plan.sequences), default=0)
         asked = self._drafts.asked(plan) if self._drafter is not None else ()
         is_followed = self._followed is not None and self._is_followed(plan, asked, self._followed)
-        if not (verified or asked or self._layer):
+        if not (verified or asked or self._layer or self._text):
             return None
         most = max((plan.sequences[index].max_drafts for index in asked), default=0)
         if self._may_look:  # a shorter step is a faster one there
@@ -138,6 +139,8 @@ class Ending:
         if self._layer is not None:
             assert hidden_TF is not None
             self._layer.follow(self._computed(inputs, accepted, last_S, hidden_TF))
+        if self._text is not None:
+            self._text.read(inputs["token_slots"], inputs["step.positions"], inputs["step.token_ids"])
         if self._model is not None and ending.is_followed:
             self._model.follow(self._step(inputs))
         num_drafts_S = torch.zeros_like(last_S)

@@ -62,7 +62,7 @@ class Drafter(ModelDrafter):
     def take_kv(self, kv: Sequence[Tensor], num_blocks: int) -> None:
         self._kv = {f"kv.{layer}": each for layer, each in enumerate(kv)}
 
-    def start(self, slot: int, request: GenerateRequest) -> None:
+    def start(self, slot: int, token_ids: Sequence[int], request: GenerateRequest) -> None:
         self._slots.write(slot, request.sampling, request.seed)
 
     @torch.inference_mode()

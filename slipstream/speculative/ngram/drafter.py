@@ -5,16 +5,21 @@
 
 Texts that quote, edit or summarize say much twice (github.com/apoorvumang/prompt-lookup-decoding). A suffix automaton
 (Blumer et al., 1985) knows the longest such end after each token, of any length, in constant time a token; memory is
-linear in the text. Where an end was there more than once, the first place counts.
+linear in the text. Where an end was there more than once, the first place counts. On a GPU, which would be waited for,
+the text is searched where it is (on_device.py).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from slipstream.schema.request import GenerateRequest
 from slipstream.schema.speculative import Speculation
-from slipstream.speculative.drafter import Draft, Target, Verified, read_options
+from slipstream.speculative.drafter import AnyDrafter, Draft, Target, Verified, read_options
 from slipstream.speculative.drafter import Drafter as Base
+
+LONGEST_ON_DEVICE = 1 << 17  # tokens of a text, of which each slot has room for the longest
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,14 @@ class Options:
 
 
 class Drafter(Base):
+    @classmethod
+    def on(cls, device: torch.device, max_seq_len: int) -> type[AnyDrafter]:
+        if device.type != "cuda" or max_seq_len > LONGEST_ON_DEVICE:
+            return cls
+        from slipstream.speculative.ngram.on_device import Drafter as OnDevice  # kernels, which a CPU has no use for
+
+        return OnDevice
+
     def __init__(self, speculation: Speculation, target: Target) -> None:
         super().__init__(speculation, target)
         self._min_ngram = read_options(Options, speculation).min_ngram
