@@ -14,8 +14,6 @@ from slipstream.schema.speculative import Speculation
 from slipstream.speculative.ngram.drafter import Automaton
 
 ON_CPU = SimpleNamespace(device=torch.device("cpu"), max_seq_len=64)  # what is looked at of a Target before options
-    device=torch.device("cpu"), max_seq_len=64
-)  # as much of a Target as is looked at before options
 
 
 def search(text: list[int], min_ngram: int, num_tokens: int) -> list[int]:
