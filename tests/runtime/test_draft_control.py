@@ -133,6 +133,26 @@ def test_a_large_batch_of_bad_drafts_loses_little(cost: Cost, lifetime: int | No
     assert engine.rate(2000) > 0.97 * plain
 
 
+@pytest.mark.parametrize("num_sequences", [1, 8, 64])
+@pytest.mark.parametrize("found", [0.0, 0.001, 0.1])
+def test_late_steps_of_drafts_that_are_not_made_are_given_up(num_sequences: int, found: float) -> None:
+    """They have rows for what was asked for, which take their time."""
+    control, rng = DraftControl(MOST, num_sequences, pays_for_asked=True), random.Random(0)
+    for slot in range(num_sequences):
+        control.start(slot)
+    asked_before, given_before, seconds = [0] * num_sequences, [0] * num_sequences, 0.0
+    for _ in range(2000):
+        asked = control.ask(range(num_sequences))
+        took = 1 + 0.005 * (num_sequences + sum(asked_before))
+        seconds += took
+        given = [length if rng.random() < found else 0 for length in asked]
+        unmade = [rows - count for rows, count in zip(asked_before, given_before, strict=True)]
+        told = zip(range(num_sequences), given_before, repeat(()), asked, given, unmade, strict=False)
+        control.observe([Observed(*each) for each in told], took)
+        asked_before, given_before = asked, given
+    assert seconds < 1.03 * 2000 * (1 + 0.005 * num_sequences)
+
+
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("chance", [0.05, 0.3])
 def test_an_engine_that_begins_with_a_large_batch_finds_out_cheaply(cost: Cost, chance: float) -> None:

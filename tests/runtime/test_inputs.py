@@ -88,7 +88,7 @@ def expected(
 def padded(name: str, values: list, shape: tuple[int, ...], num_tokens: int) -> np.ndarray:
     fill = {
         "step.query_starts": num_tokens, "row_slots": NO_SLOT, "late_slots": NO_SLOT, "trees.slots": NO_SLOT,
-        "trees.next_ids": NO_TEXT,
+        "trees.next_ids": NO_TEXT, "token_slots": NO_SLOT,
     }.get(name, 0)  # fmt: skip
     out = np.full(shape, fill)
     if values:

@@ -136,18 +136,27 @@ def test_the_student_of_a_model_with_a_name_leaves_there_what_is_its_own(named: 
         ("named", "shares is 'named'; it must name a model and a list of its weights"),
         ({"model": "../named", "weights": []}, "shares weights with '../named'; that must be smollm2, or a Hub id"),
         ({"model": "somebody/named", "weights": ["none.weight"]}, "shares weights with somebody/named, which does not"),
-        ({"model": "somebody/named", "weights": ["norm.weight"]}, "lacks the tensor for embed.weight"),
+        (
+            {"model": "somebody/named", "weights": ["norm.weight"]},
+            "holds norm.weight, and shares it with",
+        ),
+        ({"model": "somebody/named", "weights": []}, "lacks the tensor for embed.weight"),
+        (
+            {"model": "somebody/small", "weights": []},
+            "with somebody/small, which shares another model's",
+        ),
+        ({"model": "somebody/named@../x", "weights": []}, "that must be smollm2, or a Hub id"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(shares: Any, sentence: str, named: Path, tmp_path: Path) -> None:
     made = student(named, 2)
-    made._target = "somebody/named"
-    (tmp_path / "small").mkdir()
-    made.save(tmp_path / "small", {})
-    config = json.loads((tmp_path / "small" / "config.json").read_text())
-    (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"shares": shares}))
+    made._target, small = "somebody/named", named.parent / "small"
+    small.mkdir()
+    made.save(small, {})
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"shares": shares}))
     with pytest.raises(ModelError, match=sentence):
-        open_checkpoint(resolve(tmp_path / "small"))
+        open_checkpoint(resolve(small))
 
 
 def test_what_cannot_be_a_student_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slipstream.kernels.triton.trees import _slot
+
 MOST = 32  # tokens of an end that are compared
 PART = 2048  # tokens of a text that a program looks at
 PLACES = 128  # of them at once
@@ -52,8 +54,7 @@ def _find(
 ):  # fmt: skip
     """Of a part's places the one whose end is longest, and of equals the first: length above place, in one number."""
     sequence, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    slot = tl.load(slots + sequence)
-    text = texts_XL + tl.where(slot < 0, num_slots - 1, slot) * longest
+    text = texts_XL + _slot(slots, sequence, num_slots) * longest
     last_token_id = tl.load(last_token_ids + sequence).to(tl.int32)
     last_place = tl.minimum(tl.load(last_places + sequence), longest - 1).to(tl.int32)
     back_1K = tl.arange(0, MOST)[None, :]
@@ -77,7 +78,7 @@ def _continue(
     """Where the place is so near that what followed runs into the end, it goes on with what it has found."""
     sequence = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + sequence)
-    text = texts_XL + tl.where(slot < 0, num_slots - 1, slot) * longest
+    text = texts_XL + _slot(slots, sequence, num_slots) * longest
     last_place = tl.minimum(tl.load(last_places + sequence), longest - 1)
     part_P = tl.arange(0, PARTS)
     best = tl.max(tl.load(found_SP + sequence * num_parts + part_P, mask=part_P < num_parts, other=0), 0)

@@ -124,6 +124,10 @@ class Ending:
         """Of a step that was launched: whether the next needs no word of how far its drafts get."""
         return self._followed is None or self._followed.knows_after(plan)
 
+    def of_plain(self) -> EndingPlan | None:
+        """Of steps that neither verify nor make drafts."""
+        return EndingPlan(1, 0) if self._layer or self._text else None
+
     def in_full(self) -> EndingPlan | None:
         """Of steps in which each sequence verifies drafts, and more are made; None where nothing is drafted."""
         most = self._drafts.max_len

@@ -154,6 +154,7 @@ def fill_inputs(
         columns["late_slots"][:num_sequences] = _column(late, num_sequences)
     slot_of_token = columns["token_slots"][:num_tokens]
     slot_of_token[:] = slots.repeat(lengths)
+    columns["token_slots"][num_tokens:] = NO_SLOT
     columns["row_slots"][:] = NO_SLOT
     chosen = num_nodes * np.array(is_chosen)
     chosen_ends = chosen.cumsum()

@@ -96,10 +96,13 @@ class RecordedSteps:
                 recording.graph.reset()
         self._recordings.clear()
 
-    def record_short(self, num_groups: int, max_num_tokens: int, ending: EndingPlan | None = None) -> None:
+    def record_short(
+        self, num_groups: int, max_num_tokens: int, plain: EndingPlan | None, ending: EndingPlan | None
+    ) -> None:
         """All sizes of short texts, the largest first: the others find room in what it leaves of the pool.
 
-        ending: of steps in which each sequence verifies drafts, which are recorded for 1, 2, 4 and more sequences.
+        plain: of steps that have nothing to do with drafts; ending: of those in which each sequence verifies some,
+        which are recorded for 1, 2, 4 and more sequences.
         """
         for num_sequences in reversed(_batch_sizes(self._max_batch_size)):
             num_tokens = num_sequences * (0 if ending is None else ending.num_nodes)
@@ -108,7 +111,10 @@ class RecordedSteps:
                 if kind is not None:
                     self._recording(kind)
         for num_tokens in reversed([size for size in NUM_TOKENS if size // 2 < max_num_tokens]):
-            self._recording(_Kind(self._sizes(num_tokens, 1, num_groups)))
+            num_sequences = min(num_tokens, self._max_batch_size)
+            kind = self._kind(StepSizes(num_tokens, num_sequences, num_sequences, 1, num_groups), plain)
+            if kind is not None:
+                self._recording(kind)
 
     def run(
         self, plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool], ending: EndingPlan | None = None
@@ -181,7 +187,8 @@ class RecordedSteps:
         host = torch.zeros(sizes.num_numbers, dtype=torch.int64, pin_memory=True)
         numbers = host.to(self._device)
         inputs = sizes.views(numbers)
-        inputs["row_slots"].fill_(NO_SLOT)
+        for name in ("token_slots", "row_slots"):
+            inputs[name].fill_(NO_SLOT)
         inputs["late_slots"].fill_(NO_SLOT)
         if sizes.num_nodes:
             inputs["trees.slots"].fill_(NO_SLOT)

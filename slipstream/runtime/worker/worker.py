@@ -172,7 +172,8 @@ class Worker:
     def record(self, max_num_tokens: int) -> None:
         """On a GPU, the steps that most requests will meet. The KV cache is there."""
         if self._recorded is not None:
-            self._recorded.record_short(len(self._groups), max_num_tokens, self._full_ending)
+            plain = self._ending.of_plain() if self._ranks.size == 1 else None
+            self._recorded.record_short(len(self._groups), max_num_tokens, plain, self._full_ending)
 
     @property
     def num_recordings(self) -> int:

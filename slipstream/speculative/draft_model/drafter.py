@@ -35,7 +35,7 @@ from slipstream.speculative.drafter import DraftTensors, Ends, ModelDrafter, Own
 
 @dataclass(frozen=True)
 class Options:
-    model: str = ""  # as slipstream run has it: a folder, an engine, a Hub id; by default the one that ships
+    model: str = ""  # as slipstream run has it: a folder, an engine, a Hub id; by default one that ships
 
 
 class Drafter(ModelDrafter):

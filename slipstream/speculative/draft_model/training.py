@@ -147,7 +147,8 @@ class Student(Base):
         Where the target has a name that is good anywhere, what is the target's stays there.
         """
         weights = {name: tensor.detach() for name, tensor in self._weights().items()}
-        shares = Shares(self._target, tuple(sorted(self._frozen))) if is_name(self._target) else None
+        is_good_anywhere = is_name(self._target) and self._checkpoint.shares is None
+        shares = Shares(self._target, tuple(sorted(self._frozen))) if is_good_anywhere else None
         shapes = {name: tuple(each.shape) for name, each in weights.items() if not shares or name not in self._frozen}
         recipes = to_hugging_face(self._checkpoint.model.WEIGHTS, self._config, shapes)
         entries = [

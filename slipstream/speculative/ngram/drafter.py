@@ -29,8 +29,8 @@ class Options:
 
 class Drafter(Base):
     @classmethod
-    def on(cls, device: torch.device, max_seq_len: int) -> type[AnyDrafter]:
-        if device.type != "cuda" or max_seq_len > LONGEST_ON_DEVICE:
+    def class_for(cls, device: torch.device, max_seq_len: int) -> type[AnyDrafter]:
+        if cls is not Drafter or device.type != "cuda" or max_seq_len > LONGEST_ON_DEVICE:
             return cls
         from slipstream.speculative.ngram.on_device import Drafter as OnDevice  # kernels, which a CPU has no use for
 

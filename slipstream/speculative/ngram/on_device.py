@@ -15,7 +15,7 @@ from slipstream.speculative.ngram.drafter import Options
 class Drafter(TextDrafter):
     def __init__(self, speculation: Speculation, target: Target) -> None:
         super().__init__(speculation, target)
-        self._min_ngram = read_options(Options, speculation).min_ngram
+        self._min_ngram = min(read_options(Options, speculation).min_ngram, ngrams.MOST)  # more are not compared
         self._device = target.device
         self._texts_XL = ngrams.new_texts(target.max_batch_size, target.max_seq_len, target.device)
 
