@@ -178,15 +178,21 @@ class Stream:
         response = self._open.__enter__()
         self._lines = response.iter_lines()
         self.next()
-        stream = response.extensions["network_stream"]
-        socket = socket_between(stream.get_extra_info("server_addr")[1], stream.get_extra_info("client_addr")[1])
-        [self.front] = [pid for pid in server.front_pids if socket in sockets(pid)]
+        self.front = front_of(server, response)
 
     def next(self) -> str:
         return next(line for line in self._lines if line)
 
     def close(self) -> None:
         self._open.__exit__(None, None, None)
+
+
+def front_of(server: Server, response: httpx.Response) -> int:
+    """The process that answers."""
+    stream = response.extensions["network_stream"]
+    socket = socket_between(stream.get_extra_info("server_addr")[1], stream.get_extra_info("client_addr")[1])
+    [front] = [pid for pid in server.front_pids if socket in sockets(pid)]
+    return front
 
 
 def socket_between(port: int, peers_port: int) -> str:

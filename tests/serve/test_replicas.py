@@ -19,7 +19,7 @@ from slipstream.api import replicas
 from slipstream.errors import UsageError
 from tests.serve.conftest import START_SECONDS, Server, eventually, serving
 from tests.serve.load import LOAD_OPTIONS, Crowd, make_tasks
-from tests.serve.test_processes import socket_to, sockets
+from tests.serve.test_processes import front_of
 
 ENDLESS = ["--sink_token_length", 4, "--max_attention_window_size", 64, "--max_seq_len", 2_000_000]
 
@@ -109,8 +109,7 @@ def clients_of_both_fronts(server: Server, stack: ExitStack) -> Sequence[httpx.C
     for _ in range(100):
         client = stack.enter_context(httpx.Client(base_url=server.url, timeout=30))
         with client.stream("GET", "/health") as response:
-            _, port = response.extensions["network_stream"].get_extra_info("client_addr")
-            [front] = [pid for pid in server.front_pids if socket_to(port) in sockets(pid)]
+            front = front_of(server, response)
             response.read()
         clients.setdefault(front, client)
         if len(clients) == 2:
