@@ -5,7 +5,7 @@ They are kept on disk, a file for some texts, and mapped when they are read.
 Shape suffixes: T tokens of a step, L of a text, F numbers of each: all of its hidden states, side by side.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from slipstream.progress import Progress
 from slipstream.runtime.kv import BlockTable, KVCacheManager
 from slipstream.runtime.worker.memory import count_blocks
 from slipstream.runtime.worker.worker import Worker
-from slipstream.schema.step import SequenceStep, StepPlan
+from slipstream.schema.step import SequenceStep, StepPlan, packed
 
 TEXTS_A_FILE = 64
 
@@ -44,7 +44,7 @@ class HiddenStates:
         """[L, F] of each of at most TEXTS_A_FILE texts, on the host."""
         tables = [BlockTable() for _ in texts]
         found: list[list[Tensor]] = [[] for _ in texts]
-        for pieces in _steps([len(text) for text in texts], self._max_num_tokens):
+        for pieces in packed([len(text) for text in texts], self._max_num_tokens):
             steps = []
             for index, start, end in pieces:
                 self._kv.extend(tables[index], end)
@@ -59,22 +59,6 @@ class HiddenStates:
                 if end == len(texts[index]):
                     self._kv.release(tables[index], texts[index], end)
         return [torch.cat(parts) for parts in found]
-
-
-def _steps(lengths: Sequence[int], budget: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Texts one after the other, in steps of `budget` tokens: which text, from which token to which."""
-    pieces, left = [], budget
-    for index, length in enumerate(lengths):
-        start = 0
-        while start < length:
-            end = min(length, start + left)
-            pieces.append((index, start, end))
-            left, start = left - (end - start), end
-            if not left:
-                yield pieces
-                pieces, left = [], budget
-    if pieces:
-        yield pieces
 
 
 class HiddenFiles:

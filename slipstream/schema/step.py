@@ -3,6 +3,7 @@
 What is made for each sequence of a step is a NamedTuple: a frozen dataclass takes several times as long to make.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -98,3 +99,19 @@ class SequenceResult(NamedTuple):
 @dataclass(frozen=True)
 class StepResult:
     sequences: tuple[SequenceResult, ...] = field(default=())
+
+
+def packed(lengths: Sequence[int], budget: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Texts one after the other, in steps of `budget` tokens: which text, from which token to which."""
+    pieces, left = [], budget
+    for index, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            end = min(length, start + left)
+            pieces.append((index, start, end))
+            left, start = left - (end - start), end
+            if not left:
+                yield pieces
+                pieces, left = [], budget
+    if pieces:
+        yield pieces

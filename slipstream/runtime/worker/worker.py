@@ -31,7 +31,7 @@ from slipstream.runtime.worker.tables import BlockTables
 from slipstream.runtime.worker.weights import load_weights
 from slipstream.schema.build import MAX_RECORDED_TOKENS
 from slipstream.schema.kv import KVGroup
-from slipstream.schema.step import BlockCopy, SequenceResult, SequenceStep, StepPlan, StepResult
+from slipstream.schema.step import BlockCopy, SequenceResult, SequenceStep, StepPlan, StepResult, packed
 from slipstream.speculative.accept import Accepted
 from slipstream.speculative.drafter import AnyDrafter, DeviceDrafter, ModelDrafter, Running
 
@@ -252,12 +252,14 @@ class Worker:
         return Flight(plan, counts, begun.wants_all_rows, outputs.logits, draw, vectors, num_drafts, saving)
 
     def _catch_up(self, missed: Sequence[SequenceStep]) -> None:
-        """Have a draft model read these tokens, some at a time."""
-        most = self._manifest.max_num_tokens
-        for step in missed:
-            for first in range(0, len(step.token_ids), most):
-                part = step._replace(start=step.start + first, token_ids=step.token_ids[first : first + most])
-                self._ending.catch_up(self._inputs(StepPlan(0, (part,)), [0], [False], None))
+        """Have a draft model read these tokens, of all sequences together, in as few steps as they fit into."""
+        for pieces in packed([len(step.token_ids) for step in missed], self._manifest.max_num_tokens):
+            steps = []
+            for index, first, end in pieces:
+                step = missed[index]
+                steps.append(step._replace(start=step.start + first, token_ids=step.token_ids[first:end]))
+            counts, is_chosen = [0] * len(steps), [False] * len(steps)
+            self._ending.catch_up(self._inputs(StepPlan(0, tuple(steps)), counts, is_chosen, None))
 
     def _run_and_draw(
         self, plan: StepPlan, counts: list[int], steps: Sequence[SequenceStep]

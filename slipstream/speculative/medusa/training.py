@@ -27,7 +27,7 @@ from slipstream.speculative.training import Student as Base
 
 MAX_NODES = 63  # of the tree
 MAX_RANK = 10  # of a token in its head that a choice may name
-WORTH_A_NODE = 0.01  # of the steps, in which a node must be accepted to have a place in the tree
+WORTH_A_NODE = 0.002  # of the steps, in which a node must be accepted to have a place in the tree
 
 
 @dataclass(frozen=True)
