@@ -38,6 +38,10 @@ PROMPTS = {
     "chat, advice": "I have an interview next week and I am nervous. What should I do?",
     "chat, list": "Give me five ideas for a rainy weekend with two children.",
     "chat, history": "Who was Marie Curie and what is she known for?",
+    "chat, story": "Tell me a short story about a lighthouse keeper and a cat.",
+    "chat, bread": "My bread does not rise. What am I doing wrong?",
+    "chat, compare": "What is the difference between a virus and a bacterium?",
+    "chat, plan": "Help me plan a week of dinners for a family of four.",
     "code, CSV": "How do I read a CSV file in Python and add up one of its columns?",
     "code, prime": "Write a Python function that says whether a number is prime, and explain it.",
     "code, edit": "Add type hints to this code and change nothing else. Answer with the code only.\n\n"
@@ -206,7 +210,7 @@ def main() -> None:
     parser.add_argument("--device", choices=DRAFTS, default="cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max_tokens", type=int, default=96)
+    parser.add_argument("--max_tokens", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=1, help="requests at a time")
     parser.add_argument("--adaptive", action="store_true", help="as many drafts as pay, instead of a fixed number")
     parser.add_argument("--prompts", nargs="+", choices=PROMPTS, default=list(PROMPTS))

@@ -47,6 +47,9 @@ class EndingPlan(NamedTuple):
     is_followed: bool = False  # by a drafter that is a model, which has not computed all rows
 
 
+CATCHING_UP = EndingPlan(0, 0, is_followed=True)  # of a step that a drafter alone computes, which is a model
+
+
 class Ended(NamedTuple):
     accepted: Accepted
     num_drafts: Tensor  # [S] that were made on the device
@@ -92,6 +95,10 @@ class Ending:
         self._followed.enter(plan)
         return self._followed.missed(plan.sequences[index] for index in self._drafts.asked(plan))
 
+    @property
+    def can_catch_up(self) -> bool:
+        return self._model is not None
+
     def catch_up(self, inputs: Inputs) -> None:
         """Read what was missed."""
         assert self._model is not None
@@ -107,11 +114,10 @@ class Ending:
         most = max((plan.sequences[index].max_drafts for index in asked), default=0)
         if self._may_look:  # a shorter step is a faster one there
             return EndingPlan(1 + verified, most, asked, is_followed)
-        # So that steps are of few kinds: each is recorded before it runs, and all requests wait for that. At a text's
-        # end drafts are made for nobody.
-        most_there_are = self._drafts.max_len
-        is_drafting = most > 0 or (verified > 0 and self._drafter is not None)
-        return EndingPlan(1 + (verified and most_there_are), is_drafting * most_there_are, None, is_followed)
+        # So that steps are of few kinds, each of which has to be recorded: trees that are a root alone are verified as
+        # others are, and at a text's end drafts are made for nobody.
+        full = self.in_full() if verified or most else self.of_plain()
+        return None if full is None else full._replace(is_followed=is_followed)
 
     def _is_followed(self, plan: StepPlan, asked: Sequence[int], followed: Followed) -> bool:
         """Whether drafts are asked for after rows that the draft model has not read."""

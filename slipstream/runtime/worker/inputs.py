@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, chain
 from typing import TypeVar
@@ -76,6 +76,9 @@ class StepSizes:
 
     def with_trees(self, num_nodes: int, is_followed: bool) -> "StepSizes":
         return replace(self, num_nodes=num_nodes, is_followed=is_followed)
+
+    def fit_into(self, others: "StepSizes") -> bool:
+        return all(mine <= theirs for mine, theirs in zip(astuple(self), astuple(others), strict=True))
 
     @property
     def num_numbers(self) -> int:

@@ -3,12 +3,13 @@
 Sizes come from short lists, and a plan fills the next larger one in part (inputs.py: fill_inputs). Those of short texts
 are recorded when an engine starts (some hundredths of a second each), since a step that has to be recorded first is one
 that all requests wait for; where drafts are made, also those in which each sequence verifies some. Others are recorded
-when one is needed. Steps beyond the lists are long enough for their launches to hide behind the work; they run from
-Python.
+when they have been needed a few times, and run in a larger recording until then. Steps beyond the lists are long enough
+for their launches to hide behind the work; they run from Python.
 """
 
 import warnings
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -31,6 +32,8 @@ NUM_TOKENS = (
 _OWN_THREAD = "thread_local"  # what others do meanwhile, as NCCL's watchdog does, is no part of a recording
 
 FEW_ROWS = 64  # that take a step hardly longer than one does
+WORTH_RECORDING = 8  # times that a size is needed: a recording takes as long as some tens of steps
+FEW_TOKENS = 128  # a larger recording serves in the meantime that has no more, or twice as many as there are
 FEWEST_TOKENS = 1024  # a sequence: tables of recorded steps have room for so many at least
 
 
@@ -75,6 +78,7 @@ class RecordedSteps:
         self._run, self._tables, self._device, self._known = run, tables, device, known
         self._max_batch_size, self._most_rows = max_batch_size, most_rows
         self._recordings: dict[_Kind, Recording | None] = {}  # None where memory was short
+        self._num_needed = Counter[_Kind]()  # of kinds that were not recorded so far
         self._memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
         self._reserve: torch.cuda.CUDAGraph | None = None  # holds on to that memory
 
@@ -97,24 +101,31 @@ class RecordedSteps:
         self._recordings.clear()
 
     def record_short(
-        self, num_groups: int, max_num_tokens: int, plain: EndingPlan | None, ending: EndingPlan | None
+        self, num_groups: int, max_num_tokens: int, plain: EndingPlan | None, endings: Sequence[EndingPlan]
     ) -> None:
         """All sizes of short texts, the largest first: the others find room in what it leaves of the pool.
 
-        plain: of steps that have nothing to do with drafts; ending: of those in which each sequence verifies some,
-        which are recorded for 1, 2, 4 and more sequences.
+        plain: of steps that have nothing to do with drafts. endings: of others. These are recorded for 1, 2, 4 and more
+        sequences, each with a whole tree; and with half, a quarter and so on of the most tokens, for all sequences.
         """
-        for num_sequences in reversed(_batch_sizes(self._max_batch_size)):
-            num_tokens = num_sequences * (0 if ending is None else ending.num_nodes)
-            if 0 < num_tokens <= max_num_tokens:
-                kind = self._kind(StepSizes(num_tokens, num_sequences, num_tokens, 1, num_groups), ending)
-                if kind is not None:
-                    self._recording(kind)
+        most = min(max_num_tokens, MAX_RECORDED_TOKENS)
+        for ending in endings:
+            counts = reversed(_batch_sizes(self._max_batch_size))
+            sizes = [(count * ending.num_nodes, count) for count in counts if ending.num_nodes]
+            largest = min(most, self._max_batch_size * ending.num_nodes or most)
+            halves = (largest >> power for power in range(largest.bit_length()))
+            sizes += [(num_tokens, self._max_batch_size) for num_tokens in halves if num_tokens > self._max_batch_size]
+            for num_tokens, num_sequences in sizes:
+                if num_tokens <= max_num_tokens:
+                    self._record_size(StepSizes(num_tokens, num_sequences, num_sequences, 1, num_groups), ending)
         for num_tokens in reversed([size for size in NUM_TOKENS if size // 2 < max_num_tokens]):
             num_sequences = min(num_tokens, self._max_batch_size)
-            kind = self._kind(StepSizes(num_tokens, num_sequences, num_sequences, 1, num_groups), plain)
-            if kind is not None:
-                self._recording(kind)
+            self._record_size(StepSizes(num_tokens, num_sequences, num_sequences, 1, num_groups), plain)
+
+    def _record_size(self, exact: StepSizes, ending: EndingPlan | None) -> None:
+        kind = self._kind(exact, ending)
+        if kind is not None and kind not in self._recordings:
+            self._recordings[kind] = self._record(kind)
 
     def run(
         self, plan: StepPlan, logit_counts: Sequence[int], is_chosen: Sequence[bool], ending: EndingPlan | None = None
@@ -123,8 +134,9 @@ class RecordedSteps:
 
         Hidden states may have more rows than the plan has tokens, and the ending more sequences.
         """
-        kind = self._kind(sizes_of(plan, logit_counts, self._tables), ending)
-        recording = None if kind is None else self._recording(kind)
+        wanted = self._kind(sizes_of(plan, logit_counts, self._tables), ending)
+        kind = None if wanted is None else self._serving(wanted)
+        recording = None if kind is None else self._recordings[kind]
         if kind is None or recording is None:
             return None
         recording.is_copied.synchronize()
@@ -151,10 +163,25 @@ class RecordedSteps:
             sizes = sizes.with_trees(ending.num_nodes, self._known is not None)
         return _Kind(sizes, ending)
 
-    def _recording(self, kind: _Kind) -> Recording | None:
-        if kind not in self._recordings:
-            self._recordings[kind] = self._record(kind)
-        return self._recordings[kind]
+    def _serving(self, wanted: _Kind) -> _Kind:
+        """The kind itself, recorded, or until that is worth it a larger one that was."""
+        if wanted in self._recordings:
+            return wanted
+        self._num_needed[wanted] += 1
+        larger = self._larger(wanted) if self._num_needed[wanted] < WORTH_RECORDING else None
+        if larger is not None:
+            return larger
+        self._recordings[wanted] = self._record(wanted)
+        return wanted
+
+    def _larger(self, wanted: _Kind) -> _Kind | None:
+        most = max(FEW_TOKENS, 2 * wanted.sizes.num_tokens)
+        kinds = (
+            kind for kind, recording in self._recordings.items()
+            if recording is not None and kind.ending == wanted.ending and kind.sizes.num_tokens <= most
+        )  # fmt: skip
+        fitting = (kind for kind in kinds if wanted.sizes.fit_into(kind.sizes))
+        return min(fitting, key=lambda kind: kind.sizes.num_numbers, default=None)
 
     def _sizes(self, num_tokens: int, table_width: int, num_groups: int) -> StepSizes:
         """The recorded size that serves steps of so many tokens and tables so wide."""

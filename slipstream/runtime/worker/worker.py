@@ -14,7 +14,7 @@ from slipstream.kernels.collectives import ALONE, Ranks
 from slipstream.runtime.guidance import Guidance
 from slipstream.runtime.transfer import on_device
 from slipstream.runtime.worker.drafts import Drafts
-from slipstream.runtime.worker.ending import Ending, EndingPlan, Inputs
+from slipstream.runtime.worker.ending import CATCHING_UP, Ending, EndingPlan, Inputs
 from slipstream.runtime.worker.ends import embedding_of, head_of
 from slipstream.runtime.worker.followed import Followed
 from slipstream.runtime.worker.graphs import compile_graph
@@ -173,7 +173,10 @@ class Worker:
         """On a GPU, the steps that most requests will meet. The KV cache is there."""
         if self._recorded is not None:
             plain = self._ending.of_plain() if self._ranks.size == 1 else None
-            self._recorded.record_short(len(self._groups), max_num_tokens, plain, self._full_ending)
+            endings = [] if self._full_ending is None else [self._full_ending]
+            if self._ending.can_catch_up:
+                endings.append(CATCHING_UP)
+            self._recorded.record_short(len(self._groups), max_num_tokens, plain, endings)
 
     @property
     def num_recordings(self) -> int:
@@ -259,7 +262,7 @@ class Worker:
                 step = missed[index]
                 steps.append(step._replace(start=step.start + first, token_ids=step.token_ids[first:end]))
             counts, is_chosen = [0] * len(steps), [False] * len(steps)
-            self._ending.catch_up(self._inputs(StepPlan(0, tuple(steps)), counts, is_chosen, None))
+            self._run_sized(StepPlan(0, tuple(steps)), counts, is_chosen, CATCHING_UP)
 
     def _run_and_draw(
         self, plan: StepPlan, counts: list[int], steps: Sequence[SequenceStep]
@@ -408,6 +411,9 @@ class Worker:
             ) from None
 
     def _run(self, inputs: Inputs, ending: EndingPlan | None = None) -> StepOutputs:
+        if ending == CATCHING_UP:
+            self._ending.catch_up(inputs)
+            return StepOutputs(inputs["row_slots"][:0], inputs["row_slots"][:0])
         slots = self._sampler.slots
         slots.fill_pending(inputs["step.token_ids"], inputs["token_slots"])
         self._move_on(inputs)
