@@ -122,18 +122,21 @@ class DraftControl:
             self._choose(drafting, len(slots))
         return [self._states[slot].num_asked for slot in slots]
 
-    def observe(self, sequences: Sequence[Observed], seconds: float | None) -> None:
-        """A step of these sequences is over. seconds: None where it computed prompts as well."""
-        told = [each for each in sequences if each.slot in self._states]
+    def observe(self, drafts: Sequence[Observed], num_sequences: int, seconds: float | None) -> None:
+        """A step of so many sequences is over, of which these had drafts or were asked for some.
+
+        seconds: None where it computed prompts as well.
+        """
+        told = [each for each in drafts if each.slot in self._states]
         self._acceptance.count(told)
         for each in told:
             self._states[each.slot].num_to_verify -= each.num_verified > 0
         asked_before, self._num_asked = self._num_asked, sum(each.num_asked for each in told)
-        if seconds is not None and sequences:
+        if seconds is not None and num_sequences:
             # Drafts that a step verifies were asked for by the one before. Only where it asks for about as many again
             # does it take the time of both, verifying and drafting.
             is_typical = self._num_asked.bit_length() == asked_before.bit_length()
-            self._time(told, len(sequences), seconds, is_typical=is_typical)
+            self._time(told, num_sequences, seconds, is_typical=is_typical)
 
     def _time(self, told: Sequence[Observed], num_sequences: int, seconds: float, *, is_typical: bool) -> None:
         times = self._times[_about(num_sequences)]

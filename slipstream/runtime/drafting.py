@@ -43,32 +43,36 @@ class Drafting:
         if not self._max_draft_len:
             return tuple(steps)
         slots = [step.slot for step in steps if step.sample]
-        asked = iter([self._max_draft_len] * len(slots) if self._control is None else self._control.ask(slots))
-        return tuple(step._replace(max_drafts=next(asked)) if step.sample else step for step in steps)
+        asked = [self._max_draft_len] * len(slots) if self._control is None else self._control.ask(slots)
+        if not any(asked):
+            return tuple(steps)
+        of_each = iter(asked)
+        return tuple(step._replace(max_drafts=next(of_each)) if step.sample else step for step in steps)
 
     def observe(self, plan: StepPlan, result: StepResult, seconds: float | None, is_live: Sequence[bool]) -> list[int]:
         """A step is over, and took so long: how many drafts of each sequence it verified. is_live: of each; of others
         it was for nothing."""
-        both = list(zip(plan.sequences, result.sequences, strict=True))
+        verified, drafts = [0] * len(plan.sequences), list[Observed]()
         if not self._max_draft_len:
-            return [0] * len(both)
-        made = [self._take_made(step.slot, outcome) for step, outcome in both]
-        verified = [min(step.num_drafts, count) for (step, _), count in zip(both, made, strict=True)]
-        if self._control is not None:
-            is_decoding = all(step.sample and len(step.token_ids) == 1 for step in plan.sequences)
-            slots = [step.slot if live else _NOBODY for step, live in zip(plan.sequences, is_live, strict=True)]
-            drafts = [
+            return verified
+        for index, step in enumerate(plan.sequences):
+            if not (step.num_drafts or step.max_drafts):
+                continue
+            outcome = result.sequences[index]
+            verified[index] = count = min(step.num_drafts, self._take_made(step.slot, outcome))
+            drafts.append(
                 Observed(
-                    slot,
+                    step.slot if is_live[index] else _NOBODY,
                     count,
                     [node for node in outcome.accepted if node <= count],
                     step.max_drafts,
                     outcome.num_drafts,
                     step.num_drafts - count,
                 )
-                for slot, (step, outcome), count in zip(slots, both, verified, strict=True)
-            ]
-            self._control.observe(drafts, seconds if is_decoding else None)
+            )
+        if self._control is not None:
+            is_decoding = all(step.sample and len(step.token_ids) == 1 for step in plan.sequences)
+            self._control.observe(drafts, len(plan.sequences), seconds if is_decoding else None)
         return verified
 
     def _take_made(self, slot: int, outcome: SequenceResult) -> int:

@@ -24,6 +24,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """Returns the text that is now safe to show; "" once a stop string has matched."""
+        if not self._stops:
+            return text
         if self.matched is not None:
             return ""
         self._held += text

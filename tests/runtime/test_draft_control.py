@@ -87,7 +87,9 @@ class Planted:
         seconds = self.cost(self.num_sequences, sum(self.drafts), max(asked))
         seconds *= 1 + self.noise * self.rng.expovariate(1)
         self.control.observe(
-            [Observed(slot, self.drafts[slot], accepted[slot], asked[slot], given[slot]) for slot in slots], seconds
+            [Observed(slot, self.drafts[slot], accepted[slot], asked[slot], given[slot]) for slot in slots],
+            len(slots),
+            seconds,
         )
         self.drafts, self.step = given, self.step + 1
         self.tokens += self.num_sequences + sum(map(len, accepted))
@@ -148,7 +150,7 @@ def test_late_steps_of_drafts_that_are_not_made_are_given_up(num_sequences: int,
         given = [length if rng.random() < found else 0 for length in asked]
         unmade = [rows - count for rows, count in zip(asked_before, given_before, strict=True)]
         told = zip(range(num_sequences), given_before, repeat(()), asked, given, unmade, strict=False)
-        control.observe([Observed(*each) for each in told], took)
+        control.observe([Observed(*each) for each in told], num_sequences, took)
         asked_before, given_before = asked, given
     assert seconds < 1.03 * 2000 * (1 + 0.005 * num_sequences)
 
@@ -203,7 +205,7 @@ def test_steps_with_prompts_say_nothing_about_time() -> None:
     for _ in range(50):  # as good as drafts can be, and the time is not known
         (asked,) = control.ask([0])
         assert asked == MOST // 2
-        control.observe([Observed(0, asked, range(1, 1 + asked), asked, asked)], None)
+        control.observe([Observed(0, asked, range(1, 1 + asked), asked, asked)], 1, None)
 
 
 @settings(max_examples=50, deadline=None)
@@ -233,7 +235,7 @@ def test_whatever_happens_it_asks_for_what_may_be_asked_for(rng: random.Random, 
             Observed(slot, drafts[slot], *rest)
             for slot, *rest in zip(slots, accepted, asked, given, strict=True)
         ]  # fmt: skip
-        control.observe(told, rng.choice((None, rng.uniform(0.5, 2), 1e-6, 1e6)))
+        control.observe(told, len(slots), rng.choice((None, rng.uniform(0.5, 2), 1e-6, 1e6)))
         drafts.update(zip(slots, given, strict=True))
         assert sum(control.draft_lens) >= sum(asked)
 

@@ -269,7 +269,8 @@ class Worker:
     ) -> tuple[StepOutputs, Draw]:
         """steps: those of the plan that sample."""
         # What the host has to do with a row's logits comes after the step, and only then its ending. With several ranks
-        # the ending is by itself, too: they have to record the same steps, and only one knows what is drafted.
+        # the ending is by itself, too: they have to record the same steps, and only one knows what is drafted. Of one
+        # without drafts the host need not know.
         is_chosen = [each.sample and not self._sampler.is_edited(each.slot) for each in plan.sequences]
         has_edits = sum(is_chosen) < len(steps)
         is_whole = not has_edits and self._ranks.size == 1
@@ -295,7 +296,7 @@ class Worker:
         slots, positions = [each.slot for each in steps], [each.start + len(each.token_ids) for each in steps]
         ends = zip(accumulate(counts), plan.sequences, strict=True)
         first_rows = [end - 1 - each.num_drafts for end, each in ends if each.sample]
-        verify = None if ending is None else end
+        verify = None if ending is None or (is_whole and ending == self._ending.of_plain()) else end
         draw = self._sampler.draw(slots, positions, logits_RV, token_ids_R, first_rows, drafted, verify)
         return outputs, draw
 
@@ -351,7 +352,7 @@ class Worker:
         if not self._drafts.are_made_on_host:
             num_drafts = list(map(min, num_drafts, flight.draw.drafts_made()))
         finished = zip(self._sampler.finish(flight.draw), num_drafts, strict=True)
-        drawn = (result._replace(num_drafts=count) for result, count in finished)
+        drawn = (result._replace(num_drafts=count) if count else result for result, count in finished)
         sequences = flight.plan.sequences
         results = [next(drawn) if sequence.sample else SequenceResult() for sequence in sequences]
         ends = list(accumulate(flight.logit_counts))
