@@ -43,21 +43,18 @@ def kind_of(steps: RecordedSteps, num_tokens: int, num_sequences: int, ending: E
     st.lists(st.tuples(st.integers(1, 64), st.integers(1, 9), st.sampled_from((None, FULL)), st.sampled_from((1, 80))))
 )
 def test_whatever_serves_a_step_has_room_for_it(asked: list[tuple[int, int, EndingPlan | None, int]]) -> None:
-    steps, num_met = started(FULL), dict[_Kind, int]()
+    steps = started(FULL)
     for num_sequences, rows_each, ending, width in asked:
         wanted = kind_of(steps, num_sequences * rows_each, num_sequences, ending, width)
         served = steps._serving(wanted)
         assert steps._recordings[served] is not None
         assert served.ending == wanted.ending and wanted.sizes.fit_into(served.sizes)
         assert served.sizes.num_tokens <= max(recorded.FEW_TOKENS, 2 * wanted.sizes.num_tokens)
-        num_met[wanted] = num_met.get(wanted, 0) + 1
-        if num_met[wanted] >= WORTH_RECORDING:
-            assert served == wanted
 
 
-def test_a_size_is_recorded_when_it_was_needed_a_few_times() -> None:
+def test_a_size_is_recorded_when_it_was_needed_often() -> None:
     steps = started(FULL)
-    wanted, before = kind_of(steps, 200, 40, FULL, 1), steps.num_recordings
+    wanted, before = kind_of(steps, 200, 20, FULL, 1), steps.num_recordings
     for _ in range(WORTH_RECORDING - 1):
         assert steps._serving(wanted) != wanted
     assert steps.num_recordings == before

@@ -2,9 +2,9 @@
 
 Sizes come from short lists, and a plan fills the next larger one in part (inputs.py: fill_inputs). Those of short texts
 are recorded when an engine starts (some hundredths of a second each), since a step that has to be recorded first is one
-that all requests wait for; where drafts are made, also those in which each sequence verifies some. Others are recorded
-when they have been needed a few times, and run in a larger recording until then. Steps beyond the lists are long enough
-for their launches to hide behind the work; they run from Python.
+that all requests wait for; where drafts are made, also those in which sequences verify some. Others are recorded when
+they have been needed often, and run in a larger recording until then. Steps beyond the lists are long enough for their
+launches to hide behind the work; they run from Python.
 """
 
 import warnings
@@ -32,7 +32,7 @@ NUM_TOKENS = (
 _OWN_THREAD = "thread_local"  # what others do meanwhile, as NCCL's watchdog does, is no part of a recording
 
 FEW_ROWS = 64  # that take a step hardly longer than one does
-WORTH_RECORDING = 8  # times that a size is needed: a recording takes as long as some tens of steps
+WORTH_RECORDING = 256  # times that a size is needed: a recording takes as long as tens of steps, and saves part of one
 FEW_TOKENS = 128  # a larger recording serves in the meantime that has no more, or twice as many as there are
 FEWEST_TOKENS = 1024  # a sequence: tables of recorded steps have room for so many at least
 
@@ -106,15 +106,13 @@ class RecordedSteps:
         """All sizes of short texts, the largest first: the others find room in what it leaves of the pool.
 
         plain: of steps that have nothing to do with drafts. endings: of others. These are recorded for 1, 2, 4 and more
-        sequences, each with a whole tree; and with half, a quarter and so on of the most tokens, for all sequences.
+        sequences, each with a whole tree; and in all sizes up to that for the most sequences.
         """
-        most = min(max_num_tokens, MAX_RECORDED_TOKENS)
+        most = self._max_batch_size
         for ending in endings:
-            counts = reversed(_batch_sizes(self._max_batch_size))
-            sizes = [(count * ending.num_nodes, count) for count in counts if ending.num_nodes]
-            largest = min(most, self._max_batch_size * ending.num_nodes or most)
-            halves = (largest >> power for power in range(largest.bit_length()))
-            sizes += [(num_tokens, self._max_batch_size) for num_tokens in halves if num_tokens > self._max_batch_size]
+            num_nodes = ending.num_nodes or max_num_tokens // most
+            sizes = [(count * num_nodes, count) for count in reversed(_batch_sizes(most)) if ending.num_nodes]
+            sizes += [(num_tokens, most) for num_tokens in NUM_TOKENS[::-1] if most < num_tokens <= most * num_nodes]
             for num_tokens, num_sequences in sizes:
                 if num_tokens <= max_num_tokens:
                     self._record_size(StepSizes(num_tokens, num_sequences, num_sequences, 1, num_groups), ending)
