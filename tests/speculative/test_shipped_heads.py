@@ -17,8 +17,9 @@ def name_of(folder: Path) -> str:
     return f"{folder.parent.parent.name}-{folder.name}"
 
 
-def test_there_is_one() -> None:
-    assert "eagle-SmolLM2-135M-Instruct" in map(name_of, HEADS)
+def test_each_method_that_is_trained_has_one() -> None:
+    trained = {"draft_model", "eagle", "medusa", "redrafter"}
+    assert {f"{method}-SmolLM2-135M-Instruct" for method in trained} <= set(map(name_of, HEADS))
 
 
 @pytest.mark.parametrize("folder", HEADS, ids=name_of)
