@@ -1,6 +1,7 @@
 """What drafters share with the model that they draft for, read from its engine."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from slipstream.kernels.linear.w8a8 import quantize_w8a8
 
 INPUT_GROUP_SIZE = 32  # columns of what is multiplied in bytes that share a scale
 
+# Of a weight [N, K] and a bias [N]: what gives [..., N] for [..., K].
+ToProduct = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
+
 
 def head_of_tokens(
     engine: Engine, token_ids_D: Tensor, dtype: torch.dtype, device: torch.device
@@ -24,14 +28,23 @@ def head_of_tokens(
     Raises EngineError where lm_head does.
     """
     rows_DH = lm_head(engine)[token_ids_D]
-    kernels = linear_panels.candidates(device, torch.int8)
-    if _head_node(engine).op == "linear_panels" and "native" in kernels:
-        return _product_of_bytes(rows_DH.float(), kernels["native"].function)
+    if to_product := products_in_bytes(engine, device):
+        return to_product(rows_DH, None)
     rows_DH = rows_DH.to(device, dtype)
     return lambda x: functional.linear(x, rows_DH)
 
 
-def _product_of_bytes(weight_NK: Tensor, multiply: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+def products_in_bytes(engine: Engine, device: torch.device) -> ToProduct | None:
+    """How a drafter's weights are to be multiplied on a CPU where the model's own head is in bytes; elsewhere None."""
+    kernels = linear_panels.candidates(device, torch.int8)
+    if _head_node(engine).op == "linear_panels" and "native" in kernels:
+        return partial(_product_in_bytes, kernels["native"].function)
+    return None
+
+
+def _product_in_bytes(
+    multiply: Callable[..., Tensor], weight_NK: Tensor, bias_N: Tensor | None
+) -> Callable[[Tensor], Tensor]:
     packed_NK, scale_N1 = quantize_w8a8.reference(weight_NK, 0.0, 0)
     panels, scale = to_panels.reference(packed_NK, 8), to_panel_scales.reference(scale_N1, None)
     quantize = quantize_w8a8.candidates(weight_NK.device, torch.float32)["native"].function
@@ -39,7 +52,7 @@ def _product_of_bytes(weight_NK: Tensor, multiply: Callable[..., Tensor]) -> Cal
 
     def product(x: Tensor) -> Tensor:
         numbers = quantize(x.reshape(-1, num_in), 0.0, INPUT_GROUP_SIZE)
-        found = multiply(*numbers, panels, scale, None, None, 8, 0, INPUT_GROUP_SIZE, num_out)
+        found = multiply(*numbers, panels, scale, None, bias_N, 8, 0, INPUT_GROUP_SIZE, num_out)
         return found.view(*x.shape[:-1], num_out)
 
     return product

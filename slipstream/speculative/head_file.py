@@ -5,10 +5,12 @@ Heads that ship are in slipstream/speculative/<method>/heads/<name of the model>
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.nn import functional
 
 from slipstream.checkpoint.trtllm import heads, is_tensorrt_llm
 from slipstream.engine.bounded_json import read_json
@@ -16,9 +18,15 @@ from slipstream.engine.tensor_file import TensorFile
 from slipstream.errors import ModelError, UsageError
 
 Product = Callable[[Tensor], Tensor]  # by a matrix; before the last dimension any others
+ToProduct = Callable[[Tensor, Tensor | None], Product]  # by a weight [N, K], with a bias [N]
 
 CONFIG_FILE = "config.json"
 DRAFT_TOKENS = "draft_token_ids"  # [D]: the tokens that a head drafts, where it shares these rows of the model's own
+
+
+def torch_product(weight_NK: Tensor, bias_N: Tensor | None = None) -> Product:
+    """Which autograd follows."""
+    return partial(functional.linear, weight=weight_NK, bias=bias_N)
 
 
 def head_folder(method: str, given: str, model: str) -> Path:

@@ -10,16 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from slipstream import LLM, SamplingParams
+from slipstream.api.building import BuildOptions, engine_path
+from slipstream.checkpoint import resolve
 from slipstream.checkpoint.random import write_random_model
+from slipstream.engine.folder import open_engine
+from slipstream.engine.shared import products_in_bytes
 from slipstream.errors import ModelError, SlipstreamError, UsageError
 from slipstream.models import llama, mistral
 from slipstream.runtime.worker.drafts import Drafts
 from slipstream.runtime.worker.ending import Ended, Ending
 from slipstream.speculative.drafter import Draft, DraftTensors, Ends
 from slipstream.speculative.eagle import drafter as eagle
+from slipstream.speculative.eagle.trees import Growing
 from tests.speculative.heads import write_eagle, write_eagle3
 from tests.speculative.naive_eagle import NaiveEagle
 from tests.speculative.test_lossless import LIMITS
@@ -183,6 +189,35 @@ def test_trees_grow_where_the_equations_are_surest(
         for token_id, parent in zip(each.draft.token_ids, each.draft.parents or (), strict=True):
             ways.append((*ways[parent], token_id))
         assert ways[1:] == expected[: tree.get("max_draft_len", 24)]
+
+
+@pytest.mark.parametrize("most", range(1, 25))
+def test_few_drafts_are_of_a_narrow_tree(most: int) -> None:
+    whole = Growing(8, 5, 24)
+    trees = whole.narrowed(most)
+    assert most <= trees.num_drafts <= most + 2 and len(trees.widths) == min(5, most)
+    assert most <= trees.num_nodes * trees.num_ranks and trees.num_nodes <= whole.num_nodes
+    assert (trees.num_nodes == most) == (most <= 3)  # one way down, and no node that is of no use
+
+
+@pytest.mark.parametrize(("quantization", "in_bytes"), [("int8", True), (None, False)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_its_matrices_are_multiplied_in_bytes_where_the_models_head_is(
+    quantization: str | None, in_bytes: bool, has_bias: bool, model: Path
+) -> None:
+    cpu, rng = torch.device("cpu"), torch.Generator().manual_seed(0)
+    options = BuildOptions(quantization=quantization)
+    engine = open_engine(engine_path(resolve(str(model)), options, cpu, show_progress=False))
+    to_product = products_in_bytes(engine, cpu)
+    assert (to_product is not None) == in_bytes
+    if to_product is None:
+        return
+    weight_NK, bias_N = torch.randn(96, 64, generator=rng), torch.randn(96, generator=rng)
+    x_2SK = torch.randn(2, 5, 64, generator=rng)
+    expected = functional.linear(x_2SK, weight_NK, bias_N if has_bias else None)
+    found = to_product(weight_NK, bias_N if has_bias else None)(x_2SK)
+    assert found.shape == expected.shape
+    assert 0 < (found - expected).norm() < 0.02 * expected.norm()
 
 
 def test_a_head_that_is_the_models_only_layer_is_always_right(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.engine.shared import head_of_tokens
+from slipstream.engine.shared import head_of_tokens, products_in_bytes
 from slipstream.errors import UsageError
 from slipstream.kernels.activation import silu_and_mul
 from slipstream.kernels.attention.paged import kv_write
@@ -48,7 +48,7 @@ from slipstream.speculative.drafter import (
     read_options,
 )
 from slipstream.speculative.eagle.head import Ops, Sizes, load
-from slipstream.speculative.eagle.trees import Growing, Grown, Trees, Written
+from slipstream.speculative.eagle.trees import Growing, Grown, Trees, Written, width_for
 from slipstream.speculative.head_file import head_folder
 
 MAX_TREE = 32
@@ -59,13 +59,25 @@ class Options:
     model: str = ""  # a folder of an EAGLE head; by default the one that ships for the target
     choices: str = ""  # [[0], [0, 0], [1], ...] as JSON, or a file of it: a tree that does not grow
     depth: int = 5  # of one that grows, and
-    width: int = 8  # how many of its likeliest ways go on at each level, and are looked at behind each node
+    width: int = 0  # how many of its likeliest ways go on at each level, and are looked at behind each node
+
+
+class _Outline:
+    """Of trees, what follows from their levels alone."""
+
+    def __init__(self, trees: Trees, device: torch.device) -> None:
+        self.trees = trees
+        widths_L = torch.tensor(trees.widths, device=device)
+        self.ends_L = widths_L.cumsum(0)
+        self.depths_M = torch.arange(len(widths_L), device=device).repeat_interleave(widths_L)
+        self.own_bits = _own_bits(trees.num_nodes, device)
 
 
 @dataclass
 class _Forest:
     """A tree a sequence, as far as it is computed: the first num_nodes nodes."""
 
+    trees: Trees
     roots: Tensor  # [S] places
     block_tables: Tensor  # [S, B]
     starts: Tensor  # [levels, S + 1] of each tree's rows, where the last are of that level
@@ -94,7 +106,8 @@ class Drafter(LayerDrafter):
         folder = head_folder("eagle", options.model, manifest.name)
         self._head = load(
             folder, sizes, self._dtype, target.device,
-            lambda token_ids_D: head_of_tokens(target.engine, token_ids_D, self._dtype, target.device), OPS,
+            lambda token_ids_D: head_of_tokens(target.engine, token_ids_D, self._dtype, target.device),
+            OPS._replace(to_product=products_in_bytes(target.engine, target.device) or OPS.to_product),
         )  # fmt: skip
         self._config = config = self._head.config
         self._trees = self._make_trees(options)
@@ -102,10 +115,7 @@ class Drafter(LayerDrafter):
         self.reads_hidden = config.hidden_layers
         self.own_kv = (OwnKV(2, config.num_kv_heads, config.head_dim, self._dtype),)
         self.num_beyond = self._trees.num_nodes - 1
-        widths_L = torch.tensor(self._trees.widths, device=target.device)
-        self._ends_L = widths_L.cumsum(0)
-        self._depths_M = torch.arange(len(widths_L), device=target.device).repeat_interleave(widths_L)
-        self._own_bits = _own_bits(self._trees.num_nodes, target.device)
+        self._outlines = {self.max_draft_len: _Outline(self._trees, target.device)}  # by drafts of each sequence
         self._inv_freq = config.inv_freq.to(target.device)
         self._block_size = manifest.tokens_per_block
 
@@ -117,7 +127,8 @@ class Drafter(LayerDrafter):
         for name, value in (("depth", options.depth), ("width", options.width)):
             if value > MAX_TREE:
                 raise UsageError(f"speculative has {name} {value}; it must be at most {MAX_TREE}.")
-        return Growing(min(options.width, num_ids), options.depth, self.max_draft_len)
+        width = min(options.width or width_for(self.max_draft_len), num_ids)
+        return Growing(width, options.depth, self.max_draft_len)
 
     def attach(self, running: Running) -> None:
         self._running = running
@@ -142,8 +153,11 @@ class Drafter(LayerDrafter):
     @torch.inference_mode()
     def draft(self, ends: Ends, most: int) -> DraftTensors:
         assert ends.block_tables is not None
-        trees = self._trees
-        forest = self._plant((ends.positions - 1).clamp(min=0), ends.block_tables, ends.slots)
+        if most not in self._outlines:
+            self._outlines[most] = _Outline(self._trees.narrowed(most), self._device)
+        outline = self._outlines[most]
+        trees = outline.trees
+        forest = self._plant(outline, (ends.positions - 1).clamp(min=0), ends.block_tables, ends.slots)
         x_NZ, residual_NH = (last[ends.slots] for last in self._last)
         levels = list[Tensor]()
         while True:
@@ -157,29 +171,31 @@ class Drafter(LayerDrafter):
             x_NZ, residual_NH = self._descend(forest, first, level, hidden_SWH)
             levels.append(level)
 
-    def _plant(self, roots_S: Tensor, tables_SB: Tensor, slots_S: Tensor) -> _Forest:
+    def _plant(self, outline: _Outline, roots_S: Tensor, tables_SB: Tensor, slots_S: Tensor) -> _Forest:
         """Trees whose roots are rows that are computed, at these places."""
-        num_trees, num_nodes, num_ranks = len(slots_S), self._trees.num_nodes, self._trees.num_ranks
+        trees, num_trees = outline.trees, len(slots_S)
+        num_nodes, num_ranks = trees.num_nodes, trees.num_ranks
         tables_SB = tables_SB.where(slots_S[:, None] >= 0, 0)  # what is no text writes into the null block
         tables_SB = self._with_blocks_ahead(roots_S, tables_SB, slots_S)
         places_SM = roots_S[:, None] + torch.arange(num_nodes, device=self._device)
         blocks_SM = tables_SB.gather(1, places_SM // self._block_size)
 
-        positions_SM = roots_S[:, None] + self._depths_M
+        positions_SM = roots_S[:, None] + outline.depths_M
         cos, sin = self._rotation(positions_SM.flatten())
 
         def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(num_trees, num_nodes, *shape, dtype=dtype, device=self._device)
 
         return _Forest(
+            trees=trees,
             roots=roots_S,
             block_tables=tables_SB,
-            starts=torch.outer(self._ends_L, torch.arange(num_trees + 1, device=self._device)),
-            lengths=self._ends_L[:, None] + roots_S,
+            starts=torch.outer(outline.ends_L, torch.arange(num_trees + 1, device=self._device)),
+            lengths=outline.ends_L[:, None] + roots_S,
             slots=blocks_SM * self._block_size + places_SM % self._block_size,
             positions=positions_SM,
             rotations=(cos.unflatten(0, (num_trees, -1)), sin.unflatten(0, (num_trees, -1))),
-            masks=self._own_bits.repeat(num_trees, 1, 1),
+            masks=outline.own_bits.repeat(num_trees, 1, 1),
             queries=empty(self._config.num_heads * self._config.head_dim, dtype=self._dtype),
             token_ids=empty(num_ranks),
             scores=empty(num_ranks, dtype=torch.float32),
@@ -214,7 +230,7 @@ class Drafter(LayerDrafter):
         attended_SMX = attended_NX.view(num_trees, end, -1)
         hidden_NH = self._head.leave(attended_SMX[:, first:].flatten(0, 1), residual_NH)
         logits_ND = self._head.logits(hidden_NH, self._running.head)
-        scores_NK, drafted_NK = largest(logits_ND.log_softmax(1, torch.float32), self._trees.num_ranks)
+        scores_NK, drafted_NK = largest(logits_ND.log_softmax(1, torch.float32), forest.trees.num_ranks)
         forest.token_ids[:, first:end] = self._head.token_ids(drafted_NK).view(num_trees, end - first, -1)
         forest.scores[:, first:end] += scores_NK.view(num_trees, end - first, -1)
         return hidden_NH.view(num_trees, end - first, -1)
@@ -222,7 +238,7 @@ class Drafter(LayerDrafter):
     def _descend(self, forest: _Forest, first: int, children_SW: Tensor, hidden_SWH: Tensor) -> tuple[Tensor, Tensor]:
         """What the nodes of the next level are made of. first: of those of this one, whose hidden states these are."""
         begin, end = forest.num_nodes, forest.num_nodes + children_SW.shape[1]
-        parents_SW = children_SW // self._trees.num_ranks
+        parents_SW = children_SW // forest.trees.num_ranks
         forest.scores[:, begin:end] = forest.scores.flatten(1).gather(1, children_SW)[:, :, None]
         above_SWW = parents_SW[:, :, None].expand(-1, -1, forest.masks.shape[2])
         forest.masks[:, begin:end] |= forest.masks.gather(1, above_SWW)
@@ -261,7 +277,7 @@ def _newest(op: Op, device: torch.device, dtype: torch.dtype) -> Callable[..., A
 
 
 OPS = Ops(
-    linear=partial(_run, linear),
+    to_product=lambda weight_NK, bias_N: lambda x_MK: _run(linear, x_MK, weight_NK, bias_N),
     norm=lambda x, weight, eps: _run(rms_norm, x, weight, eps, 0.0),
     add_norm=lambda x, residual, weight, eps: _run(add_rms_norm, x, residual, weight, eps, 0.0),
     gated=partial(_run, silu_and_mul),

@@ -17,14 +17,14 @@
 (SafeAILab/EAGLE, eagle/model/cnets1.py and cnets.py; vLLM, models/llama_eagle.py and llama_eagle3.py.) A first layer
 of EAGLE 1 has no input norm. Heads of slipstream train-drafter are EAGLE-3's and share the model's head.
 
-Products of the same x are one here: queries, keys and values; gate and up.
+Products of the same x are one here: queries, keys and values (each of which is asked for alone, too); gate and up.
 
 Shape suffixes: N rows, H hidden size of the layer, E of its embedding, F of what is read of the model, X queries,
 Y keys or values, Z what queries and keys are made of, V vocabulary of the model, D that of drafts.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,15 +41,18 @@ from slipstream.speculative.head_file import (
     DRAFT_TOKENS,
     HeadFile,
     Product,
+    ToProduct,
     open_head,
     read_draft_tokens,
     read_shaped,
+    torch_product,
 )
 
 WEIGHTS_FILE, PICKLED_FILE = "model.safetensors", "pytorch_model.bin"
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 LAYER_NAMES = ("midlayer.", "layers.0.")
 NOT_READ = ("t2d", "inv_freq", "lm_head.weight")  # the last of EAGLE 1, whose head is the model's
+EMBEDDING = "embed_tokens.weight"
 
 LAST = -1  # of hidden_layers: what the model's head reads
 
@@ -59,6 +62,7 @@ JOINED = {
 }
 
 Shapes = dict[str, tuple[int, ...]]
+Layer = tuple[Tensor, Tensor | None]  # weight and bias
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -78,7 +82,7 @@ def _gated(x: Tensor) -> Tensor:
 class Ops(NamedTuple):
     """What the layer is computed by: torch, which autograd follows, or kernels of ours."""
 
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = functional.linear
+    to_product: ToProduct = torch_product
     norm: Callable[[Tensor, Tensor, float], Tensor] = _norm
     add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = _add_norm  # and the sum
     gated: Callable[[Tensor], Tensor] = _gated  # silu of the first half, times the second
@@ -115,14 +119,15 @@ class Config:
 @dataclass(frozen=True)
 class Head(ABC):
     config: Config
-    weights: Mapping[str, Tensor]  # joined
+    weights: Mapping[str, Tensor]  # that nothing is multiplied by, and
+    products: Mapping[str, Product]  # the others, as products_of gives them
     shared_head: Product | None = None  # the model's own, for the tokens that are drafted
     ops: Ops = TORCH
 
     @property
     def embedding(self) -> Tensor | None:
         """[V, E]; None where it is the model's own."""
-        return self.weights.get("embed_tokens.weight")
+        return self.weights.get(EMBEDDING)
 
     @abstractmethod
     def read(self, f_NF: Tensor) -> Tensor:
@@ -133,26 +138,24 @@ class Head(ABC):
         """What queries, keys and values are made of, [N, Z], and what attention is added to, [N, H]."""
 
     def queries(self, x_NZ: Tensor) -> Tensor:
-        return self._linear("self_attn.qkv_proj", x_NZ, slice(self._num_queries))
+        return self.products["self_attn.q_proj"](x_NZ)
 
     def keys_values(self, x_NZ: Tensor) -> tuple[Tensor, ...]:
         """[N, Y] each; keys are not rotated yet."""
-        return self._linear("self_attn.qkv_proj", x_NZ, slice(self._num_queries, None)).chunk(2, 1)
+        return self.products["self_attn.kv_proj"](x_NZ).chunk(2, 1)
 
     def queries_keys_values(self, x_NZ: Tensor) -> tuple[Tensor, ...]:
-        num_keys = self.config.num_kv_heads * self.config.head_dim
-        return self._linear("self_attn.qkv_proj", x_NZ).split((self._num_queries, num_keys, num_keys), 1)
-
-    @property
-    def _num_queries(self) -> int:
-        return self.config.num_heads * self.config.head_dim
+        num_queries, num_keys = (
+            num * self.config.head_dim for num in (self.config.num_heads, self.config.num_kv_heads)
+        )
+        return self.products["self_attn.qkv_proj"](x_NZ).split((num_queries, num_keys, num_keys), 1)
 
     def leave(self, attended_NX: Tensor, residual_NH: Tensor) -> Tensor:
         """The hidden states of the next token, as the layer has its own. -> [N, H]"""
         weight = self.weights["post_attention_layernorm.weight"]
-        o_NH = self._linear("self_attn.o_proj", attended_NX)
+        o_NH = self.products["self_attn.o_proj"](attended_NX)
         x_NH, h_NH = self.ops.add_norm(o_NH, residual_NH, weight, self.config.eps)
-        return h_NH + self._linear("mlp.down_proj", self.ops.gated(self._linear("mlp.gate_up_proj", x_NH)))
+        return h_NH + self.products["mlp.down_proj"](self.ops.gated(self.products["mlp.gate_up_proj"](x_NH)))
 
     @abstractmethod
     def logits(self, h_NH: Tensor, head: Product) -> Tensor:
@@ -161,10 +164,6 @@ class Head(ABC):
     def token_ids(self, drafted: Tensor) -> Tensor:
         """Of the model, for those of drafts."""
         return drafted
-
-    def _linear(self, name: str, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        bias = self.weights.get(f"{name}.bias")
-        return self.ops.linear(x, self.weights[f"{name}.weight"][rows], None if bias is None else bias[rows])
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         return self.ops.norm(x, self.weights[f"{name}.weight"], self.config.eps)
@@ -175,7 +174,7 @@ class Eagle1(Head):
         return f_NF
 
     def enter(self, e_NE: Tensor, f_NH: Tensor) -> tuple[Tensor, Tensor]:
-        x_NH = self._linear("fc", torch.cat((e_NE, f_NH), 1))
+        x_NH = self.products["fc"](torch.cat((e_NE, f_NH), 1))
         return x_NH, x_NH
 
     def logits(self, h_NH: Tensor, head: Product) -> Tensor:
@@ -184,7 +183,7 @@ class Eagle1(Head):
 
 class Eagle3(Head):
     def read(self, f_NF: Tensor) -> Tensor:
-        return self._linear("fc", f_NF)
+        return self.products["fc"](f_NF)
 
     def enter(self, e_NE: Tensor, f_NH: Tensor) -> tuple[Tensor, Tensor]:
         normed_NH = self._norm("hidden_norm", f_NH)
@@ -193,7 +192,7 @@ class Eagle3(Head):
 
     def logits(self, h_NH: Tensor, head: Product) -> Tensor:
         x_NH = self._norm("norm", h_NH)
-        return self._linear("lm_head", x_NH) if self.shared_head is None else self.shared_head(x_NH)
+        return self.products["lm_head"](x_NH) if self.shared_head is None else self.shared_head(x_NH)
 
     def token_ids(self, drafted: Tensor) -> Tensor:
         offsets_D = self.weights.get("d2t")
@@ -221,26 +220,36 @@ def load(
         if is_sharing and (token_ids_D := read_draft_tokens(file, sizes.vocab_size)) is not None:
             weights["d2t"] = offsets_of(weights.pop(DRAFT_TOKENS))
             shared = head_of_tokens(token_ids_D)
+    if is_third and "d2t" in weights:
+        _check_ids(folder, weights["d2t"], sizes.vocab_size)
+    products = products_of(weights, ops.to_product)
+    others = {name: each for name, each in weights.items() if name == EMBEDDING or each.ndim == 1}
     if is_third:
-        if "d2t" in weights:
-            _check_ids(folder, weights["d2t"], sizes.vocab_size)
-        return Eagle3(config, joined(weights), shared, ops)
-    return Eagle1(config, joined(weights), ops=ops)
+        return Eagle3(config, others, products, shared, ops)
+    return Eagle1(config, others, products, ops=ops)
 
 
-def joined(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As Head has them, of published ones."""
-    found = dict(weights)
+def products_of(weights: Mapping[str, Tensor], to_product: ToProduct) -> dict[str, Product]:
+    """By the matrices among published weights."""
+    layers = {
+        (layer := name.removesuffix(".weight")): (each, weights.get(f"{layer}.bias"))
+        for name, each in weights.items()
+        if each.ndim == 2 and name != EMBEDDING
+    }
+    num_queries = len(weights["self_attn.q_proj.weight"])
     for name, parts in JOINED.items():
-        pieces = [found.pop(f"{part}.weight") for part in parts]
-        biases = [found.pop(f"{part}.bias", None) for part in parts]
-        found[f"{name}.weight"] = torch.cat(pieces)
-        if any(bias is not None for bias in biases):
-            found[f"{name}.bias"] = torch.cat([
-                piece.new_zeros(len(piece)) if bias is None else bias
-                for piece, bias in zip(pieces, biases, strict=True)
-            ])  # fmt: skip
-    return found
+        layers[name] = _joined([layers.pop(part) for part in parts])
+    weight, bias = layers["self_attn.qkv_proj"]
+    for name, rows in (("self_attn.q_proj", slice(num_queries)), ("self_attn.kv_proj", slice(num_queries, None))):
+        layers[name] = weight[rows], None if bias is None else bias[rows]
+    return {name: to_product(*layer) for name, layer in layers.items()}
+
+
+def _joined(parts: Sequence[Layer]) -> Layer:
+    weight = torch.cat([weight for weight, _ in parts])
+    if all(bias is None for _, bias in parts):
+        return weight, None
+    return weight, torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts])
 
 
 def offsets_of(token_ids_D: Tensor) -> Tensor:
@@ -330,7 +339,7 @@ def shapes_of(config: Config, sizes: Sizes, *, is_third: bool, is_sharing: bool 
         "self_attn.v_proj.bias": (num_keys,),
         "self_attn.o_proj.bias": (size,),
     }
-    embedding: Shapes = {"embed_tokens.weight": (sizes.vocab_size, size)}
+    embedding: Shapes = {EMBEDDING: (sizes.vocab_size, size)}
     if not is_third:
         return shapes, optional | embedding
     shapes |= {f"{name}.weight": (size,) for name in ("input_layernorm", "hidden_norm", "norm")}

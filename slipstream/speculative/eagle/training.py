@@ -28,12 +28,12 @@ from slipstream.speculative.eagle.head import (
     WEIGHTS_FILE,
     Eagle3,
     Sizes,
-    joined,
     offsets_of,
+    products_of,
     read_config,
     shapes_of,
 )
-from slipstream.speculative.head_file import DRAFT_TOKENS
+from slipstream.speculative.head_file import DRAFT_TOKENS, torch_product
 from slipstream.speculative.training import Batch, SharedHead, Taught, Teacher, begins, later, rotated, write_head
 from slipstream.speculative.training import Student as Base
 
@@ -89,8 +89,9 @@ class Student(Base):
         return num_layers // 10, num_layers // 2, num_layers - 1, LAST
 
     def _head(self) -> Eagle3:
-        weights = joined({name: getattr(self, place) for name, place in self._places.items()})
-        return Eagle3(self._config, weights | {"d2t": offsets_of(self._shared.token_ids_D)}, self._shared)
+        weights = {name: getattr(self, place) for name, place in self._places.items()}
+        others = weights | {"d2t": offsets_of(self._shared.token_ids_D)}
+        return Eagle3(self._config, others, products_of(weights, torch_product), self._shared)
 
     def _chains(self, batch: Batch) -> Iterator[Tensor]:
         """Of each step [S, L, H], the layer's output of the chains that begin at each token."""

@@ -22,6 +22,13 @@ from slipstream.kernels.largest import first_largest, largest
 from slipstream.speculative.choices import Choice, parents_of
 from slipstream.speculative.drafter import DraftTensors
 
+MOST_WAYS, DRAFTS_A_WAY = 8, 3  # of the likeliest drafts, which are mostly one way down
+
+
+def width_for(num_drafts: int) -> int:
+    """Of trees that grow."""
+    return min(MOST_WAYS, -(-num_drafts // DRAFTS_A_WAY))
+
 
 class Grown(NamedTuple):
     """The nodes of S trees that are computed so far."""
@@ -41,6 +48,10 @@ class Trees(ABC):
     def num_nodes(self) -> int:
         """That are computed in all, the root among them."""
         return sum(self.widths)
+
+    def narrowed(self, most: int) -> "Trees":
+        """As much of them as so few drafts need."""
+        return self
 
     @abstractmethod
     def level(self, depth: int, grown: Grown) -> Tensor | None:
@@ -90,6 +101,10 @@ class Growing(Trees):
         self.num_ranks, self._depth = width, depth
         self.widths = 1, *[width] * (depth - 1)
         self.num_drafts = min(num_drafts, self.num_nodes * width)
+
+    def narrowed(self, most: int) -> Trees:
+        width = min(self.num_ranks, width_for(most))
+        return self if width == self.num_ranks and most >= self._depth else Growing(width, min(self._depth, most), most)
 
     def level(self, depth: int, grown: Grown) -> Tensor | None:
         if depth + 1 == self._depth:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slipstream.engine.shared import head_of_tokens
+from slipstream.engine.shared import head_of_tokens, products_in_bytes
 from slipstream.kernels.largest import largest
 from slipstream.schema.speculative import Speculation
 from slipstream.speculative.choices import Choice, fitting, parents_of, read_choices
@@ -49,6 +49,7 @@ class Drafter(DeviceDrafter):
         self._heads = load(
             folder, manifest.hidden_size, manifest.vocab_size, dtype, target.device,
             lambda token_ids_D: head_of_tokens(target.engine, token_ids_D, dtype, target.device),
+            products_in_bytes(target.engine, target.device),
         )  # fmt: skip
         own = folder / CHOICES_FILE
         given = options.choices or (str(own) if own.is_file() else "")

@@ -13,7 +13,6 @@ Shape suffixes: S rows, H hidden size, V vocabulary, D tokens that can be drafte
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.errors import ModelError
-from slipstream.speculative.head_file import CONFIG_FILE, Product, open_head, read_draft_tokens, read_shaped
+from slipstream.speculative.head_file import (
+    CONFIG_FILE,
+    Product,
+    ToProduct,
+    open_head,
+    read_draft_tokens,
+    read_shaped,
+    torch_product,
+)
 
 WEIGHTS_FILE, PICKLED_FILE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
 CHOICES_FILE = "medusa_choices.json"
@@ -30,21 +37,20 @@ CHOICES_FILE = "medusa_choices.json"
 
 class Heads(NamedTuple):
     num_heads: int
-    layers: Sequence[tuple[Tensor, Tensor]]  # one above the other: weights [N, H, H] and biases [N, 1, H] of all heads
+    layers: Sequence[Product]  # one above the other: [N, S, H] -> [N, S, H], where N may be the first heads only
     lm_heads: Sequence[Product]  # of each head, or one for all
     num_tokens: int  # that can be drafted
     token_ids_D: Tensor | None = None  # noqa: N815 - a tensor's name carries its shape; of the shared one's rows
 
     def first(self, count: int) -> "Heads":
         """Only these: a tree of few nodes does not reach the others."""
-        layers = [(weight_NHH[:count], bias_N1H[:count]) for weight_NHH, bias_N1H in self.layers]
-        return self._replace(num_heads=min(count, self.num_heads), layers=layers, lm_heads=self.lm_heads[:count])
+        return self._replace(num_heads=min(count, self.num_heads), lm_heads=self.lm_heads[:count])
 
     def logits(self, x_SH: Tensor) -> Tensor:
         """[N, S, V], or [N, S, D] of heads that share the model's."""
         x_NSH = x_SH.expand(self.num_heads, -1, -1)
-        for weight_NHH, bias_N1H in self.layers:
-            x_NSH = x_NSH + functional.silu(torch.baddbmm(bias_N1H, x_NSH, weight_NHH.mT))
+        for layer in self.layers:
+            x_NSH = x_NSH + functional.silu(layer(x_NSH))
         if len(self.lm_heads) == 1:
             return self.lm_heads[0](x_NSH)
         return torch.stack([head(x) for x, head in zip(x_NSH, self.lm_heads, strict=True)])
@@ -56,9 +62,11 @@ class Heads(NamedTuple):
 
 def load(
     folder: Path, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device,
-    head_of_tokens: Callable[[Tensor], Product],
+    head_of_tokens: Callable[[Tensor], Product], to_product: ToProduct | None = None,
 ) -> Heads:  # fmt: skip
     """The heads for a model of these sizes; head_of_tokens gives its own for some tokens, for heads that share it.
+
+    to_product: for each head's own; without it a layer is one product of all heads.
 
     Raises ModelError for those of another model, and for what is no such folder.
     """
@@ -73,17 +81,24 @@ def load(
         numbers = [first for name in file.names() if (first := name.partition(".")[0]).isdigit()]
         heads = range(1 + max(map(int, numbers), default=0))
         layers = [
-            (
-                torch.stack([read(f"{head}.{layer}.linear.weight", hidden_size, hidden_size) for head in heads]),
-                torch.stack([read(f"{head}.{layer}.linear.bias", hidden_size) for head in heads])[:, None],
+            _layer(
+                [read(f"{head}.{layer}.linear.weight", hidden_size, hidden_size) for head in heads],
+                [read(f"{head}.{layer}.linear.bias", hidden_size) for head in heads],
+                to_product,
             )
             for layer in range(num_layers)
         ]
         token_ids_D = read_draft_tokens(file, vocab_size)
         if token_ids_D is None:
-            own = [
-                partial(functional.linear, weight=read(f"{head}.{num_layers}.weight", vocab_size, hidden_size))
-                for head in heads
-            ]
+            weights = (read(f"{head}.{num_layers}.weight", vocab_size, hidden_size) for head in heads)
+            own = [(to_product or torch_product)(weight_VH, None) for weight_VH in weights]
             return Heads(len(heads), layers, own, vocab_size)
     return Heads(len(heads), layers, [head_of_tokens(token_ids_D)], len(token_ids_D), token_ids_D.to(device))
+
+
+def _layer(weights: list[Tensor], biases: list[Tensor], to_product: ToProduct | None) -> Product:
+    if to_product is None:
+        weight_NHH, bias_N1H = torch.stack(weights), torch.stack(biases)[:, None]
+        return lambda x_NSH: torch.baddbmm(bias_N1H[: len(x_NSH)], x_NSH, weight_NHH[: len(x_NSH)].mT)
+    products = list(map(to_product, weights, biases))
+    return lambda x_NSH: torch.stack([product(x_SH) for product, x_SH in zip(products, x_NSH, strict=False)])

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from slipstream.engine.shared import head_of_tokens
+from slipstream.engine.shared import head_of_tokens, products_in_bytes
 from slipstream.errors import UsageError
 from slipstream.schema.speculative import MAX_DRAFT_LEN, Speculation
 from slipstream.speculative.drafter import LAST, DeviceDrafter, DraftTensors, Ends, Running, Target, read_options
-from slipstream.speculative.head_file import head_folder
+from slipstream.speculative.head_file import head_folder, torch_product
 from slipstream.speculative.redrafter.beams import beam_search, merged_beams
 from slipstream.speculative.redrafter.head import load
 
@@ -42,6 +42,7 @@ class Drafter(DeviceDrafter):
         self._head = head = load(
             folder, manifest.hidden_size, manifest.vocab_size, dtype, target.device,
             lambda token_ids_D: head_of_tokens(target.engine, token_ids_D, dtype, target.device),
+            products_in_bytes(target.engine, target.device) or torch_product,
         )  # fmt: skip
         self._width, self._length = options.width or head.width, options.length or head.length
         most = self._width * self._length

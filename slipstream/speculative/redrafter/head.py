@@ -20,7 +20,6 @@ Shape suffixes: H hidden size, X exit_dim, V vocabulary, D tokens that can be dr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,25 +32,25 @@ from slipstream.speculative.head_file import (
     CONFIG_FILE,
     DRAFT_TOKENS,
     Product,
+    ToProduct,
     open_head,
     read_draft_tokens,
     read_shaped,
+    torch_product,
 )
 
 WEIGHTS_FILE, PICKLED_FILE = "model.safetensors", "pytorch_model.bin"
 MODEL_TYPE = "recurrent_drafting_drafter"
 OTHER_NAMES = {"input_projs": "input_proj", "lm_heads": "lm_head", "0": "lm_head"}
 
-Linear = tuple[Tensor, Tensor]  # weight and bias
-
 
 @dataclass(frozen=True)
 class Head:
-    input_proj: Linear | None
-    layers: Sequence[Linear]
+    input_proj: Product | None
+    layers: Sequence[Product]
     output: Product  # [..., X] -> [..., D]
-    rnn_w: Tensor | None
-    rnn_u: Linear | None
+    rnn_w: Product | None
+    rnn_u: Product | None
     token_ids_D: Tensor | None = None  # noqa: N815 - a tensor's name carries its shape; of a shared head's rows
     width: int = 5  # beams that it is to be searched with, and
     length: int = 5  # tokens of each
@@ -60,15 +59,15 @@ class Head:
         """With one more token."""
         if self.rnn_w is None or self.rnn_u is None:
             return e_H + s_H
-        return functional.silu(functional.linear(e_H, self.rnn_w) + functional.linear(s_H, *self.rnn_u))
+        return functional.silu(self.rnn_w(e_H) + self.rnn_u(s_H))
 
     def logits(self, h_H: Tensor, s_H: Tensor) -> Tensor:
         """Of the token after those that s has taken in. -> [..., D]"""
         x_X = torch.cat((h_H, s_H), -1)
         if self.input_proj is not None:
-            x_X = functional.linear(x_X, *self.input_proj)
+            x_X = self.input_proj(x_X)
         for layer in self.layers:
-            x_X = x_X + functional.silu(functional.linear(x_X, *layer))
+            x_X = x_X + functional.silu(layer(x_X))
         return self.output(x_X)
 
     def token_ids(self, drafted: Tensor) -> Tensor:
@@ -83,7 +82,7 @@ def _plain(name: str) -> str:
 
 def load(
     folder: Path, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device,
-    head_of_tokens: Callable[[Tensor], Product],
+    head_of_tokens: Callable[[Tensor], Product], to_product: ToProduct = torch_product,
 ) -> Head:  # fmt: skip
     """The head for a model of these sizes; head_of_tokens gives the model's own for some tokens, to be shared.
 
@@ -106,8 +105,9 @@ def load(
         def read(name: str, *shape: int) -> Tensor:
             return read_shaped(file, stored.pop(name, name), shape).to(device, dtype, copy=True)
 
-        def linear(name: str, num_out: int, num_in: int) -> Linear:
-            return read(f"{name}.weight", num_out, num_in), read(f"{name}.bias", num_out)
+        def product(name: str, num_out: int, num_in: int, *, has_bias: bool = True) -> Product:
+            weight = read(f"{name}.weight", num_out, num_in)
+            return to_product(weight, read(f"{name}.bias", num_out) if has_bias else None)
 
         token_ids_D = read_draft_tokens(file, vocab_size)
         if token_ids_D is not None and exit_dim != hidden_size:
@@ -116,13 +116,13 @@ def load(
                 "take a head with an lm_head of its own."
             )
         head = Head(
-            None if exit_dim == 2 * hidden_size else linear("input_proj", exit_dim, 2 * hidden_size),
-            [linear(f"lm_head.{layer}.linear", exit_dim, exit_dim) for layer in range(num_layers)],
-            partial(functional.linear, weight=read(f"lm_head.{num_layers}.weight", vocab_size, exit_dim))
+            None if exit_dim == 2 * hidden_size else product("input_proj", exit_dim, 2 * hidden_size),
+            [product(f"lm_head.{layer}.linear", exit_dim, exit_dim) for layer in range(num_layers)],
+            product(f"lm_head.{num_layers}", vocab_size, exit_dim, has_bias=False)
             if token_ids_D is None
             else head_of_tokens(token_ids_D),
-            read("rnn_w.weight", hidden_size, hidden_size) if has_rnn else None,
-            linear("rnn_u", hidden_size, hidden_size) if has_rnn else None,
+            product("rnn_w", hidden_size, hidden_size, has_bias=False) if has_rnn else None,
+            product("rnn_u", hidden_size, hidden_size) if has_rnn else None,
             None if token_ids_D is None else token_ids_D.to(device),
             options.integer("width", Head.width),
             options.integer("length", Head.length),

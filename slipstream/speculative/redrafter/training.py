@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slipstream.speculative.head_file import DRAFT_TOKENS
+from slipstream.speculative.head_file import DRAFT_TOKENS, torch_product
 from slipstream.speculative.redrafter.beams import beam_search
 from slipstream.speculative.redrafter.head import MODEL_TYPE, WEIGHTS_FILE, Head
 from slipstream.speculative.training import Batch, SharedHead, Taught, Teacher, begins, later, write_head
@@ -53,11 +53,11 @@ class Student(Base):
 
     def _head(self) -> Head:
         return Head(
-            (self.input_proj.weight, self.input_proj.bias),
-            list(zip(self.weight, self.bias, strict=True)),
+            self.input_proj,
+            list(map(torch_product, self.weight, self.bias)),
             self._shared,
-            self.rnn_w.weight,
-            (self.rnn_u.weight, self.rnn_u.bias),
+            self.rnn_w,
+            self.rnn_u,
             self._shared.token_ids_D,
         )
 
