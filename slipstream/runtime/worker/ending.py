@@ -117,7 +117,11 @@ class Ending:
         # So that steps are of few kinds, each of which has to be recorded: trees that are a root alone are verified as
         # others are, and at a text's end drafts are made for nobody.
         full = self.in_full() if verified or most else self.of_plain()
-        return None if full is None else full._replace(is_followed=is_followed)
+        if full is None:
+            return None
+        # Other ranks see drafts that are verified, and not that some are made: there is nothing to move with them then.
+        is_shared = verified or self._ranks.size == 1
+        return full._replace(num_nodes=full.num_nodes if is_shared else 1, is_followed=is_followed)
 
     def _is_followed(self, plan: StepPlan, asked: Sequence[int], followed: Followed) -> bool:
         """Whether drafts are asked for after rows that the draft model has not read."""
