@@ -47,9 +47,10 @@ def test_whatever_serves_a_step_has_room_for_it(asked: list[tuple[int, int, Endi
     for num_sequences, rows_each, ending, width in asked:
         wanted = kind_of(steps, num_sequences * rows_each, num_sequences, ending, width)
         served = steps._serving(wanted)
-        assert steps._recordings[served] is not None
+        assert served is not None and steps._recordings[served] is not None
         assert served.ending == wanted.ending and wanted.sizes.fit_into(served.sizes)
-        assert served.sizes.num_tokens <= max(recorded.FEW_TOKENS, 2 * wanted.sizes.num_tokens)
+        whole = 320 if ending else 0  # the size of 32 trees, all of whose nodes are there
+        assert served.sizes.num_tokens <= max(recorded.FEW_TOKENS, 2 * wanted.sizes.num_tokens, 2 * whole)
 
 
 def test_a_size_is_recorded_when_it_was_needed_often() -> None:
@@ -78,3 +79,17 @@ def test_no_step_of_short_texts_waits_for_a_recording() -> None:
             steps._num_needed.clear()
         steps._serving(kind_of(steps, num_sequences, num_sequences, None, 1))
     assert steps.num_recordings == before
+
+
+def test_what_a_draft_model_missed_of_a_long_text_runs_from_python_at_first() -> None:
+    steps = started(FULL, CATCHING_UP)
+    wanted = kind_of(steps, 100, 3, CATCHING_UP, 80)
+    assert [steps._serving(wanted) for _ in range(WORTH_RECORDING)] == [None] * (WORTH_RECORDING - 1) + [wanted]
+
+
+def test_a_long_prompt_runs_in_a_recording_hardly_larger() -> None:
+    steps = started()
+    large = kind_of(steps, 2048, 1, None, 80)
+    assert steps._serving(large) == large
+    small = kind_of(steps, 1030, 1, None, 80)
+    assert steps._serving(small) == small

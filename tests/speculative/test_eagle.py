@@ -25,7 +25,7 @@ from slipstream.runtime.worker.drafts import Drafts
 from slipstream.runtime.worker.ending import Ended, Ending
 from slipstream.speculative.drafter import Draft, DraftTensors, Ends
 from slipstream.speculative.eagle import drafter as eagle
-from slipstream.speculative.eagle.trees import Growing
+from slipstream.speculative.eagle.trees import Growing, width_for
 from tests.speculative.heads import write_eagle, write_eagle3
 from tests.speculative.naive_eagle import NaiveEagle
 from tests.speculative.test_lossless import LIMITS
@@ -198,6 +198,12 @@ def test_few_drafts_are_of_a_narrow_tree(most: int) -> None:
     assert most <= trees.num_drafts <= most + 2 and len(trees.widths) == min(5, most)
     assert most <= trees.num_nodes * trees.num_ranks and trees.num_nodes <= whole.num_nodes
     assert (trees.num_nodes == most) == (most <= 3)  # one way down, and no node that is of no use
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+@pytest.mark.parametrize("most", [1, 2, 4, 6, 24])
+def test_a_shallow_tree_is_as_wide_as_its_drafts_need(depth: int, most: int) -> None:
+    assert Growing(width_for(most, depth), depth, most).num_drafts == most
 
 
 @pytest.mark.parametrize(("quantization", "in_bytes"), [("int8", True), (None, False)])

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slipstream.runtime.worker.ending import EndingPlan, Inputs
+from slipstream.runtime.worker.ending import CATCHING_UP, EndingPlan, Inputs
 from slipstream.runtime.worker.inputs import NO_SLOT, NO_TEXT, KnownText, StepSizes, fill_inputs, sizes_of
 from slipstream.runtime.worker.memory import is_out_of_memory
 from slipstream.runtime.worker.tables import BlockTables
@@ -33,7 +33,7 @@ _OWN_THREAD = "thread_local"  # what others do meanwhile, as NCCL's watchdog doe
 
 FEW_ROWS = 64  # that take a step hardly longer than one does
 WORTH_RECORDING = 256  # times that a size is needed: a recording takes as long as tens of steps, and saves part of one
-FEW_TOKENS = 128  # a larger recording serves in the meantime that has no more, or twice as many as there are
+FEW_TOKENS = 128  # a larger recording serves in the meantime that has no more, or a quarter more than there are
 FEWEST_TOKENS = 1024  # a sequence: tables of recorded steps have room for so many at least
 
 
@@ -112,7 +112,11 @@ class RecordedSteps:
         for ending in endings:
             num_nodes = ending.num_nodes or max_num_tokens // most
             sizes = [(count * num_nodes, count) for count in reversed(_batch_sizes(most)) if ending.num_nodes]
-            sizes += [(num_tokens, most) for num_tokens in NUM_TOKENS[::-1] if most < num_tokens <= most * num_nodes]
+            fewest = most if ending.num_nodes else 0
+            sizes += [
+                (num_tokens, min(num_tokens, most))
+                for num_tokens in NUM_TOKENS[::-1] if fewest < num_tokens <= most * num_nodes
+            ]  # fmt: skip
             for num_tokens, num_sequences in sizes:
                 if num_tokens <= max_num_tokens:
                     self._record_size(StepSizes(num_tokens, num_sequences, num_sequences, 1, num_groups), ending)
@@ -161,19 +165,22 @@ class RecordedSteps:
             sizes = sizes.with_trees(ending.num_nodes, self._known is not None)
         return _Kind(sizes, ending)
 
-    def _serving(self, wanted: _Kind) -> _Kind:
-        """The kind itself, recorded, or until that is worth it a larger one that was."""
+    def _serving(self, wanted: _Kind) -> _Kind | None:
+        """The kind itself, recorded, or until that is worth it a larger one that was; None: neither, so far."""
         if wanted in self._recordings:
             return wanted
         self._num_needed[wanted] += 1
         larger = self._larger(wanted) if self._num_needed[wanted] < WORTH_RECORDING else None
         if larger is not None:
             return larger
+        if wanted.ending == CATCHING_UP and self._num_needed[wanted] < WORTH_RECORDING:
+            return None  # of any size, and seldom twice the same
         self._recordings[wanted] = self._record(wanted)
         return wanted
 
     def _larger(self, wanted: _Kind) -> _Kind | None:
-        most = max(FEW_TOKENS, 2 * wanted.sizes.num_tokens)
+        whole = 0 if wanted.ending is None else wanted.ending.num_nodes * wanted.sizes.num_sequences
+        most = max(FEW_TOKENS, wanted.sizes.num_tokens * 5 // 4, _recorded_size(whole))
         kinds = (
             kind for kind, recording in self._recordings.items()
             if recording is not None and kind.ending == wanted.ending and kind.sizes.num_tokens <= most
@@ -243,6 +250,10 @@ def _borrowed(tensor: Tensor) -> Tensor:
         return tensor
     assert tensor.is_contiguous()
     return torch.as_tensor(_Bytes(tensor), device=tensor.device).view(tensor.dtype).view(tensor.shape)
+
+
+def _recorded_size(num_tokens: int) -> int:
+    return next((size for size in NUM_TOKENS if size >= num_tokens), NUM_TOKENS[-1])
 
 
 def _batch_sizes(most: int) -> list[int]:

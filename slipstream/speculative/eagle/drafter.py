@@ -127,7 +127,7 @@ class Drafter(LayerDrafter):
         for name, value in (("depth", options.depth), ("width", options.width)):
             if value > MAX_TREE:
                 raise UsageError(f"speculative has {name} {value}; it must be at most {MAX_TREE}.")
-        width = min(options.width or width_for(self.max_draft_len), num_ids)
+        width = min(options.width or width_for(self.max_draft_len, options.depth), num_ids)
         return Growing(width, options.depth, self.max_draft_len)
 
     def attach(self, running: Running) -> None:

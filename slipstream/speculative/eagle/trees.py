@@ -25,9 +25,12 @@ from slipstream.speculative.drafter import DraftTensors
 MOST_WAYS, DRAFTS_A_WAY = 8, 3  # of the likeliest drafts, which are mostly one way down
 
 
-def width_for(num_drafts: int) -> int:
-    """Of trees that grow."""
-    return min(MOST_WAYS, -(-num_drafts // DRAFTS_A_WAY))
+def width_for(num_drafts: int, depth: int) -> int:
+    """Of trees that grow: no less than what has so many drafts."""
+    width = min(MOST_WAYS, -(-num_drafts // DRAFTS_A_WAY))
+    while width * (1 + width * (depth - 1)) < num_drafts:
+        width += 1
+    return width
 
 
 class Grown(NamedTuple):
@@ -103,7 +106,7 @@ class Growing(Trees):
         self.num_drafts = min(num_drafts, self.num_nodes * width)
 
     def narrowed(self, most: int) -> Trees:
-        width = min(self.num_ranks, width_for(most))
+        width = min(self.num_ranks, width_for(most, min(self._depth, most)))
         return self if width == self.num_ranks and most >= self._depth else Growing(width, min(self._depth, most), most)
 
     def level(self, depth: int, grown: Grown) -> Tensor | None:
